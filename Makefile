@@ -1,0 +1,51 @@
+# Everyday commands. The first one run makes .venv: it needs Python 3.10 or newer, a C++ compiler and a network.
+#
+#   PYTHON           the interpreter .venv is made from; for `make gpu`, the one it runs with
+#   TORCH_INDEX_URL  where torch comes from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# torch goes in first and on its own, so that nothing after it chooses another build.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
+
+.PHONY: demo test bench lint gpu setup clean
+
+demo: setup
+	$(RUN) -m specdec demo
+
+test: setup
+	$(RUN) -m pytest -q
+
+bench: setup
+	$(RUN) -m pytest bench --benchmark-only
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+# Nothing is installed: this runs with the torch that already drives the GPU.
+gpu:
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
+		|| { echo "make gpu: no CUDA device, or $(PYTHON) has no torch that sees it" >&2; exit 1; }
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "specdec needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	$(RUN) -m pip install -e '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.setup
+	$(RUN) -m pip install -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

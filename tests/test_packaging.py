@@ -1,0 +1,87 @@
+"""The package holds together: its links, its version, and imports that cost nothing and break nobody else's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = [name for name in ("kernels", "graphs") if list((ROOT / name).glob("*.py"))]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints for `code` when started in the repository root."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def modules() -> list[str]:
+    """The name of every module under specdec/, those behind the links included."""
+    files = (Path(folder, f) for folder, _, names in os.walk(ROOT / "specdec", followlinks=True) for f in names)
+    dotted = (".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files if f.suffix == ".py")
+    return sorted(name.removesuffix(".__init__") for name in dotted)
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_link_is_relative_and_resolves(name):
+    link = ROOT / "specdec" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert list(link.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_repository_root_offers_no_regular_package(name):
+    """A regular package `kernels` here would shadow Hugging Face's, which transformers probes at import."""
+    assert not (ROOT / name / "__init__.py").exists()
+    origin = run(f"import importlib.util as u; spec = u.find_spec('{name}'); print(spec and spec.origin)")
+    assert origin == "None" or not Path(origin).is_relative_to(ROOT / name)
+
+
+def test_transformers_imports_from_the_repository_root():
+    assert run("from transformers import AutoModelForCausalLM, LlamaForCausalLM as m; print(m.__name__)").endswith(
+        "LlamaForCausalLM"
+    )
+
+
+def test_importing_specdec_is_light():
+    heavy = ["triton", "torch._inductor", "torch._dynamo", "matplotlib", "transformers.modeling_utils"]
+    assert run(f"import sys, specdec; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_importing_every_module_does_no_work():
+    """Not a word, no CUDA context, no random number drawn, no default changed."""
+    code = f"""
+import importlib, torch
+import transformers.modeling_utils
+def state():
+    return (torch.get_rng_state().sum().item(), torch.get_default_dtype(), torch.get_num_threads(),
+            torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.cuda.is_initialized())
+before = state()
+for name in {modules()}:
+    importlib.import_module(name)
+assert state() == before, (before, state())
+"""
+    assert run(code) == ""
+
+
+def test_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)[1]
+    assert run("import specdec; print(specdec.__version__)") == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_data_file_is_packaged():
+    patterns = re.search(r'^"\*" = \[(.+)\]$', PYPROJECT, re.MULTILINE)[1]
+    data = {
+        f.suffix
+        for f in (ROOT / "specdec").rglob("*")
+        if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts
+    }
+    assert {s for s in data if f'"*{s}"' not in patterns} == set()
