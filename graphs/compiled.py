@@ -1,0 +1,64 @@
+"""Steps as compiled functions: one per shape family, kept for the life of the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import types
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is at hand, which Inductor needs on a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def _needed_guards(guards: Any) -> list[bool]:
+    """Which of Dynamo's guards can fail: modules and settings of a private view never change, shapes of tensors do."""
+    return [g.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(g.value, torch.nn.Parameter) for g in guards]
+
+
+def _own_code(method: Any) -> Any:
+    """A method with a code object of its own. Dynamo keeps what it compiled on the code object, and two decoders must
+    not see each other's: the guards that would tell them apart are not kept."""
+    function = method.__func__
+    code = function.__code__.replace()
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return types.MethodType(own, method.__self__)
+
+
+_OPTIONS = {"guard_filter_fn": _needed_guards}
+
+
+class CompiledSteps:
+    """Compiles functions once per key, as one full graph each.
+
+    Args:
+        enabled: False runs everything eagerly.
+
+    Attributes:
+        was_compiling: whether the latest call compiled; its time is not decoding time.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        if enabled and not has_compiler():
+            warnings.warn("specdec found no C++ compiler and runs eagerly: slower, same tokens", stacklevel=3)
+            enabled = False
+        self.enabled = enabled
+        self.was_compiling = False
+        self._functions: dict[Hashable, Callable] = {}
+
+    def get(self, function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
+        """`function`, compiled under `key`."""
+        if not self.enabled:
+            return function
+        if key not in self._functions:
+            self._functions[key] = torch.compile(_own_code(function), fullgraph=True, options=_OPTIONS)
+            self.was_compiling = True
+        else:
+            self.was_compiling = False
+        return self._functions[key]

@@ -1,0 +1,54 @@
+"""The "specdec" entry in transformers' attention registry, and the mask hook that goes with it.
+
+Both read the forward's `Nodes` from the cache that hangs on the (private) configuration of the running view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from specdec.kernels.tree_attention import tree_attention
+
+NAME = "specdec"
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the flat tokens over the ragged cache.
+
+    Args:
+        query: [1, H, T, D]. key, value: the whole layer, [G, B, S, D]. attention_mask: [B, 1, R, S] from `build_mask`.
+
+    Returns:
+        [1, T, H, D] and None in place of attention weights.
+    """
+    nodes = module.config.specdec_cache.nodes
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    grid = nodes.to_grid(query[0].transpose(0, 1))
+    out = tree_attention(grid, key, value, attention_mask[:, 0], scale, softcap)
+    return nodes.from_grid(out)[None], None
+
+
+def build_mask(*, mask_function: Callable[..., Tensor], config: Any, dtype: torch.dtype, **kwargs: Any) -> Tensor:
+    """The mask of the forward in flight, [B, 1, R, S], under the model's own rule (causal, sliding window, ...)."""
+    cache = config.specdec_cache
+    return cache.nodes.mask(mask_function, cache.n_slots, dtype)
+
+
+def install() -> None:
+    """Register both with transformers; doing it again changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, build_mask)

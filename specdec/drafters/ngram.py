@@ -1,0 +1,60 @@
+"""N-gram drafter (prompt lookup): the text's own last words, looked up earlier in the text.
+
+Source: Saxena, "Prompt Lookup Decoding", 2023; LLMA, arXiv 2304.04487.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import Draft
+from specdec.sampling import SamplingLaw
+from specdec.state import BatchState
+
+
+class NgramDrafter:
+    """Proposes what followed the latest earlier occurrence of the longest matching suffix.
+
+    Args:
+        depth: K, tokens proposed a step.
+        max_ngram: longest suffix looked for; at least one token must match.
+    """
+
+    def __init__(self, depth: int = 8, max_ngram: int = 3) -> None:
+        if depth < 1 or max_ngram < 1:
+            raise ValueError(f"depth and max_ngram must be at least 1, got {depth} and {max_ngram}")
+        self.depth, self.max_ngram = depth, max_ngram
+
+    @property
+    def is_current(self) -> bool:
+        return True
+
+    def begin(self, prompts: list[Tensor], n_slots: int) -> None:
+        pass
+
+    def draft(self, state: BatchState, law: SamplingLaw) -> Draft:
+        tokens, last = state.tokens, state.lengths[:, None]  # `last` is the pending token's place
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        # matched[b, i]: how many tokens up to and including i equal the suffix that ends at the pending token.
+        alive = (place < last).long()
+        matched = torch.zeros_like(tokens)
+        for back in range(self.max_ngram):
+            suffix = tokens.gather(1, (last - back).clamp(min=0))
+            shifted = torch.where(place >= back, tokens[:, (place - back).clamp(min=0)], -1)
+            alive = alive * ((shifted == suffix) & (last >= back))
+            matched = matched + alive
+        best = (matched * tokens.shape[1] + place).argmax(1, keepdim=True)
+        found = matched.gather(1, best)[:, 0] > 0
+        # What followed the match; past the end of the text the period between match and suffix goes on.
+        ahead = torch.arange(self.depth, device=tokens.device)
+        period = (last - best).clamp(min=1)
+        drafted = tokens.gather(1, (best + 1 + ahead % period).clamp(max=tokens.shape[1] - 1))
+        ids = drafted[..., None]
+        return Draft(drafted, torch.where(found, self.depth, 0), ids, torch.ones_like(ids, dtype=torch.float32))
+
+    def keep(self, rows: Tensor) -> None:
+        pass
+
+    def grow(self, n_slots: int) -> None:
+        pass

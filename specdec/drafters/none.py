@@ -1,0 +1,34 @@
+"""No drafter: plain decoding through the same step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import Draft
+from specdec.sampling import SamplingLaw
+from specdec.state import BatchState
+
+
+class NoDrafter:
+    """Drafts nothing; each step yields the target's own next token."""
+
+    depth = 0
+
+    @property
+    def is_current(self) -> bool:
+        return True
+
+    def begin(self, prompts: list[Tensor], n_slots: int) -> None:
+        pass
+
+    def draft(self, state: BatchState, law: SamplingLaw) -> Draft:
+        tokens = state.tokens[:, :0]
+        support = tokens[..., None]
+        return Draft(tokens, torch.zeros_like(state.lengths), support, support.float())
+
+    def keep(self, rows: Tensor) -> None:
+        pass
+
+    def grow(self, n_slots: int) -> None:
+        pass

@@ -1,0 +1,135 @@
+"""One `generate()` call as the decoder sees it, or the reason it cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+from specdec.sampling import SamplingLaw
+
+# What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
+_PLAIN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+class Unsupported(Exception):
+    """This call runs transformers' own loop; the message says why."""
+
+
+@dataclass
+class Request:
+    """A batch to decode.
+
+    Attributes:
+        prompts: one [length] int64 tensor a sample, padding stripped.
+        law: the sampling law.
+        max_new_tokens: at most this many tokens are added to a text.
+        eos_ids: [E] int64, may be empty.
+        deadline: `time.time()` after which no further step starts, or None.
+    """
+
+    prompts: list[Tensor]
+    law: SamplingLaw
+    max_new_tokens: int
+    eos_ids: Tensor
+    deadline: float | None
+
+    @classmethod
+    def parse(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> Request:
+        """Read the arguments of transformers' decoding loop.
+
+        Raises:
+            Unsupported: with the reason.
+        """
+        wanted = [name for name in _OUTPUTS if getattr(generation_config, name)]
+        if wanted:
+            raise Unsupported(", ".join(wanted))
+        extra = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _PLAIN_KWARGS)
+        if extra:
+            raise Unsupported(f"model arguments {', '.join(extra)}")
+        if not model_kwargs.get("use_cache", True):
+            raise Unsupported("use_cache=False")
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise Unsupported("past_key_values with earlier text")
+        if model.training:
+            raise Unsupported("the model is in training mode")
+        if torch.is_autocast_enabled(input_ids.device.type):
+            raise Unsupported("autocast")
+        prompts = _strip_padding(input_ids, model_kwargs.get("attention_mask"))
+        if min(len(p) for p in prompts) == 0:
+            raise Unsupported("an empty prompt")
+        _check_positions(prompts, input_ids.shape[1], model_kwargs.get("position_ids"))
+        try:
+            law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device)
+        except NotImplementedError as error:
+            raise Unsupported(str(error)) from None
+        max_length, eos_ids, deadline = _read_criteria(criteria)
+        if max_length <= input_ids.shape[1]:
+            raise Unsupported("no room for a new token")
+        _check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
+        return cls(prompts, law, max_length - input_ids.shape[1], eos_ids, deadline)
+
+
+def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+    if mask is None:
+        return list(input_ids.unbind())
+    if mask.shape != input_ids.shape:
+        raise Unsupported(f"an attention mask of shape {tuple(mask.shape)} for tokens of shape {tuple(input_ids.shape)}")
+    counts = mask.long().sum(1).tolist()
+    width = input_ids.shape[1]
+    tails = torch.arange(width, device=mask.device) >= width - mask.long().sum(1, keepdim=True)
+    if not torch.equal(mask.bool(), tails):
+        raise Unsupported("an attention mask with holes or right padding")
+    return [row[width - n :] for row, n in zip(input_ids, counts, strict=True)]
+
+
+def _check_positions(prompts: list[Tensor], width: int, positions: Tensor | None) -> None:
+    if positions is None:
+        return
+    for row, prompt in zip(positions.expand(len(prompts), -1), prompts, strict=True):
+        n = len(prompt)
+        if row.shape[0] != width or not torch.equal(row[width - n :], torch.arange(n, device=row.device)):
+            raise Unsupported("position_ids that do not count the tokens of the prompt")
+
+
+def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float | None]:
+    max_length, eos_ids, deadline = None, torch.empty(0, dtype=torch.int64), None
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            max_length = min(criterion.max_length, max_length or criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos_ids = torch.cat([eos_ids, criterion.eos_token_id.flatten().long().cpu()])
+        elif type(criterion) is MaxTimeCriteria:
+            ends = criterion.initial_timestamp + criterion.max_time
+            deadline = min(ends, deadline or ends)
+        else:
+            raise Unsupported(f"stopping criterion {type(criterion).__name__}")
+    if max_length is None:
+        raise Unsupported("no length limit")
+    return max_length, eos_ids, deadline
+
+
+def _check_context(model: PreTrainedModel, longest: int) -> None:
+    config = model.config
+    if config.model_type == "gpt2" and longest > config.max_position_embeddings:
+        raise Unsupported(f"a text of {longest} tokens for {config.max_position_embeddings} learned positions")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # Frequencies depend on the largest position of a forward: a neighbour or a draft would change a sample's law.
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if longest > original:
+            raise Unsupported(f"{rope['rope_type']} rope past its original {original} positions")

@@ -1,0 +1,103 @@
+"""BatchState: what a batch is, on the device, between two steps.
+
+Letters: B samples, M longest text + 1, K drafted tokens a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import Draft
+
+
+class BatchState:
+    """Texts, lengths and ends of a batch of samples; every step updates it in place, without asking the host.
+
+    Args:
+        prompts: one [length] int64 tensor a sample, at least one token each.
+        max_new_tokens: at most this many tokens are added to a text.
+        seeds: [B] int64, one per sample.
+        eos_ids: [E] int64, tokens that end a text; may be empty.
+        depth: K, the most tokens a step drafts.
+
+    Attributes:
+        limits: [B] int64, the length each text may not pass.
+        tokens: [B, M] int64. `tokens[b, :lengths[b]]` are committed (their keys and values are in the cache);
+            `tokens[b, lengths[b]]` is pending.
+        lengths: [B] int64.
+        finished: [B] bool.
+        new_tokens: [B, K + 1] int64, what the last step added to each text.
+        n_new: [B] int64, how many of them count.
+        proposed, accepted: [K] int64, by position in the draft, summed over live samples and steps.
+        broken: [B] bool, the target's law held a NaN.
+    """
+
+    _PER_SAMPLE = ("limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new")
+
+    def __init__(self, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor, depth: int) -> None:
+        device = seeds.device
+        n_batch, longest = len(prompts), max(len(p) for p in prompts)
+        self.limits = torch.tensor([len(p) + max_new_tokens for p in prompts], device=device)
+        self.tokens = torch.zeros(n_batch, longest + max_new_tokens + 1, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            self.tokens[row, : len(prompt)] = prompt
+        self.tokens = self.tokens.to(device)
+        self.lengths = torch.tensor([len(p) - 1 for p in prompts], device=device)
+        self.finished = torch.zeros(n_batch, dtype=torch.bool, device=device)
+        self.broken = torch.zeros_like(self.finished)
+        self.seeds = seeds
+        self.eos_ids = eos_ids
+        self.new_tokens = torch.zeros(n_batch, depth + 1, dtype=torch.int64, device=device)
+        self.n_new = torch.zeros_like(self.lengths)
+        self.proposed = torch.zeros(depth, dtype=torch.int64, device=device)
+        self.accepted = torch.zeros(depth, dtype=torch.int64, device=device)
+        self._mark_dynamic()
+
+    def _mark_dynamic(self) -> None:
+        """One compiled step serves texts of any length, and one serves all batches of several samples."""
+        torch._dynamo.maybe_mark_dynamic(self.tokens, 1)
+        if len(self.lengths) > 1:
+            for name in self._PER_SAMPLE:
+                torch._dynamo.maybe_mark_dynamic(getattr(self, name), 0)
+
+    @property
+    def pending(self) -> Tensor:
+        """[B] int64, the last token of each text, not yet in the cache."""
+        return self.tokens.gather(1, self.lengths[:, None])[:, 0]
+
+    def commit(self, draft: Draft, n_accepted: Tensor, bonus: Tensor) -> None:
+        """Append the accepted drafts and the bonus token, up to the first end of text or the length limit."""
+        n_places = draft.tokens.shape[1]
+        place = torch.arange(n_places + 1, device=bonus.device)
+        new = torch.cat([draft.tokens, bonus[:, None]], 1)
+        new = torch.where(place == n_accepted[:, None], bonus[:, None], new)
+
+        room = (self.limits - self.lengths - 1).clamp(min=0)
+        n_new = torch.minimum(n_accepted + 1, room)
+        ends = (new[..., None] == self.eos_ids).any(-1) & (place < n_new[:, None])
+        n_new = torch.where(ends.any(1), ends.int().argmax(1) + 1, n_new)
+        n_new = torch.where(self.finished, 0, n_new)
+
+        drafted = (place[:-1] < draft.counts[:, None]) & ~self.finished[:, None]
+        self.proposed += drafted.sum(0)
+        self.accepted += (drafted & (place[:-1] < n_accepted[:, None])).sum(0)
+
+        # Places past the end write the text's last column, which no text reaches.
+        column = torch.where(place < n_new[:, None], self.lengths[:, None] + 1 + place, self.tokens.shape[1] - 1)
+        self.tokens.scatter_(1, column, new)
+        self.lengths += n_new
+        self.finished |= ends.any(1) | (self.lengths + 1 >= self.limits)
+        self.new_tokens.copy_(new)
+        self.n_new.copy_(n_new)
+
+    def report(self) -> Tensor:
+        """[B, K + 4] int64 for the host: the new tokens, their number, whether finished, whether broken."""
+        flags = torch.stack([self.n_new, self.finished.long(), self.broken.long()], 1)
+        return torch.cat([self.new_tokens, flags], 1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these samples, in this order."""
+        for name in self._PER_SAMPLE:
+            setattr(self, name, getattr(self, name).index_select(0, rows))
+        self._mark_dynamic()
