@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import types
 import warnings
 from collections.abc import Callable, Hashable
@@ -11,10 +9,7 @@ from typing import Any
 
 import torch
 
-
-def has_compiler() -> bool:
-    """Whether a C++ compiler is at hand, which Inductor needs on a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+from specdec.kernels.cpu import has_compiler
 
 
 def _needed_guards(guards: Any) -> list[bool]:

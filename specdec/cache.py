@@ -20,6 +20,8 @@ class RaggedLayer:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
+        # The fused CPU attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
+        self.table = torch.tensor([keys.data_ptr(), values.data_ptr(), keys.shape[2]])
         for tensor in (keys, values):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
             if tensor.shape[1] > 1:
@@ -30,28 +32,39 @@ class RaggedCache(Cache):
     """A cache whose samples grow at their own pace. The current forward's `Nodes` say where new entries go.
 
     Args:
-        layers: keys and values per layer.
+        can_fuse: run tree nodes through the fused CPU attention: for float32 on a CPU with a C++ compiler.
 
     `nodes` is the metadata of the forward in flight: it travels on the cache, which every model passes along,
     because models drop keyword arguments they do not know.
     """
 
-    def __init__(self, layers: list[RaggedLayer]) -> None:
-        self.layers = layers
+    def __init__(self, can_fuse: bool) -> None:
+        self.layers: list[RaggedLayer] = []
+        self.can_fuse = can_fuse
         self.nodes: Nodes | None = None
 
-    @classmethod
-    def allocate(cls, shapes: list[tuple[int, int]], n_batch: int, n_slots: int, like: Tensor) -> RaggedCache:
-        """Zeroed cache for `shapes[layer] = (G, D)`; zeros keep masked slots finite. Dtype and device as `like`."""
-        return cls([RaggedLayer(*(like.new_zeros(g, n_batch, n_slots, d) for _ in range(2))) for g, d in shapes])
+    @property
+    def is_fused(self) -> bool:
+        """Whether the forward in flight runs the fused CPU attention."""
+        assert self.nodes is not None
+        return self.can_fuse and self.nodes.is_grid
+
+    def allocate(self, shapes: list[tuple[int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
+        """Fresh zeros for `shapes[layer] = (G, D)`; zeros keep masked slots finite. Dtype and device as `like`."""
+        self.layers = [RaggedLayer(*(like.new_zeros(g, n_batch, n_slots, d) for _ in range(2))) for g, d in shapes]
 
     @property
     def n_slots(self) -> int:
         return self.layers[0].keys.shape[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object):
-        """Write keys and values [1, G, T, D] of the flat tokens; return the whole layer, [G, B, S, D] each."""
+        """Write keys and values [1, G, T, D] of the flat tokens; return the whole layer, [G, B, S, D] each.
+
+        With the fused attention the new entries themselves are returned: it is the one to write them.
+        """
         assert self.nodes is not None
+        if self.is_fused:
+            return key_states, value_states
         layer = self.layers[layer_idx]
         kv_append_(layer.keys, layer.values, key_states[0], value_states[0], self.nodes.slot)
         return layer.keys, layer.values

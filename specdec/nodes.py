@@ -45,6 +45,11 @@ class Nodes:
     bits: Tensor | None = None
     depths: Tensor | None = None
 
+    @property
+    def is_grid(self) -> bool:
+        """Whether these are tree nodes in grid order, which the fused CPU attention takes."""
+        return self.token_of is None
+
     @classmethod
     def of_tree(
         cls, lengths: Tensor, bits: Tensor, depths: Tensor, first: int, rows: int, valid: Tensor, n_slots: int
@@ -54,7 +59,7 @@ class Nodes:
         Args:
             lengths: [B] int64. bits, depths: the tree's. valid: [B, rows] bool, False for places without a token.
         """
-        node = torch.arange(first, first + rows, device=lengths.device).expand(len(lengths), -1)
+        node = torch.arange(first, first + rows, device=lengths.device).repeat(len(lengths), 1)
         position = (lengths[:, None] + depths[first : first + rows]).clamp(min=0)
         slot = _slots(lengths[:, None] + node, valid, n_slots)
         return cls(
@@ -122,6 +127,9 @@ class Nodes:
             key_position = torch.where(inside, self.lengths[:, None] + self.depths[node], slot)
         sample = torch.arange(len(self.lengths), device=slot.device)[:, None, None]
         visible = visible & allowed(sample, 0, self.row_position[..., None], key_position[:, None])
+        # A place without a token may see nothing; its row must stay finite all the same, or the NaN it writes to
+        # scratch would reach every other row as 0 * NaN.
+        visible = visible | ~visible.any(-1, keepdim=True)
         return torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None]
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from specdec import attention
 from specdec.cache import RaggedCache
-from specdec.graphs.compiled import has_compiler
+from specdec.kernels.cpu import has_compiler
 from specdec.kernels.skinny_linear import MAX_ROWS, skinny_linear
 from specdec.nodes import Nodes
 
@@ -80,7 +80,7 @@ class ModelView:
         for module in self.module.modules():
             if type(module) is nn.Linear and _pays(module.weight):
                 module.forward = types.MethodType(_skinny_forward, module)
-        self.cache = RaggedCache([])
+        self.cache = RaggedCache(model.device.type == "cpu" and model.dtype == torch.float32 and has_compiler())
         self.module.config.specdec_cache = self.cache
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -100,7 +100,7 @@ class ModelView:
     def allocate(self, n_batch: int, n_slots: int) -> None:
         """Fresh, empty cache for `n_batch` samples of `n_slots` slots each."""
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
-        self.cache.layers = RaggedCache.allocate(self._layer_shapes, n_batch, n_slots, like).layers
+        self.cache.allocate(self._layer_shapes, n_batch, n_slots, like)
 
     def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
         """Logits of the flat tokens; their keys and values are written to the cache.
