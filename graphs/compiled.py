@@ -14,7 +14,9 @@ from specdec.kernels.cpu import has_compiler
 
 def _needed_guards(guards: Any) -> list[bool]:
     """Which of Dynamo's guards can fail: modules and settings of a private view never change, shapes of tensors do."""
-    return [g.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(g.value, torch.nn.Parameter) for g in guards]
+    return [
+        g.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(g.value, torch.nn.Parameter) for g in guards
+    ]
 
 
 def _own_code(method: Any) -> Any:

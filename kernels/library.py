@@ -15,9 +15,7 @@ import torch
 _library = torch.library.Library("specdec", "FRAGMENT")
 
 
-def register(
-    schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, inline: bool = True
-) -> Callable[..., Any]:
+def register(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, inline: bool = True) -> Callable[..., Any]:
     """Define the op `specdec::<schema>` and return the function the rest of the library calls.
 
     Args:

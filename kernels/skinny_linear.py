@@ -62,9 +62,7 @@ def skinny_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     """
     n_rows, n_in = x.shape
     out = x.new_empty(n_rows, weight.shape[0])
-    _kernel()(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_rows, weight.shape[0], n_in, torch.get_num_threads()
-    )
+    _kernel()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_rows, weight.shape[0], n_in, torch.get_num_threads())
     return out
 
 

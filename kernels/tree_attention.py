@@ -11,7 +11,6 @@ Letters: B samples, R query rows a sample, H query heads, G key/value heads, S s
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.library import register

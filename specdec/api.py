@@ -50,7 +50,7 @@ def compile(  # the name is the point: specdec.compile
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
     handle = Handle(model, draft, Config(**options))
-    wrapped = object.__new__(_subclass(type(model)))
+    wrapped = object.__new__(_subclass(type(model)))  # type: ignore[arg-type]
     wrapped.__dict__ = dict(model.__dict__, specdec=handle)
     return wrapped
 
@@ -220,24 +220,24 @@ def _restore(model: PreTrainedModel, draft: Any, config: Config) -> PreTrainedMo
 def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of a model class whose decoding loops are ours; `generate()` looks loops up on the class."""
 
-    def _sample(
+    def _sample(  # type: ignore[no-untyped-def]
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
         **model_kwargs,
     ):  # fmt: skip
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
 
-        def parents_loop():
+        def parents_loop() -> Any:
             return parent._sample(self, *arguments, **model_kwargs)
 
         return self.specdec.generate(parents_loop, self, *arguments, model_kwargs)
 
-    def _assisted_decoding(
+    def _assisted_decoding(  # type: ignore[no-untyped-def]
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
         inputs_tensor=None, assistant_model=None, assistant_tokenizer=None, tokenizer=None, **model_kwargs,
     ):  # fmt: skip
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
 
-        def parents_loop():
+        def parents_loop() -> Any:
             return parent._assisted_decoding(
                 self, *arguments, inputs_tensor=inputs_tensor, assistant_model=assistant_model,
                 assistant_tokenizer=assistant_tokenizer, tokenizer=tokenizer, **model_kwargs,
@@ -250,7 +250,7 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return self.specdec._fall_back(str(reason), parents_loop)
         return self.specdec.generate(parents_loop, self, *arguments, model_kwargs, draft)
 
-    def __reduce__(self):
+    def __reduce__(self: Any) -> Any:
         plain = object.__new__(parent)
         plain.__dict__ = {name: value for name, value in self.__dict__.items() if name != "specdec"}
         return _restore, (plain, self.specdec._draft, self.specdec.config)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from specdec.cache import RaggedCache
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.tree_attention import tree_attention
 
@@ -38,13 +39,17 @@ def attention_forward(
     Returns:
         [1, T, H, D] and None in place of attention weights.
     """
-    cache = module.config.specdec_cache
+    config: Any = module.config
+    cache: RaggedCache = config.specdec_cache
     nodes = cache.nodes
+    assert nodes is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache.is_fused:
+        layer: Any = module
+        assert nodes.bits is not None and nodes.depths is not None
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         out = ragged_attention(
-            q, k, v, cache.layers[module.layer_idx].table, nodes.slot, nodes.lengths, nodes.row_node,
+            q, k, v, cache.layers[layer.layer_idx].table, nodes.slot, nodes.lengths, nodes.row_node,
             nodes.row_position, nodes.bits, nodes.depths, sliding_window or 0, scale, softcap or 0.0,
         )  # fmt: skip
         return out[None], None
@@ -54,14 +59,17 @@ def attention_forward(
     return nodes.from_grid(out)[None], None
 
 
-def build_mask(*, mask_function: Callable[..., Tensor], config: Any, dtype: torch.dtype, **kwargs: Any) -> Tensor | None:
+def build_mask(
+    *, mask_function: Callable[..., Tensor], config: Any, dtype: torch.dtype, **kwargs: Any
+) -> Tensor | None:
     """The mask of the forward in flight, [B, 1, R, S], under the model's own rule (causal, sliding window, ...).
 
     The fused attention needs none: it reads lengths, ancestor words and the window.
     """
-    cache = config.specdec_cache
+    cache: RaggedCache = config.specdec_cache
     if cache.is_fused:
         return None
+    assert cache.nodes is not None
     return cache.nodes.mask(mask_function, cache.n_slots, dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,7 @@ class RaggedCache(Cache):
     """
 
     def __init__(self, can_fuse: bool) -> None:
-        self.layers: list[RaggedLayer] = []
+        self.layers: list[Any] = []  # of RaggedLayer
         self.can_fuse = can_fuse
         self.nodes: Nodes | None = None
 
@@ -57,7 +59,9 @@ class RaggedCache(Cache):
     def n_slots(self) -> int:
         return self.layers[0].keys.shape[2]
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write keys and values [1, G, T, D] of the flat tokens; return the whole layer, [G, B, S, D] each.
 
         With the fused attention the new entries themselves are returned: it is the one to write them.
@@ -76,7 +80,9 @@ class RaggedCache(Cache):
     def grow(self, n_slots: int) -> None:
         """Make room for `n_slots` slots a sample; committed entries keep their places."""
         more = n_slots - self.n_slots
-        self.layers = [RaggedLayer(F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more))) for x in self.layers]
+        self.layers = [
+            RaggedLayer(F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more))) for x in self.layers
+        ]
 
     # transformers asks these while it prepares masks; our own mask is built from `nodes`.
     def get_seq_length(self, layer_idx: int = 0) -> int:

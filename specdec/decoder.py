@@ -65,9 +65,7 @@ class Decoder:
         tokens = torch.cat([state.pending[:, None], draft.tokens], 1)
         n_batch, n_nodes = tokens.shape
         drafted = torch.arange(n_nodes, device=tokens.device) <= draft.counts[:, None]
-        nodes = Nodes.of_tree(
-            state.lengths, self.bits, self.depths, 0, n_nodes, drafted, self.target.cache.n_slots
-        )
+        nodes = Nodes.of_tree(state.lengths, self.bits, self.depths, 0, n_nodes, drafted, self.target.cache.n_slots)
         logits = self.target.forward(tokens.flatten(), nodes)
         if law.greedy:
             target_ids = logits.argmax(-1).view(n_batch, n_nodes)
@@ -111,7 +109,9 @@ class Decoder:
             emitted = []
             for row, (*tokens, n_new, finished, broken) in zip(rows, report, strict=True):
                 if broken:
-                    raise ValueError(f"the target's logits for sample {row} contain NaN: there is no law to sample from")
+                    raise ValueError(
+                        f"the target's logits for sample {row} contain NaN: there is no law to sample from"
+                    )
                 emitted.append(Emitted(row, tokens[:n_new], bool(finished)))
             longest += self.drafter.depth + 1
             alive = [i for i, e in enumerate(emitted) if not e.finished]

@@ -62,9 +62,7 @@ class Nodes:
         node = torch.arange(first, first + rows, device=lengths.device).repeat(len(lengths), 1)
         position = (lengths[:, None] + depths[first : first + rows]).clamp(min=0)
         slot = _slots(lengths[:, None] + node, valid, n_slots)
-        return cls(
-            slot.flatten(), position.flatten(), lengths, rows, node, position, bits=bits, depths=depths
-        )
+        return cls(slot.flatten(), position.flatten(), lengths, rows, node, position, bits=bits, depths=depths)
 
     @classmethod
     def of_text(cls, lengths: Tensor, counts: Tensor, n_tokens: int, rows: int, n_slots: int) -> Nodes:

@@ -88,7 +88,9 @@ def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     if mask is None:
         return list(input_ids.unbind())
     if mask.shape != input_ids.shape:
-        raise Unsupported(f"an attention mask of shape {tuple(mask.shape)} for tokens of shape {tuple(input_ids.shape)}")
+        raise Unsupported(
+            f"an attention mask of shape {tuple(mask.shape)} for tokens of shape {tuple(input_ids.shape)}"
+        )
     counts = mask.long().sum(1).tolist()
     width = input_ids.shape[1]
     tails = torch.arange(width, device=mask.device) >= width - mask.long().sum(1, keepdim=True)

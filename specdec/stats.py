@@ -79,7 +79,9 @@ class Stats:
         table = Table(title="specdec", show_header=False)
         table.add_row("tokens", f"{self.tokens} in {self.steps} steps")
         table.add_row("tokens per step and sample", f"{self.tokens_per_step:.2f}")
-        table.add_row("acceptance by position", "  ".join(f"{a:.2f}" for a in self.acceptance_by_position) or "no draft")
+        table.add_row(
+            "acceptance by position", "  ".join(f"{a:.2f}" for a in self.acceptance_by_position) or "no draft"
+        )
         table.add_row("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))
         for reason, count in self.fallbacks.items():
             table.add_row("ran transformers' own loop", f"{count} x: {reason}")

@@ -35,7 +35,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of the decoder: the modules of its longest list."""
     lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda modules: len(modules)))
 
 
 def _as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,10 +76,10 @@ class ModelView:
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
         self.module.config._attn_implementation = attention.NAME
         for layer in _decoder_layers(self.module):
-            layer.forward = types.MethodType(_as_region(layer.forward.__func__), layer)
+            vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
         for module in self.module.modules():
             if type(module) is nn.Linear and _pays(module.weight):
-                module.forward = types.MethodType(_skinny_forward, module)
+                vars(module)["forward"] = types.MethodType(_skinny_forward, module)
         self.cache = RaggedCache(model.device.type == "cpu" and model.dtype == torch.float32 and has_compiler())
         self.module.config.specdec_cache = self.cache
         config = model.config
@@ -144,6 +144,8 @@ class ModelView:
             )
             self.cache.nodes = nodes
             tokens = torch.cat(pieces).to(device)
-            decoder(input_ids=tokens[None], position_ids=nodes.position[None], past_key_values=self.cache, use_cache=True)
+            decoder(
+                input_ids=tokens[None], position_ids=nodes.position[None], past_key_values=self.cache, use_cache=True
+            )
             self.cache.nodes = None
             done = [d + c for d, c in zip(done, counts, strict=True)]

@@ -1,0 +1,143 @@
+"""The compiled step: one graph, nothing asked of the host, no recompilation, the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+import specdec
+from specdec.decoder import Decoder
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.graphs.compiled import CompiledSteps
+from specdec.sampling import SamplingLaw
+from specdec.state import BatchState
+from specdec.stats import Stats
+from specdec.view import ModelView
+
+# Operators that read device memory on the host, or whose output shape depends on values.
+HOST_READS = ("_local_scalar_dense", "item", "nonzero", "tolist", "masked_select", "unique", "cpu", "numpy", "equal")
+WARPERS = [
+    TemperatureLogitsWarper(0.8),
+    TopKLogitsWarper(20),
+    TopPLogitsWarper(0.9),
+    MinPLogitsWarper(0.02),
+    TypicalLogitsWarper(0.95),
+]
+
+
+def llama(n_layers: int, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=n_layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=1024, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)  # random models of small weights repeat one token
+    return model
+
+
+@pytest.fixture(scope="module")
+def target() -> LlamaForCausalLM:
+    return llama(2, 0)
+
+
+@pytest.fixture(scope="module")
+def draft() -> LlamaForCausalLM:
+    return llama(1, 1)
+
+
+def random_prompts(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randint(1, 96, (n,)) for n in lengths]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "dense"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("kind", ["none", "ngram", "model"])
+@pytest.mark.parametrize("n_batch", [1, 3])
+def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, n_batch, fused):
+    torch._dynamo.reset()
+    drafter = {"none": NoDrafter, "ngram": NgramDrafter, "model": lambda: ModelDrafter(draft, 3)}[kind]()
+    view = ModelView(target)
+    view.cache.can_fuse = fused
+    if kind == "model":
+        drafter.view.cache.can_fuse = fused
+    decoder = Decoder(view, drafter, CompiledSteps(False), Stats())
+    law = SamplingLaw.from_processors(LogitsProcessorList(WARPERS if do_sample else []), do_sample, view.device)
+    prompts = random_prompts(*[5, 1, 9][:n_batch])
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        reports = {}
+        for name, step in (
+            ("eager", decoder.step),
+            ("traced", torch.compile(decoder.step, backend=record, fullgraph=True)),
+        ):
+            state = BatchState(prompts, 8, torch.arange(n_batch), torch.tensor([3]), drafter.depth)
+            decoder.prefill(state, prompts)
+            reports[name] = torch.cat([step(state, law) for _ in range(3)])
+    assert torch.equal(reports["eager"], reports["traced"])
+    assert len(graphs) == 1
+    modules = [m for m in graphs[0].modules() if isinstance(m, torch.fx.GraphModule)]
+    called = {
+        node.target if isinstance(node.target, str) else node.target.__name__.split(".")[0]
+        for module in modules
+        for node in module.graph.nodes
+        if node.op in ("call_function", "call_method")
+    }
+    assert {"gather", "argmax", "scatter_"} <= called  # these names are what the graph calls
+    assert not called & set(HOST_READS)
+
+
+def test_the_deny_list_sees_a_host_read():
+    """The check above can fail: a step that asked the host would not trace as one graph."""
+
+    def asks(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum().item() > 0 else x
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(asks, backend="eager", fullgraph=True)(torch.ones(2))
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
+    """200 compiled steps of ragged batches that join, finish at different times and outgrow their cache."""
+    model = specdec.compile(target, draft, depth=2)
+    eager = specdec.compile(target, draft, depth=2, compile=False)
+    for n_batch in (1, 2):
+        model.specdec.warmup(batch_size=n_batch, do_sample=do_sample)
+    torch.manual_seed(0)
+    settings = {"do_sample": do_sample, "eos_token_id": [5, 6, 7], "pad_token_id": 0}
+    if do_sample:
+        settings |= {"top_k": 0, "temperature": 1.0}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        while model.specdec.stats.steps < 200:
+            n_batch = int(torch.randint(1, 6, ()))
+            width = int(torch.randint(4, 300, ()))
+            ids = torch.randint(8, 96, (n_batch, width))
+            mask = (torch.arange(width) >= torch.randint(0, width - 1, (n_batch, 1))).long()
+            length = int(torch.randint(1, 60, ()))
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=length, **settings)
+            eager.specdec.seeds = model.specdec.seeds
+            same = eager.generate(ids, attention_mask=mask, max_new_tokens=length, **settings)
+            assert torch.equal(out, same)
+            if not do_sample:
+                assert torch.equal(out, target.generate(ids, attention_mask=mask, max_new_tokens=length, **settings))
+    assert model.specdec.stats.seconds["compile"] == 0
+    assert not model.specdec.stats.fallbacks
+    assert model.specdec.stats.tokens > 200
