@@ -28,7 +28,7 @@ def _own_code(method: Any) -> Any:
     return types.MethodType(own, method.__self__)
 
 
-_OPTIONS = {"guard_filter_fn": _needed_guards}
+_OPTIONS: dict[str, Any] = {"guard_filter_fn": _needed_guards}
 
 
 class CompiledSteps:

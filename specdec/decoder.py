@@ -110,7 +110,7 @@ class Decoder:
             for row, (*tokens, n_new, finished, broken) in zip(rows, report, strict=True):
                 if broken:
                     raise ValueError(
-                        f"the target's logits for sample {row} contain NaN: there is no law to sample from"
+                        f"the target's logits for sample {row} hold a NaN: there is no law to sample from"
                     )
                 emitted.append(Emitted(row, tokens[:n_new], bool(finished)))
             longest += self.drafter.depth + 1

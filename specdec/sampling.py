@@ -55,7 +55,8 @@ class SamplingLaw:
         unknown = sorted({type(p).__name__ for p in processors if type(p) not in _NUMBERS})
         if unknown:
             raise NotImplementedError(f"logits processors {', '.join(unknown)}")
-        warpers, key = [], [not do_sample]
+        warpers: list[LogitsProcessor] = []
+        key: list[object] = [do_sample]
         for processor in processors:
             warper, name = copy.copy(processor), _NUMBERS[type(processor)]
             if name is not None:

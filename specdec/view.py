@@ -34,8 +34,8 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of the decoder: the modules of its longest list."""
-    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: len(modules)))
+    lists = [list(m) for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len)
 
 
 def _as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +73,7 @@ class ModelView:
         attention.install()
         self.source = model
         self.weights = _tensors(model)
+        self._traits = [(t.dtype, t.device, t.shape) for t in self.weights]
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
         self.module.config._attn_implementation = attention.NAME
         for layer in _decoder_layers(self.module):
@@ -83,15 +84,24 @@ class ModelView:
         self.cache = RaggedCache(model.device.type == "cpu" and model.dtype == torch.float32 and has_compiler())
         self.module.config.specdec_cache = self.cache
         config = model.config
+        # Drafts may reach past a table of learned positions near the end of a text; they are never accepted there.
+        self._last_position = config.max_position_embeddings - 1 if config.model_type == "gpt2" else None
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         n_groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._layer_shapes = [(n_groups, head_dim)] * config.num_hidden_layers
 
     @property
     def is_current(self) -> bool:
-        """Whether the user's model still holds the very weights this view was made from."""
+        """Whether the user's model still holds the very weights this view was made from, as they were then.
+
+        Their values may change freely; compiled steps rely on the rest.
+        """
         now = _tensors(self.source)
-        return len(now) == len(self.weights) and all(a is b for a, b in zip(now, self.weights, strict=True))
+        return (
+            len(now) == len(self.weights)
+            and all(a is b for a, b in zip(now, self.weights, strict=True))
+            and [(t.dtype, t.device, t.shape) for t in now] == self._traits
+        )
 
     @property
     def device(self) -> torch.device:
@@ -115,13 +125,17 @@ class ModelView:
         self.cache.nodes = nodes
         out = self.module(
             input_ids=tokens[None],
-            position_ids=nodes.position[None],
+            position_ids=self._positions(nodes),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=rows,
         )
         self.cache.nodes = None
         return out.logits[0]
+
+    def _positions(self, nodes: Nodes) -> Tensor:
+        position = nodes.position if self._last_position is None else nodes.position.clamp(max=self._last_position)
+        return position[None]
 
     def prefill(self, texts: list[Tensor], chunk: int = 1024) -> None:
         """Write the keys and values of the texts, packed without padding, `chunk` tokens a sample at a time.
@@ -145,7 +159,10 @@ class ModelView:
             self.cache.nodes = nodes
             tokens = torch.cat(pieces).to(device)
             decoder(
-                input_ids=tokens[None], position_ids=nodes.position[None], past_key_values=self.cache, use_cache=True
+                input_ids=tokens[None],
+                position_ids=self._positions(nodes),
+                past_key_values=self.cache,
+                use_cache=True,
             )
             self.cache.nodes = None
             done = [d + c for d, c in zip(done, counts, strict=True)]

@@ -15,7 +15,7 @@ from typer import Option
 from specdec.training import data, export, loop
 from specdec.training.evaluate import LONG_WINDOW, WINDOW, agreement, figures_of, mean_loss
 
-TARGET_STEPS, DRAFT_STEPS, SAMPLES = 2400, 2400, 2048
+TARGET_STEPS, DRAFT_STEPS, SAMPLES = 2400, 1800, 2048
 VOCABULARY = 4096
 TARGET_BATCH, DRAFT_BATCH = 8192, 4096  # tokens of one step
 LONG_SHARE = 0.15  # the last steps see long windows
