@@ -1,0 +1,145 @@
+"""End to end: every way to decode a model, side by side, as ratios to transformers' own `generate()`.
+
+    python -m bench.end_to_end --sizes bundled,100m --batches 1,4
+
+Held-out prompts, greedy, float32, the same number of tokens everywhere. In one size and batch all ways decode the same
+prompts in turn, and medians are compared. Compiling is not timed, but the seconds of each way's first call are stated.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from typer import Option
+
+from bench import report
+from specdec import measure, zoo
+
+SIZES = ("bundled", "25m", "100m", "300m")
+
+
+def decode(path: measure.Path, batches: list[Tensor], new_tokens: int) -> Tensor:
+    """[prompts, length] ids of all batches, one after the other."""
+    return torch.cat([path(prompts, new_tokens) for prompts in batches])
+
+
+def measure_all(
+    paths: dict[str, measure.Path], batches: list[Tensor], new_tokens: int, repeats: int, bar: Progress
+) -> list[dict[str, Any]]:
+    """One row a way: seconds, speed, ratio, identity of the texts, and what specdec counted."""
+    task = bar.add_task("", total=len(paths) * (repeats + 1))
+    first_call, texts = {}, {}
+    for name, path in paths.items():
+        bar.update(task, description=f"warming up {path.label}", refresh=True)
+        start = time.perf_counter()
+        path(batches[0], new_tokens)
+        first_call[name] = time.perf_counter() - start
+        texts[name] = decode(path, batches, new_tokens)
+        if hasattr(path.model, "specdec"):
+            path.model.specdec.stats.reset()
+        bar.update(task, advance=1, refresh=True)
+    runs = {name: partial(decode, path, batches, new_tokens) for name, path in paths.items()}
+    step = partial(bar.update, task, advance=1, refresh=True, description="measuring")
+    seconds = measure.compare(runs, repeats, lambda name: step())
+    bar.remove_task(task)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = []
+    for name, path in paths.items():
+        row = {
+            "path": name,
+            "label": path.label,
+            "seconds": seconds[name],
+            "tokens_per_second": sum(map(len, batches)) * new_tokens / median[name],
+            "ratio": median["transformers"] / median[name],
+            "identical": torch.equal(texts[name], texts["transformers"]),
+            "first_call_seconds": first_call[name],
+        }
+        if hasattr(path.model, "specdec"):
+            stats = path.model.specdec.stats
+            if stats.fallbacks:
+                raise RuntimeError(f"{path.label} ran transformers' own loop: {', '.join(stats.fallbacks)}")
+            row |= {"tokens_per_step": stats.tokens_per_step, "acceptance_by_position": stats.acceptance_by_position}
+        rows.append(row)
+    return rows
+
+
+def main(
+    sizes: Annotated[str, Option(help=f"Of {', '.join(SIZES)}.")] = "bundled,100m",
+    batches: Annotated[str, Option(help="Samples decoded at once.")] = "1,4",
+    paths: Annotated[str, Option(help="Which ways to decode, by name; all if empty.")] = "",
+    prompts: Annotated[int, Option(help="Prompts of each batch size, decoded batch by batch.", min=1)] = 4,
+    prompt_tokens: Annotated[int, Option(min=1)] = 64,
+    new_tokens: Annotated[int, Option(min=1)] = 128,
+    repeats: Annotated[int, Option(help="Timed rounds.", min=1)] = 3,
+    compile: Annotated[bool, Option(help="Without it specdec runs eagerly.")] = True,
+    out: Annotated[Path, Option(help="Folder of end_to_end.json, .md and .png.")] = Path("bench/results"),
+) -> None:
+    """Measure, print, and write a table, a plot and the raw seconds. Exits with 1 if any specdec text differs."""
+    chosen = _words(sizes, SIZES)
+    batch_sizes = [int(word) if word.isdigit() else 0 for word in batches.split(",")]
+    bad = [n for n in batch_sizes if n < 1 or (prompts % n and n <= prompts)]
+    if bad:
+        raise typer.BadParameter(f"--batches {batches}: numbers that divide --prompts {prompts}, or exceed it")
+    out.mkdir(parents=True, exist_ok=True)
+    measure.quiet()
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    console = Console()
+    result: dict[str, Any] = {
+        "command": "python -m bench.end_to_end " + shlex.join(sys.argv[1:]),
+        "date": measure.today(),
+        "versions": measure.versions(),
+        "machine": measure.machine(),
+        "settings": {
+            "prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats,
+            "dtype": "float32", "greedy": True, "compiled": compile,
+        },
+        "results": [],
+    }  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    for size in chosen:
+        target, draft, tokenizer = measure.load_pair(size)
+        ids = zoo.held_out_prompts(tokenizer, max(prompts, *batch_sizes), prompt_tokens)
+        ways = measure.all_paths(target, draft, compiled=compile)
+        wanted = ["transformers", *(_words(paths, list(ways)) if paths else ways)]
+        for batch in batch_sizes:
+            able = {n: p for n, p in ways.items() if n in wanted and (p.max_batch is None or batch <= p.max_batch)}
+            pieces = list(ids[: max(prompts, batch)].split(batch))
+            # Drawn only between runs: a refreshing bar would take time from what is measured.
+            with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+                rows = measure_all(able, pieces, new_tokens, repeats, bar)
+            entry = {"size": size, "parameters": sum(p.numel() for p in target.parameters()), "batch": batch}
+            result["results"].append(entry | {"paths": rows})
+            console.print(report.table(result["results"][-1]))
+            report.write(result, out)  # after each part: a long run that is stopped leaves what it has
+        # Ways keep the model alive; the next size needs the memory.
+        del target, draft, ways, able
+    console.print(f"[dim]written to {out}/end_to_end.md, .json and .png[/]", highlight=False)
+    rows = [row for entry in result["results"] for row in entry["paths"]]
+    if not all(row["identical"] for row in rows if row["path"].startswith("specdec")):
+        raise typer.Exit(1)
+
+
+def _words(text: str, allowed: list[str] | tuple[str, ...]) -> list[str]:
+    words = text.split(",")
+    unknown = [word for word in words if word not in allowed]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(allowed)}")
+    return words
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

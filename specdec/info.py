@@ -1,0 +1,94 @@
+"""What `specdec info` shows: versions, device, implementations of the ops, figures of the bundled pair."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from specdec import measure, zoo
+
+KERNELS = Path(__file__).parent / "kernels"
+
+
+def ops() -> Iterator[tuple[str, str, str]]:
+    """Name, CPU implementation and CUDA implementation of every op, as the kernel files register them."""
+    for file in sorted(KERNELS.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "register":
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                schema = ast.literal_eval(node.args[0])
+                cpu = "C++ kernel" if given.get("inline") == "False" else "PyTorch, fused by Inductor"
+                cuda = given["cuda"]
+                if cuda.startswith("_no_"):
+                    cuda = "none"
+                else:
+                    cuda = "PyTorch" if cuda == given["cpu"] or "reference" in cuda else f"Triton ({cuda})"
+                yield schema.partition("(")[0], cpu, cuda
+
+
+def compiler() -> str:
+    """The C++ compiler that Inductor and the C++ kernels are built with."""
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+            return (done.stdout.splitlines() or [name])[0]
+    return "none: steps run eagerly, slower, with the same tokens"
+
+
+def figures() -> Iterator[tuple[str, str]]:
+    """Name and value of what training measured, one line a group."""
+    for group, value in zoo.metrics().items():
+        if isinstance(value, dict):
+            yield group, ", ".join(f"{name.replace('_', ' ')} {_short(number)}" for name, number in value.items())
+        else:
+            yield group.replace("_", " "), _short(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def show(console: Console) -> None:
+    """Print everything."""
+    table = _table("versions and machine")
+    for name, version in measure.versions().items():
+        table.add_row(name, version)
+    for name, value in measure.machine().items():
+        table.add_row(name, str(value))
+    table.add_row("device", "cuda" if torch.cuda.is_available() else "cpu")
+    table.add_row("C++ compiler", compiler())
+    console.print(table)
+
+    table = Table(
+        title="ops", title_justify="left", title_style="bold", box=None, header_style="dim", padding=(0, 2, 0, 0)
+    )
+    for column in ("op", "on a CPU", "on a GPU"):
+        table.add_column(column)
+    for row in ops():
+        table.add_row(*row)
+    console.print(table)
+
+    table = _table("bundled pair")
+    for name, text in figures():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.header_style, table.show_header = "dim", bool(columns)
+    for column in columns or ("", ""):
+        table.add_column(column)
+    table.columns[0].no_wrap = True
+    return table

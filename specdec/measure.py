@@ -1,0 +1,152 @@
+"""Measuring decoding side by side: the ways to decode, the clock, and the machine it ran on."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import specdec
+from specdec import zoo
+
+LOOKUP_TOKENS = 8
+"""Tokens that transformers' prompt lookup proposes a step: as many as specdec's n-gram drafter."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to decode greedily.
+
+    Attributes:
+        label: for tables and plots.
+        model: whose `generate()` is called. options: what it is called with.
+        compiles: whether the first calls compile.
+        max_batch: the most samples it takes at once, or None.
+    """
+
+    label: str
+    model: PreTrainedModel
+    options: Mapping[str, Any] = field(default_factory=dict)
+    compiles: bool = False
+    max_batch: int | None = None
+
+    def __call__(self, prompts: Tensor, new_tokens: int, **more: Any) -> Tensor:
+        """[B, length + new_tokens] ids: the prompts [B, length] and exactly `new_tokens` greedy tokens each."""
+        options = {"do_sample": False, "max_new_tokens": new_tokens, **self.options, **more}
+        return self.model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+
+
+def load_pair(size: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Target, draft and tokenizer: the bundled ones, or with a target of the same function that costs what `size` does.
+
+    Args:
+        size: "bundled" or one of `zoo.SIZES`.
+    """
+    target, draft, tokenizer = zoo.load_pair()
+    if size != "bundled":
+        shape: dict[str, Any] = zoo.SIZES[size]
+        target = zoo.enlarge(target, **shape)
+    return target, draft, tokenizer
+
+
+def all_paths(target: PreTrainedModel, draft: PreTrainedModel, *, compiled: bool = True) -> dict[str, Path]:
+    """Every way to decode `target`, by name; `"transformers"` comes first and is what the others are compared with.
+
+    The models' end-of-text tokens are switched off, so that all paths write the same number of tokens.
+
+    Args:
+        compiled: False runs specdec eagerly and leaves out what exists only compiled.
+    """
+    for model in (target, draft):
+        model.generation_config.eos_token_id = None
+    static = CompileConfig()
+    static._compile_all_devices = True  # transformers compiles by itself on GPUs only
+    paths = {
+        "transformers": Path("transformers", target),
+        "transformers_compiled": Path(
+            "transformers, compiled", target, {"cache_implementation": "static", "compile_config": static}, True
+        ),
+        "transformers_lookup": Path(
+            "transformers, prompt lookup", target, {"prompt_lookup_num_tokens": LOOKUP_TOKENS}, max_batch=1
+        ),
+        "transformers_assisted": Path("transformers, assisted", target, {"assistant_model": draft}, max_batch=1),
+        "specdec_plain": Path("specdec, no draft", specdec.compile(target, compile=compiled), compiles=compiled),
+        "specdec_ngram": Path(
+            "specdec, n-grams", specdec.compile(target, "ngram", compile=compiled), compiles=compiled
+        ),
+        "specdec": Path("specdec, draft model", specdec.compile(target, draft, compile=compiled), compiles=compiled),
+    }
+    if not compiled:
+        del paths["transformers_compiled"]
+    return paths
+
+
+def compare(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, after_each: Callable[[str], None] = lambda name: None
+) -> dict[str, list[float]]:
+    """Seconds of each run, `repeats` of them. All take turns, and every round another one goes first.
+
+    Take medians, and compare only what was measured in one call: the machine's mood then falls on all alike. Nothing
+    is warmed up here.
+
+    Args:
+        after_each: called with the name of the run that ended, outside the clock.
+    """
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            runs[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+            after_each(name)
+    return seconds
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and notes out of a terminal that shows results."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide how fast a model decodes."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"specdec": specdec.__version__}
+
+
+def machine() -> dict[str, Any]:
+    """The hardware: `cpu`, `cores`, `threads` (torch's), and `gpu` where there is one."""
+    found = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def today() -> str:
+    """The date, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,110 @@
+"""The command line: what it writes, what it exits with, and what it says about bad options."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import specdec.kernels.kv_cache
+import specdec.kernels.verify  # noqa: F401
+from specdec import info, measure
+from specdec.cli import app
+
+QUICK = ["demo", "--no-compile", "--max-new-tokens", "12", "--repeats", "1"]
+
+
+def call(*arguments: str) -> Any:
+    """Run the command in this process, in a terminal of 100 columns."""
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "100"})
+
+
+@pytest.mark.parametrize("draft", ["model", "ngram"])
+def test_demo_writes_its_result(draft: str, tmp_path: Path) -> None:
+    done = call(*QUICK, "--draft", draft, "--json", f"{tmp_path}/x.json", "--plot", f"{tmp_path}/x.png")
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["identical"] is True and result["assisted_identical"] is True
+    speeds = result["tokens_per_second"]
+    assert set(speeds) == {"transformers", "transformers_assisted", "specdec"}
+    assert all(isinstance(speed, float) and speed > 0 for speed in speeds.values())
+    assert 1 <= result["tokens_per_step"] <= len(result["acceptance_by_position"]) + 1
+    assert len(result["acceptance_by_position"]) == {"model": 5, "ngram": 8}[draft]
+    assert all(0 <= share <= 1 for share in result["acceptance_by_position"])
+    assert result["warmup_seconds"] > 0 and result["fallbacks"] == {}
+    assert result["versions"]["torch"] == torch.__version__ and result["machine"]["threads"] == torch.get_num_threads()
+    assert result["command"].startswith("python -m specdec demo --size bundled")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert all(word in done.output for word in ("tokens/s", "speed-up", "identical", "warm-up", "transformers"))
+
+
+def test_demo_shows_the_text_it_decodes() -> None:
+    done = call(*QUICK, "--prompt", "class Reader:\n    def")
+    assert done.exit_code == 0, done.output
+    assert "class Reader:\n    def" in done.output
+
+
+def test_demo_says_when_the_text_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = measure.Path.__call__
+
+    def falsify(path: measure.Path, *args: Any, **more: Any) -> torch.Tensor:
+        return decode(path, *args, **more) + path.label.startswith("specdec")
+
+    monkeypatch.setattr(measure.Path, "__call__", falsify)
+    done = call(*QUICK, "--draft", "ngram")
+    assert done.exit_code == 1 and "different" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--size", "9b"], "9b"),
+        (["demo", "--draft", "oracle"], "oracle"),
+        (["demo", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["demo", "--repeats", "many"], "--repeats"),
+        (["demo", "--max-new-tokens", "100000"], "there is room for"),
+        (["demo", "--plot", "x.pdf"], "must end in .png"),
+        (["demo", "--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["demo", "--speed", "3"], "--speed"),
+        (["train", "--target-steps", "few"], "--target-steps"),
+        (["shrink"], "shrink"),
+    ],
+)
+def test_bad_options_are_explained(arguments: list[str], message: str) -> None:
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output and "Traceback" not in done.output
+
+
+def test_info_names_versions_and_every_op() -> None:
+    done = call("info")
+    assert done.exit_code == 0, done.output
+    for version in measure.versions().values():
+        assert version in done.output
+    listed = {name for name, *_ in info.ops()}
+    assert all(name in done.output for name in listed)
+    assert {name for name in dir(torch.ops.specdec) if not name.startswith("_") and name != "name"} <= listed
+
+
+def test_train_shows_the_trainers_own_options() -> None:
+    done = call("train", "--help")
+    assert done.exit_code == 0 and "--target-steps" in done.output
+
+
+def test_importing_the_command_line_is_light() -> None:
+    code = "import sys, specdec.cli; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_runs_take_turns() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = measure.compare(runs, 3, lambda name: order.append(name.upper()))
+    assert "".join(order) == "aAbBcCbBcCaAcCaAbB"
+    assert all(len(values) == 3 and min(values) >= 0 for values in seconds.values())
