@@ -59,8 +59,9 @@ class SamplingLaw:
         key: list[object] = [do_sample]
         for processor in processors:
             warper, name = copy.copy(processor), _NUMBERS[type(processor)]
-            if name is not None:
-                setattr(warper, name, torch.tensor(float(getattr(processor, name)), device=device))
+            if name is not None:  # float64: promotes and rounds as the Python number it stands for
+                number = torch.tensor(float(getattr(processor, name)), dtype=torch.float64, device=device)
+                setattr(warper, name, number)
             warpers.append(warper)
             key.append((type(warper), getattr(warper, "top_k", None), warper.__dict__.get("min_tokens_to_keep")))
         return cls(not do_sample, tuple(warpers), tuple(key))
