@@ -1,0 +1,84 @@
+"""What all tests share: one thread, tiny random models, and no CUDA tests where there is no CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+torch.set_num_threads(1)
+
+VOCAB = 97
+
+# Large initial weights: a random model whose text varies, and whose best token is not a near tie.
+_LLAMA_LIKE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.35,
+}  # fmt: skip
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": 6},
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma2": {
+        **_LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 6, "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "tie_word_embeddings": False,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.35,
+             "tie_word_embeddings": False},
+    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.35},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.35},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.35},
+}  # fmt: skip
+
+
+def make_tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A new random model of a family, without EOS, in eval mode."""
+    numbers = {"vocab_size": VOCAB, **_CONFIGS[model_type], **overrides}
+    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **{**special, **numbers})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.update(do_sample=False, **{**special, **{k: v for k, v in numbers.items() if k in special}})
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """`tiny("llama", seed=1, hidden_size=16)`: a random model, the same object every time. Tests must not change it."""
+    return cache(make_tiny)
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Callable[..., PreTrainedModel]:
+    """As `tiny`, but a new object every time, which a test may change."""
+    return make_tiny
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Callable[..., dict[str, torch.Tensor]]:
+    """`prompts([7, 3, 1])`: input ids and attention mask of random prompts of these lengths, padded on the left."""
+
+    def make(lengths: list[int], seed: int = 0, vocab: int = VOCAB) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, length in enumerate(lengths):
+            ids[row, max(lengths) - length :] = torch.randint(1, vocab, (length,), generator=generator)
+            mask[row, max(lengths) - length :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
