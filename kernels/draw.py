@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.cpu import has_compiler
 from specdec.kernels.library import register
-from specdec.kernels.noise import exponential
+from specdec.kernels.noise import cpu_functions, exponential
 
 
 def top_support_reference(probs: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -45,6 +46,17 @@ def draw_reference(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, 
     return (probs / exponential(seed, position, node, stream, probs.shape[-1])).argmax(-1)
 
 
+def draw_cpu(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
+    """One index per row from the law `probs / probs.sum(-1)` (see `draw_reference`)."""
+    if not has_compiler():
+        return draw_reference(probs, seed, position, node, stream)
+    inputs = [x.contiguous() for x in (probs, seed, position, node)]
+    n_rows, size = probs.shape
+    out = torch.empty(n_rows, dtype=torch.int64)
+    cpu_functions().draw(*(x.data_ptr() for x in inputs), out.data_ptr(), n_rows, size, stream)
+    return out
+
+
 def _top_support_fake(probs: Tensor, size: int) -> tuple[Tensor, Tensor]:
     shape = (probs.shape[0], size)
     return probs.new_empty(shape, dtype=torch.int64), probs.new_empty(shape)
@@ -62,7 +74,8 @@ top_support = register(
 )
 draw = register(
     "draw(Tensor probs, Tensor seed, Tensor position, Tensor node, int stream) -> Tensor",
-    cpu=draw_reference,
+    cpu=draw_cpu,
     cuda=draw_reference,
     fake=_draw_fake,
+    inline=False,
 )

@@ -5,13 +5,22 @@ its own text: not on the row it sits in, its neighbours, the batch size or how m
 node) pair never recurs within one stream of one sample: the root of the tree moves strictly forward, hence the depth
 at which a given position is drafted strictly decreases from step to step.
 
+On a CPU with a compiler the numbers come from C++: traced into a graph, every use would unroll ten rounds of integer
+arithmetic, which takes Inductor minutes.
+
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from specdec.kernels.cpu import build, has_compiler
+from specdec.kernels.library import register
 
 # One stream per use of noise; two uses never share a number.
 DRAFT, ACCEPT, BONUS = 0, 1, 2
@@ -45,8 +54,13 @@ def _to_unit(bits: Tensor) -> Tensor:
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
-def uniform(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
-    """One float32 uniform in (0, 1) per element; `seed`, `position`, `node`: int64, broadcast together."""
+def uniform_reference(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
+    """One float32 uniform in (0, 1) per element.
+
+    Args:
+        seed, position, node: int64, all of one shape.
+        stream: the use this noise is put to.
+    """
     return _to_unit(philox(seed, torch.zeros_like(position), position, node, stream)[0])
 
 
@@ -60,3 +74,86 @@ def exponential(seed: Tensor, position: Tensor, node: Tensor, stream: int, size:
     words = philox(seed[..., None], quad, position[..., None], node[..., None], stream)
     bits = torch.stack(torch.broadcast_tensors(*words), -1).flatten(-2)[..., :size]
     return -torch.log1p(-_to_unit(bits))
+
+
+_SOURCE = r"""
+struct Words { uint32_t x[4]; };
+
+static inline Words philox(int64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
+  for (int round = 0; round < 10; round++) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+static inline float unit(uint32_t bits) {
+  const float u = (float(bits) + 0.5f) * 0x1p-32f;
+  return u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
+}
+
+extern "C" void uniform(
+    const int64_t* seed, const int64_t* position, const int64_t* node, float* out, int64_t n, int64_t stream) {
+  for (int64_t i = 0; i < n; i++)
+    out[i] = unit(philox(seed[i], 0, uint32_t(position[i]), uint32_t(node[i]), uint32_t(stream)).x[0]);
+}
+
+// The winner of an exponential race: argmax_i p_i / E_i, the first of equals.
+extern "C" void draw(
+    const float* probs, const int64_t* seed, const int64_t* position, const int64_t* node, int64_t* out, int64_t rows,
+    int64_t size, int64_t stream) {
+  for (int64_t r = 0; r < rows; r++) {
+    const float* p = probs + r * size;
+    float best = -1;
+    int64_t winner = 0;
+    for (int64_t i = 0; i < size; i += 4) {
+      const Words w = philox(seed[r], uint32_t(i / 4), uint32_t(position[r]), uint32_t(node[r]), uint32_t(stream));
+      for (int64_t j = i; j < i + 4 && j < size; j++) {
+        if (p[j] <= 0) continue;
+        const float score = p[j] / -std::log1p(-unit(w.x[j - i]));
+        if (score > best) best = score, winner = j;
+      }
+    }
+    out[r] = winner;
+  }
+}
+"""
+
+
+@cache
+def cpu_functions() -> ctypes.CDLL:
+    """The C++ functions `uniform` and `draw`; the same numbers as the references."""
+    library = build(_SOURCE)
+    library.uniform.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
+    library.draw.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3
+    library.uniform.restype = library.draw.restype = None
+    return library
+
+
+def uniform_cpu(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
+    """One float32 uniform in (0, 1) per element (see `uniform_reference`)."""
+    if not has_compiler():
+        return uniform_reference(seed, position, node, stream)
+    keys = [x.contiguous() for x in (seed, position, node)]
+    out = torch.empty(seed.shape)
+    cpu_functions().uniform(*(x.data_ptr() for x in keys), out.data_ptr(), out.numel(), stream)
+    return out
+
+
+def _uniform_fake(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
+    return torch.empty(seed.shape, device=seed.device)
+
+
+uniform = register(
+    "uniform(Tensor seed, Tensor position, Tensor node, int stream) -> Tensor",
+    cpu=uniform_cpu,
+    cuda=uniform_reference,
+    fake=_uniform_fake,
+    inline=False,
+)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.draw import draw_reference
+from specdec.kernels.draw import draw
 from specdec.kernels.library import register
 from specdec.kernels.noise import ACCEPT, BONUS, uniform
 
@@ -74,7 +74,8 @@ def verify_chain_reference(
     else:
         target_prob = target_probs[:, :-1].gather(2, drafts[..., None])[..., 0]
         draft_prob = (support_probs * (support_ids == drafts[..., None])).sum(-1)
-        u = uniform(seed[:, None].expand(-1, n_places), where[:, :-1], place[:-1] + 1, ACCEPT)
+        keys = torch.broadcast_tensors(seed[:, None], where[:, :-1], place[:-1] + 1)
+        u = uniform(*keys, ACCEPT)
         n_accepted = _leading(u * draft_prob < target_prob, n_drafted)
         row = torch.arange(n_batch, device=drafts.device)
         exit_probs = target_probs[row, n_accepted]
@@ -87,7 +88,7 @@ def verify_chain_reference(
         # rounding, an event of probability about 1e-7); the target's law is then the residual's limit.
         residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, exit_probs)
     exit_position = position + n_accepted
-    return n_accepted, draw_reference(residual, seed, exit_position, n_accepted + 1, BONUS)
+    return n_accepted, draw(residual, seed, exit_position, n_accepted + 1, BONUS)
 
 
 def _greedy_fake(target_ids: Tensor, drafts: Tensor, n_drafted: Tensor) -> tuple[Tensor, Tensor]:

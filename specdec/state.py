@@ -79,7 +79,8 @@ class BatchState:
         n_new = torch.where(ends.any(1), ends.int().argmax(1) + 1, n_new)
         n_new = torch.where(self.finished, 0, n_new)
 
-        drafted = (place[:-1] < draft.counts[:, None]) & ~self.finished[:, None]
+        considered = torch.where(self.finished, 0, torch.minimum(draft.counts, room))
+        drafted = place[:-1] < considered[:, None]
         self.proposed += drafted.sum(0)
         self.accepted += (drafted & (place[:-1] < n_accepted[:, None])).sum(0)
 
