@@ -69,6 +69,8 @@ class Request:
             raise Unsupported("the model is in training mode")
         if torch.is_autocast_enabled(input_ids.device.type):
             raise Unsupported("autocast")
+        if len(input_ids) == 0:
+            raise Unsupported("an empty batch")
         prompts = _strip_padding(input_ids, model_kwargs.get("attention_mask"))
         if min(len(p) for p in prompts) == 0:
             raise Unsupported("an empty prompt")
