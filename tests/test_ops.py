@@ -16,6 +16,7 @@ from torch import Tensor
 import specdec.kernels
 from specdec.kernels.draw import draw, draw_reference, top_support, top_support_reference
 from specdec.kernels.kv_cache import kv_append_, kv_commit_
+from specdec.kernels.noise import uniform, uniform_reference
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.skinny_linear import MAX_ROWS, skinny_linear
 from specdec.kernels.tree_attention import tree_attention, tree_attention_reference
@@ -77,6 +78,7 @@ def _ragged_args() -> list[Any]:
 
 
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
+    "uniform": (uniform, lambda: [torch.arange(6).view(2, 3) - 2, *(torch.arange(6).view(2, 3) for _ in "pn"), 1]),
     "draw": (draw, lambda: [torch.rand(3, 7), torch.arange(3), torch.arange(3), torch.ones(3).long(), 1]),
     "top_support": (top_support, lambda: [torch.rand(3, 7), 4]),
     "verify_greedy": (
@@ -115,7 +117,7 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(op.op, tuple(arguments()))
 
 
-@pytest.mark.parametrize("name", ["draw", "top_support", "verify_greedy", "verify_chain", "ancestor_words"])
+@pytest.mark.parametrize("name", ["uniform", "draw", "top_support", "verify_greedy", "verify_chain", "ancestor_words"])
 def test_strides_do_not_matter(name: str) -> None:
     op, arguments = CASES[name]
     plain = arguments()
@@ -140,6 +142,10 @@ def test_drawing_ops_equal_their_references(rows: int, vocab: int) -> None:
     probs = torch.rand(rows, vocab).softmax(-1)
     keys = (torch.randint(2**62, (rows,)), torch.arange(rows), torch.arange(rows) % 3)
     assert torch.equal(draw(probs, *keys, 2), draw_reference(probs, *keys, 2))
+    assert torch.equal(uniform(*keys, 1), uniform_reference(*keys, 1))
+    assert torch.equal(
+        uniform(-keys[0], keys[1] + 2**31, keys[2], 0), uniform_reference(-keys[0], keys[1] + 2**31, keys[2], 0)
+    )
     ids, support = top_support(probs, min(vocab, 64))
     for row in range(rows):
         best = sorted(range(vocab), key=lambda i: -probs[row, i].item())[:64]
