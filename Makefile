@@ -2,10 +2,13 @@
 #
 #   PYTHON           the interpreter .venv is made from; for `make gpu`, the one it runs with
 #   TORCH_INDEX_URL  where torch comes from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
+#   SIZES, PROMPTS   for `make bench`: targets of bundled,25m,100m,300m, and prompts decoded with each
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+SIZES ?= bundled,100m
+PROMPTS ?= 4
 
 # torch goes in first and on its own, so that nothing after it chooses another build.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
@@ -20,7 +23,8 @@ test: setup
 	$(RUN) -m pytest -q
 
 bench: setup
-	$(RUN) -m pytest bench --benchmark-only
+	$(RUN) -m pytest bench/test_ops.py -q --benchmark-only --benchmark-columns=median,iqr,rounds
+	$(RUN) -m bench.end_to_end --sizes $(SIZES) --prompts $(PROMPTS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check

@@ -87,7 +87,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     sizes = list(dict.fromkeys(entry["size"] for entry in entries))
     labels = {row["path"]: row["label"] for entry in entries for row in entry["paths"]}
     names = [name for name in COLORS if name in labels]
-    figure = Figure(figsize=(1.5 + 1.6 * len(sizes) * len(batches) + 1.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 2.0 + 1.8 * len(sizes) * len(batches)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     width = 0.85 / max(len(names), 1)
     for axes, batch in zip(panels, batches, strict=True):
