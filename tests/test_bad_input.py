@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.drafters.base import Draft
 from specdec.drafters.ngram import NgramDrafter
 
 Tiny = Callable[..., PreTrainedModel]
@@ -215,6 +216,31 @@ def test_the_error_about_nan_logits_is_of_the_type_transformers_raises(fresh: Ti
     for model in (broken, _wrap(broken)):
         with pytest.raises(RuntimeError):
             model.generate(**inputs, max_new_tokens=8, do_sample=True)
+
+
+class _Insists(NgramDrafter):
+    """Proposes one token again and again."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__(2)
+        self.token = token
+
+    def draft(self, *arguments: Any) -> Draft:
+        draft = super().draft(*arguments)
+        tokens = torch.full_like(draft.tokens, self.token)
+        return Draft(tokens, torch.full_like(draft.counts, 2), tokens[..., None], draft.support_probs)
+
+
+@pytest.mark.xfail(strict=True, reason="values of NaN reach rows that do not see them, times zero")
+def test_nan_after_a_rejected_draft_is_no_error(fresh: Tiny, prompts: Prompts) -> None:
+    """The target breaks after token 3, which it does not say: only the draft goes there."""
+    model = fresh("llama")
+    _break_row_of_logits(model, 3)
+    arguments = {"inputs": torch.tensor([[5, 6, 7]]), "do_sample": True, "top_k": 2, "max_new_tokens": 4}
+    wrapped = _wrap(model, _Insists(3))
+    torch.manual_seed(0)
+    assert 3 not in model.generate(**arguments)
+    assert 3 not in wrapped.generate(**arguments)
 
 
 def test_a_broken_draft_costs_speed_and_nothing_else(
