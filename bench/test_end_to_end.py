@@ -31,10 +31,10 @@ def pair(request: pytest.FixtureRequest) -> tuple[dict[str, measure.Path], Tenso
     return measure.all_paths(target, draft), zoo.held_out_prompts(tokenizer, max(BATCHES), PROMPT_TOKENS)
 
 
-@pytest.mark.parametrize("pair", SIZES, indirect=True)
 @pytest.mark.parametrize(
     ("batch", "name"), [(batch, name) for batch in BATCHES for name in PATHS if batch == 1 or name not in SINGLE]
 )
+@pytest.mark.parametrize("pair", SIZES, indirect=True)
 def test_generate(benchmark: Any, pair: tuple[dict[str, measure.Path], Tensor], batch: int, name: str) -> None:
     paths, prompts = pair
     benchmark.group = benchmark.name.rpartition("-")[0].partition("[")[2]
