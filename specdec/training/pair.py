@@ -91,8 +91,15 @@ def collect_samples(target: LlamaForCausalLM, tokens: torch.Tensor, count: int, 
 
 
 def train_target(
-    model: LlamaForCausalLM, train: torch.Tensor, held_out: torch.Tensor, *, steps: int, seed: int, work: Path,
-    stop_at: int | None = None, peak: float = 2.5e-3,
+    model: LlamaForCausalLM,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    *,
+    steps: int,
+    seed: int,
+    work: Path,
+    stop_at: int | None = None,
+    peak: float = 2.5e-3,
 ) -> float:
     """Next-token training on the source text; checkpoint in ``work/target.pt``."""
 
@@ -101,15 +108,30 @@ def train_target(
         return F.cross_entropy(forward(model, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
     return loop.fit(
-        model, loss, label="target", steps=steps, peak=peak, checkpoint=work / "target.pt", stop_at=stop_at,
+        model,
+        loss,
+        label="target",
+        steps=steps,
+        peak=peak,
+        checkpoint=work / "target.pt",
+        stop_at=stop_at,
         settings={"seed": seed, "tokens": len(train)},
         held_out=lambda: mean_loss(model, held_out[:GLANCE].split(WINDOW)),
     )
 
 
 def train_draft(
-    draft: LlamaForCausalLM, target: LlamaForCausalLM, train: torch.Tensor, samples: torch.Tensor,
-    held_out: torch.Tensor, *, steps: int, seed: int, work: Path, stop_at: int | None = None, peak: float = 4e-3,
+    draft: LlamaForCausalLM,
+    target: LlamaForCausalLM,
+    train: torch.Tensor,
+    samples: torch.Tensor,
+    held_out: torch.Tensor,
+    *,
+    steps: int,
+    seed: int,
+    work: Path,
+    stop_at: int | None = None,
+    peak: float = 4e-3,
 ) -> float:
     """Distillation by KL(target, draft), on source text and the target's samples in turn; ``work/draft.pt``."""
 
@@ -125,7 +147,13 @@ def train_draft(
         return F.kl_div(q, p, log_target=True, reduction="batchmean")
 
     return loop.fit(
-        draft, loss, label="draft", steps=steps, peak=peak, checkpoint=work / "draft.pt", stop_at=stop_at,
+        draft,
+        loss,
+        label="draft",
+        steps=steps,
+        peak=peak,
+        checkpoint=work / "draft.pt",
+        stop_at=stop_at,
         settings={"seed": seed, "tokens": len(train)},
         held_out=lambda: agreement(target, draft, held_out[:GLANCE].split(WINDOW))["overlap"],
     )

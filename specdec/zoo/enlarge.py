@@ -75,8 +75,9 @@ def enlarge(
     """
     old = model.config
     new = copy.deepcopy(old)
-    new.update(_shape(hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
-                      intermediate_size))
+    new.update(
+        _shape(hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, intermediate_size)
+    )
     new.vocab_size = vocab_size or old.vocab_size
     new.tie_word_embeddings = False
     dtype, device = dtype or model.dtype, torch.device(device or model.device)
@@ -117,11 +118,10 @@ def pad_vocabulary(
 ) -> LlamaForCausalLM:
     """The model with more, never likely, tokens: a draft for a target enlarged to ``vocab_size``.
 
-    The hidden size grows by 8 channels, of which one keeps the padding down.
+    The hidden size grows by 8 channels per head, of which one in all keeps the padding down.
     """
-    c = model.config
-    shape = _shape(c.hidden_size + 8, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-                   c.intermediate_size)
+    shape = {key: getattr(model.config, key) for key in SIZES["25m"]}
+    shape["hidden_size"] += 8 * model.config.num_attention_heads
     return enlarge(model, **shape, vocab_size=vocab_size, dtype=dtype, device=device)
 
 
@@ -134,11 +134,10 @@ def _check(old: LlamaConfig, new: LlamaConfig) -> None:
             raise ValueError(f"{key} {getattr(new, key)} is smaller than the model's {getattr(old, key)}")
     if new.head_dim % old.head_dim:
         raise ValueError(f"head_dim {new.head_dim} is not a multiple of {old.head_dim}")
-    if new.num_attention_heads % new.num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads {new.num_attention_heads} is not a multiple of num_key_value_heads "
-            f"{new.num_key_value_heads}"
-        )
+    # transformers saves no other Llama than one whose heads divide its hidden size.
+    for key, divisor in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
+        if getattr(new, key) % getattr(new, divisor):
+            raise ValueError(f"{key} {getattr(new, key)} is not a multiple of {divisor} {getattr(new, divisor)}")
     needed = max(kv for _, kv in _heads(old, new)) + 1
     if needed > new.num_key_value_heads:
         raise ValueError(
@@ -167,7 +166,11 @@ def _heads(old: LlamaConfig, new: LlamaConfig) -> list[tuple[int, int]]:
 
 
 def _embed(
-    tensor: torch.Tensor, name: str, source: dict[str, torch.Tensor], old: LlamaConfig, new: LlamaConfig,
+    tensor: torch.Tensor,
+    name: str,
+    source: dict[str, torch.Tensor],
+    old: LlamaConfig,
+    new: LlamaConfig,
     constant: float,
 ) -> None:
     """Write the model's part, and the zeros that keep the rest silent, into one random tensor of the big model."""
@@ -197,9 +200,7 @@ def _embed(
         _embed_attention(tensor, name, small, old, new)
 
 
-def _embed_attention(
-    tensor: torch.Tensor, name: str, small: torch.Tensor, old: LlamaConfig, new: LlamaConfig
-) -> None:
+def _embed_attention(tensor: torch.Tensor, name: str, small: torch.Tensor, old: LlamaConfig, new: LlamaConfig) -> None:
     """One attention projection of a layer that the model has."""
     width, ratio = old.hidden_size, new.head_dim // old.head_dim
     half = torch.arange(old.head_dim // 2, device=tensor.device) * ratio
