@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Hashable
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ def _needed_guards(guards: Any) -> list[bool]:
     ]
 
 
+_numbers = count()
+
+
 def _own_code(method: Any) -> Any:
-    """A method with a code object of its own. Dynamo keeps what it compiled on the code object, and two decoders must
-    not see each other's: the guards that would tell them apart are not kept."""
+    """A method with a code object and a name of its own. Dynamo keeps what it compiled on the code object, and which
+    sizes it saw vary by the function's name: two decoders must not see each other's, since the guards that would tell
+    them apart are not kept, and the depth of one is not a varying size of the other."""
     function = method.__func__
-    code = function.__code__.replace()
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     return types.MethodType(own, method.__self__)
 

@@ -67,11 +67,12 @@ static float exponentials(float* x, int64_t n) {
   return sum + total(sums);
 }
 
-// out[r, :] = sum_s p[r, s] v[s, :] for ROWS rows and CHUNKS * LANES columns.
+// out[r, :] = sum_s p[r, s] v[s, :] for ROWS rows and CHUNKS * LANES columns. From `committed` on, weights of zero are
+// other branches of the tree: their values stay out even if they are NaN.
 template <int ROWS, int CHUNKS>
-static inline void weigh(const float* p, const float* v, float* out, int64_t n, int64_t D) {
+static inline void weigh(const float* p, const float* v, float* out, int64_t committed, int64_t n, int64_t D) {
   vec acc[ROWS][CHUNKS] = {};
-  for (int64_t s = 0; s < n; s++) {
+  for (int64_t s = 0; s < committed; s++) {
     vec b[CHUNKS];
     for (int c = 0; c < CHUNKS; c++) b[c] = load(v + s * D + c * LANES);
     for (int r = 0; r < ROWS; r++) {
@@ -79,19 +80,26 @@ static inline void weigh(const float* p, const float* v, float* out, int64_t n, 
       for (int c = 0; c < CHUNKS; c++) acc[r][c] += weight * b[c];
     }
   }
+  for (int64_t s = committed; s < n; s++)
+    for (int r = 0; r < ROWS; r++) {
+      const float weight = p[r * n + s];
+      if (weight == 0) continue;
+      for (int c = 0; c < CHUNKS; c++) acc[r][c] += weight * load(v + s * D + c * LANES);
+    }
   for (int r = 0; r < ROWS; r++)
     for (int c = 0; c < CHUNKS; c++) store(out + r * D + c * LANES, acc[r][c]);
 }
 
 template <int ROWS>
-static inline void weigh_rows(const float* p, const float* v, float* out, int64_t n, int64_t D) {
+static inline void weigh_rows(const float* p, const float* v, float* out, int64_t committed, int64_t n, int64_t D) {
   int64_t d = 0;
-  for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<ROWS, 4>(p, v + d, out + d, n, D);
-  for (; d + LANES <= D; d += LANES) weigh<ROWS, 1>(p, v + d, out + d, n, D);
+  for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<ROWS, 4>(p, v + d, out + d, committed, n, D);
+  for (; d + LANES <= D; d += LANES) weigh<ROWS, 1>(p, v + d, out + d, committed, n, D);
   for (; d < D; d++)
     for (int r = 0; r < ROWS; r++) {
       float sum = 0;
-      for (int64_t s = 0; s < n; s++) sum += p[r * n + s] * v[s * D + d];
+      for (int64_t s = 0; s < n; s++)
+        if (s < committed || p[r * n + s] != 0) sum += p[r * n + s] * v[s * D + d];
       out[r * D + d] = sum;
     }
 }
@@ -146,8 +154,8 @@ extern "C" void ragged_attention(
       for (int64_t i = first; i < n; i++) score[i] /= sum;
     }
     int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) weigh_rows<4>(p + row * n, values, y + row * D, n, D);
-    for (; row < rows; row++) weigh_rows<1>(p + row * n, values, y + row * D, n, D);
+    for (; row + 4 <= rows; row += 4) weigh_rows<4>(p + row * n, values, y + row * D, committed, n, D);
+    for (; row < rows; row++) weigh_rows<1>(p + row * n, values, y + row * D, committed, n, D);
     for (int64_t r = 0; r < R; r++)
       std::memcpy(out + ((b * R + r) * H + g * group) * D, y + r * group * D, group * D * sizeof(float));
   }

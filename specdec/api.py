@@ -20,7 +20,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.graphs.compiled import CompiledSteps
-from specdec.request import Request, Unsupported
+from specdec.request import Request, Unsupported, moving_rope
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
 from specdec.view import SUPPORTED_MODEL_TYPES, ModelView
@@ -172,6 +172,8 @@ class Handle:
                 raise ValueError(f"draft is on {draft.device}, target is on {self._model.device}")
             if draft.config.model_type not in SUPPORTED_MODEL_TYPES:
                 raise ValueError(f"drafts of type {draft.config.model_type} are not supported yet")
+            if (rope := moving_rope(draft.config)) is not None:
+                raise ValueError(f"drafts with {rope} rope are not supported")
         elif isinstance(draft, str) and draft != "ngram":
             raise ValueError(f'draft must be "ngram", a model, a Drafter or None, got {draft!r}')
         elif draft is not None and not isinstance(draft, str) and not callable(getattr(draft, "draft", None)):

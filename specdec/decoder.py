@@ -72,11 +72,12 @@ class Decoder:
             n_accepted, bonus = verify_greedy(target_ids, draft.tokens, draft.counts)
         else:
             probs = law.probs(logits).view(n_batch, n_nodes, -1)
-            state.broken |= probs.isnan().flatten(1).any(1)
             n_accepted, bonus = verify_chain(
                 probs, draft.tokens, draft.counts, draft.support_ids, draft.support_probs, state.seeds,
                 state.lengths + 1,
             )  # fmt: skip
+            reached = torch.arange(n_nodes, device=tokens.device) <= n_accepted[:, None]
+            state.broken |= (probs.isnan().any(-1) & reached).any(1)
         state.commit(draft, n_accepted, bonus)  # a chain's accepted entries are already in place
         return state.report()
 
@@ -91,7 +92,7 @@ class Decoder:
             seeds: [B] int64. eos_ids: [E] int64, tokens that end a text.
 
         Raises:
-            ValueError: when the target's law holds a NaN.
+            RuntimeError: when the target's law holds a NaN; transformers' sampling raises the same.
         """
         device = self.target.device
         start = time.perf_counter()
@@ -109,7 +110,7 @@ class Decoder:
             emitted = []
             for row, (*tokens, n_new, finished, broken) in zip(rows, report, strict=True):
                 if broken:
-                    raise ValueError(
+                    raise RuntimeError(
                         f"the target's logits for sample {row} hold a NaN: there is no law to sample from"
                     )
                 emitted.append(Emitted(row, tokens[:n_new], bool(finished)))

@@ -131,9 +131,12 @@ def _check_context(model: PreTrainedModel, longest: int) -> None:
     config = model.config
     if config.model_type == "gpt2" and longest > config.max_position_embeddings:
         raise Unsupported(f"a text of {longest} tokens for {config.max_position_embeddings} learned positions")
+    if (rope := moving_rope(config)) is not None:
+        raise Unsupported(f"{rope} rope, whose frequencies depend on the longest text of a forward")
+
+
+def moving_rope(config: Any) -> str | None:
+    """The rope type of a model whose frequencies depend on a forward's largest position, which a neighbour or a draft
+    would change; None for all others."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # Frequencies depend on the largest position of a forward: a neighbour or a draft would change a sample's law.
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if longest > original:
-            raise Unsupported(f"{rope['rope_type']} rope past its original {original} positions")
+    return rope.get("rope_type") if rope.get("rope_type") in ("dynamic", "longrope") else None
