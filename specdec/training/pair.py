@@ -15,7 +15,7 @@ from typer import Option
 from specdec.training import data, export, loop
 from specdec.training.evaluate import LONG_WINDOW, WINDOW, agreement, figures_of, mean_loss
 
-TARGET_STEPS, DRAFT_STEPS, SAMPLES = 2400, 1800, 2048
+TARGET_STEPS, DRAFT_STEPS, SAMPLES = 2400, 1600, 2048
 VOCABULARY = 4096
 TARGET_BATCH, DRAFT_BATCH = 8192, 4096  # tokens of one step
 LONG_SHARE = 0.15  # the last steps see long windows
@@ -46,9 +46,17 @@ def new_target(scale: int = 1) -> LlamaForCausalLM:
     return llama(256 * scale, 4, 4 * scale, 2 * scale, 704 * scale)
 
 
-def new_draft(scale: int = 1, layers: int = 1) -> LlamaForCausalLM:
+def new_draft(scale: int = 1, layers: int = 2) -> LlamaForCausalLM:
     """The draft, about a tenth of the target."""
     return llama(96 * scale, layers, 3 * scale, scale, 256 * scale)
+
+
+@torch.no_grad()
+def share_embeddings(target: LlamaForCausalLM, draft: LlamaForCausalLM) -> None:
+    """Start the draft's embeddings from the target's output rows, in their main directions (a truncated SVD)."""
+    rows = target.model.embed_tokens.weight * target.model.norm.weight
+    directions = torch.linalg.svd(rows, full_matrices=False)[2][: draft.config.hidden_size]
+    draft.model.embed_tokens.weight.copy_(rows @ directions.T)
 
 
 def windows_of_step(tokens: torch.Tensor, batch_tokens: int, step: int, steps: int, seed: int) -> torch.Tensor:
@@ -65,27 +73,35 @@ def forward(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(target: LlamaForCausalLM, prompts: torch.Tensor, length: int, seed: int) -> torch.Tensor:
-    """The target's own continuations at temperature 1: ``[batch, length]`` ids that begin with the prompts."""
+def sample(
+    target: LlamaForCausalLM, prompts: torch.Tensor, length: int, seed: int, *, greedy: bool = False
+) -> torch.Tensor:
+    """The target's own continuations, at temperature 1 or greedy: ``[batch, length]`` ids, the prompts first."""
     generator = torch.Generator(prompts.device).manual_seed(seed)
     cache = DynamicCache(config=target.config)
     ids = new = prompts
     while ids.shape[1] < length:
         with loop.autocast(ids.device):
             logits = target(input_ids=new, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        new = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+        if greedy:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            new = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, new], 1)
     return ids
 
 
 def collect_samples(target: LlamaForCausalLM, tokens: torch.Tensor, count: int, seed: int, path: Path) -> torch.Tensor:
-    """``[count, SAMPLE]`` ids of the target's samples from prompts in ``tokens``, kept in ``path``."""
+    """``[count, SAMPLE]`` ids the target wrote from prompts in ``tokens``, every other batch greedily.
+
+    Greedy text repeats itself far more than samples do: a draft that never saw it fails where most users decode.
+    """
     if not path.exists():
         rows = []
         prompts = data.random_windows(tokens, count, min(PROMPT, len(tokens)), seed).split(128)
         with loop.progress_bar("samples") as bar:
             for index, prompt in enumerate(bar.track(prompts, task_id=bar.add_task("samples", loss=""))):
-                rows.append(sample(target, prompt, SAMPLE, seed + index))
+                rows.append(sample(target, prompt, SAMPLE, seed + index, greedy=index % 2 == 1))
         torch.save(torch.cat(rows), path)
     return torch.load(path, map_location=tokens.device)
 
@@ -133,10 +149,10 @@ def train_draft(
     stop_at: int | None = None,
     peak: float = 4e-3,
 ) -> float:
-    """Distillation by KL(target, draft), on source text and the target's samples in turn; ``work/draft.pt``."""
+    """Distillation by KL(target, draft), one step on source text and two on the target's own; ``work/draft.pt``."""
 
     def loss(step: int) -> torch.Tensor:
-        if step % 2:
+        if step % 3:
             rows = data.random_windows(torch.arange(len(samples)), max(1, DRAFT_BATCH // SAMPLE), 1, seed + step)
             ids = samples[rows[:, 0].to(samples.device)]
         else:
@@ -166,7 +182,7 @@ def train_pair(
     draft_steps: Annotated[int, Option(help="Optimisation steps of 4096 tokens each.")] = DRAFT_STEPS,
     samples: Annotated[int, Option(help="Sequences the target writes for the draft to learn from.")] = SAMPLES,
     scale: Annotated[int, Option(help="Multiplies the widths of both models; above 1 for a GPU.")] = 1,
-    draft_layers: Annotated[int, Option(help="Layers of the draft.")] = 1,
+    draft_layers: Annotated[int, Option(help="Layers of the draft; two can copy, one cannot.")] = 2,
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
     threads: Annotated[int, Option(help="CPU threads; results repeat for the same number.")] = 2,
     seed: Annotated[int, Option(help="Of weights, batches and samples.")] = 0,
@@ -193,6 +209,7 @@ def train_pair(
     own = collect_samples(target, train, samples, seed, work / f"samples-{samples}.pt")
     torch.manual_seed(seed)
     draft = new_draft(scale, draft_layers).to(device)
+    share_embeddings(target, draft)
     draft_seconds = train_draft(draft, target, train, own, held_out, steps=draft_steps, seed=seed, work=work)
 
     export.save_texts(out, tokenizer, corpus.held_out)
