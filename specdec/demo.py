@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from specdec import measure
 
-PROMPT = '''import json
-from pathlib import Path
+PROMPT = '''class LRUCache:
+    """A cache that forgets the least recently used entry."""
 
+    def __init__(self, maxsize=128):
+        self.maxsize = maxsize
+        self.entries = OrderedDict()
 
-def read_settings(path):
-    """Read the settings file and return a dictionary."""
-'''
+    def get(self, key, default=None):'''
 COMPARED = ("transformers", "transformers_assisted", "specdec")
 
 
