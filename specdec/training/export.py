@@ -50,8 +50,8 @@ tokens; test suites, character tables and bundled manual pages left out. {held_o
 tokenizer and the models; they are `held_out.txt`. Python's source is under the PSF License (`LICENSE-PYTHON.txt`),
 Copyright (c) 2001 Python Software Foundation; All Rights Reserved.
 
-The draft learned from the target's distribution (KL divergence), a third on that source and two thirds on {samples:,} texts
-of {sample_length} tokens that the target wrote itself, half of them sampled and half greedy.
+The draft learned from the target's distribution (KL divergence), a third on that source and two thirds on {samples:,}
+texts of {sample_length} tokens that the target wrote itself, half of them sampled and half greedy.
 
 ## Limits
 
