@@ -6,6 +6,7 @@ Letters: B samples, M longest text + 1, K drafted tokens a step.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.drafters.base import Draft
@@ -47,7 +48,8 @@ class BatchState:
         self.finished = torch.zeros(n_batch, dtype=torch.bool, device=device)
         self.broken = torch.zeros_like(self.finished)
         self.seeds = seeds
-        self.eos_ids = eos_ids
+        # Filled up to whole eights with an id no token has: a request with other ends compiles nothing anew.
+        self.eos_ids = F.pad(eos_ids, (0, 8 - len(eos_ids) % 8), value=-1)
         self.new_tokens = torch.zeros(n_batch, depth + 1, dtype=torch.int64, device=device)
         self.n_new = torch.zeros_like(self.lengths)
         self.proposed = torch.zeros(depth, dtype=torch.int64, device=device)

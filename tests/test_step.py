@@ -110,7 +110,7 @@ def test_the_deny_list_sees_a_host_read():
     def asks(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum().item() > 0 else x
 
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
         torch.compile(asks, backend="eager", fullgraph=True)(torch.ones(2))
 
 
