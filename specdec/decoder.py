@@ -105,6 +105,7 @@ class Decoder:
             self._make_room(longest)
             start = time.perf_counter()
             step = self._step_for(law, len(rows))
+            # The one host read, between two steps: what was added decides which samples go on.
             report = step(state, law).tolist()
             self.stats.count_step(len(rows), time.perf_counter() - start, compiling=self.compiled.was_compiling)
             emitted = []
