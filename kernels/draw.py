@@ -69,13 +69,13 @@ def _draw_fake(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stre
 top_support = register(
     "top_support(Tensor probs, int size) -> (Tensor, Tensor)",
     cpu=top_support_reference,
-    cuda=top_support_reference,
+    triton=None,
     fake=_top_support_fake,
 )
 draw = register(
     "draw(Tensor probs, Tensor seed, Tensor position, Tensor node, int stream) -> Tensor",
     cpu=draw_cpu,
-    cuda=draw_reference,
+    triton=None,
     fake=_draw_fake,
     inline=False,
 )

@@ -63,12 +63,12 @@ def _commit_fake(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor
 kv_append_ = register(
     "kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot) -> ()",
     cpu=kv_append_reference_,
-    cuda=kv_append_reference_,
+    triton=None,
     fake=_append_fake,
 )
 kv_commit_ = register(
     "kv_commit_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor path, Tensor n_path) -> ()",
     cpu=kv_commit_reference_,
-    cuda=kv_commit_reference_,
+    triton=None,
     fake=_commit_fake,
 )

@@ -1,41 +1,110 @@
-"""The `specdec` operator library: one `register` call per op.
+"""The `specdec` operator library: one `register` call per op, and which implementation a call takes.
 
-An op has a hand-written schema, a fake (shapes only), a CPU implementation and a CUDA implementation. Under
-`torch.compile` on a CPU the implementation is inlined so that Inductor can fuse through it; everywhere else the call
-goes through the dispatcher, which is what `opcheck`, fake tensors and CUDA graphs see.
+An op has a hand-written schema, a fake (shapes only), a CPU implementation and a Triton implementation:
+
+- CUDA tensors take the Triton kernel, always.
+- CPU tensors take the CPU implementation. Under `torch.compile` one made of PyTorch operations is inlined, so that
+  Inductor can fuse through it; everywhere else the call goes through the dispatcher, which is what `opcheck` and fake
+  tensors see.
+- With `TRITON_INTERPRET=1` in the environment CPU tensors take the Triton kernel too, run by Triton's interpreter:
+  slow, and how the kernels are tested without a GPU.
+
+None of these ever stands in for another. Kernel files take `triton` and `tl` from here, because Triton exists for
+Linux only, and elsewhere the CPU implementations are all there is.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
 _library = torch.library.Library("specdec", "FRAGMENT")
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton kernels run on CPU tensors. Triton decides when a kernel is defined, so it can't change later."""
+if INTERPRETED and triton is None:
+    raise ImportError("TRITON_INTERPRET=1 asks for the Triton kernels, and triton is not installed")
 
-def register(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, inline: bool = True) -> Callable[..., Any]:
+
+@dataclass(frozen=True)
+class Op:
+    """What is registered: for `specdec info` and the tests.
+
+    Attributes:
+        schema: as given to `register`. call: what the library calls; `call.op` is the dispatcher's overload.
+        cpu: the implementation for CPU tensors; inline: whether it is made of PyTorch operations.
+        launcher: starts the Triton kernel, or None where there is none.
+    """
+
+    schema: str
+    call: Callable[..., Any]
+    cpu: Callable[..., Any]
+    inline: bool
+    launcher: Callable[..., Any] | None
+
+    def path(self, device_type: str) -> str:
+        """What runs for tensors of this device, in words."""
+        if self.launcher is not None and (device_type == "cuda" or INTERPRETED):
+            return "Triton kernel" if device_type == "cuda" else "Triton kernel, interpreted"
+        if device_type == "cuda":
+            return "none"
+        return "PyTorch, fused by Inductor" if self.inline else "C++ kernel"
+
+
+OPS: dict[str, Op] = {}
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit` where there is a Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether ops take their Triton kernels for tensors like this one."""
+    return tensor.is_cuda or INTERPRETED
+
+
+def register(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    triton: Callable[..., Any] | None,
+    fake: Callable[..., Any],
+    inline: bool = True,
+) -> Callable[..., Any]:
     """Define the op `specdec::<schema>` and return the function the rest of the library calls.
 
     Args:
         schema: for example `"draw(Tensor probs, Tensor seed) -> Tensor"`; mutated arguments are marked `Tensor(a!)`.
-        cpu: implementation in plain PyTorch operations, traceable by Dynamo.
-        cuda: implementation for CUDA tensors.
+        cpu: implementation for CPU tensors; its docstring becomes the op's.
+        triton: launcher of the Triton kernel, or None for an op that exists on a CPU only.
         fake: shapes and dtypes of the result, given fake tensors.
-        inline: False keeps the op opaque to Inductor on a CPU too, for implementations that are not PyTorch code.
+        inline: False where `cpu` is not made of traceable PyTorch operations: the op then stays opaque to Inductor.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, cuda, "CUDA")
+    _library.impl(name, triton if triton is not None and INTERPRETED else cpu, "CPU")
+    if triton is not None:
+        _library.impl(name, triton, "CUDA")
     torch.library.register_fake(f"specdec::{name}", fake, lib=_library)
     op = getattr(torch.ops.specdec, name).default
+    inlined = inline and (triton is None or not INTERPRETED)
 
     def call(*args: Any) -> Any:
-        return cpu(*args) if inline and torch.compiler.is_compiling() and args[0].is_cpu else op(*args)
+        return cpu(*args) if inlined and torch.compiler.is_compiling() and args[0].is_cpu else op(*args)
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = cpu.__doc__
     call.op = op  # type: ignore[attr-defined]
+    OPS[name] = Op(schema, call, cpu, inline, triton)
     return call

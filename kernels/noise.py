@@ -153,7 +153,7 @@ def _uniform_fake(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> 
 uniform = register(
     "uniform(Tensor seed, Tensor position, Tensor node, int stream) -> Tensor",
     cpu=uniform_cpu,
-    cuda=uniform_reference,
+    triton=None,
     fake=_uniform_fake,
     inline=False,
 )

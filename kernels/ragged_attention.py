@@ -213,15 +213,11 @@ def _fake(q: Tensor, *args: object) -> Tensor:
     return torch.empty_like(q)
 
 
-def _no_cuda(*args: object) -> Tensor:
-    raise NotImplementedError("ragged_attention addresses host memory; on CUDA use tree_attention")
-
-
 ragged_attention = register(
     "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor slot, Tensor lengths, Tensor row_node, "
     "Tensor row_position, Tensor bits, Tensor depths, int window, float scale, float softcap) -> Tensor",
     cpu=ragged_attention_cpu,
-    cuda=_no_cuda,
+    triton=None,
     fake=_fake,
     inline=False,
 )

@@ -64,6 +64,6 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: floa
 tree_attention = register(
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor mask, float scale, float? softcap) -> Tensor",
     cpu=tree_attention_cpu,
-    cuda=tree_attention_cpu,
+    triton=None,
     fake=_fake,
 )

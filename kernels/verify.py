@@ -110,13 +110,13 @@ def _chain_fake(
 verify_greedy = register(
     "verify_greedy(Tensor target_ids, Tensor drafts, Tensor n_drafted) -> (Tensor, Tensor)",
     cpu=verify_greedy_reference,
-    cuda=verify_greedy_reference,
+    triton=None,
     fake=_greedy_fake,
 )
 verify_chain = register(
     "verify_chain(Tensor target_probs, Tensor drafts, Tensor n_drafted, Tensor support_ids, Tensor support_probs, "
     "Tensor seed, Tensor position) -> (Tensor, Tensor)",
     cpu=verify_chain_reference,
-    cuda=verify_chain_reference,
+    triton=None,
     fake=_chain_fake,
 )

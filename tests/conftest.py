@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +76,29 @@ def prompts() -> Callable[..., dict[str, torch.Tensor]]:
         return {"input_ids": ids, "attention_mask": mask}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests of the kernels put their tensors: on the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compiled-table", help="write what ahead-of-time compilation gave to this Markdown file")
+
+
+@pytest.fixture(scope="session")
+def compiled_table(pytestconfig: pytest.Config) -> Iterator[list[tuple[str, int, Any]]]:
+    """Rows (case, architecture, `aot.Compiled`) of what this run compiled ahead of time."""
+    rows: list[tuple[str, int, Any]] = []
+    yield rows
+    if path := pytestconfig.getoption("compiled_table"):
+        lines = ["| kernel | case | architecture | registers | stack | shared memory |", "|---|---|---|---:|---:|---:|"]
+        lines += [
+            f"| {k.name} | {case} | sm_{arch} | {k.registers} | {k.stack} | {k.shared} |" for case, arch, k in rows
+        ]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
