@@ -3,12 +3,15 @@
 #   PYTHON           the interpreter .venv is made from; for `make gpu`, the one it runs with
 #   TORCH_INDEX_URL  where torch comes from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
 #   SIZES, PROMPTS   for `make bench`: targets of bundled,25m,100m,300m, and prompts decoded with each
+#   OUT, SECTIONS    for `make gpu`: folder of the results, and which of tests,kernels,decode,steps to run
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SIZES ?= bundled,100m
 PROMPTS ?= 4
+OUT ?= bench/results/gpu
+SECTIONS ?= tests,kernels,decode,steps
 
 # torch goes in first and on its own, so that nothing after it chooses another build.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
@@ -19,8 +22,10 @@ TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 demo: setup
 	$(RUN) -m specdec demo
 
+# The kernels' tests run twice: on the CPU's implementations, and on the Triton kernels in Triton's interpreter.
 test: setup
 	$(RUN) -m pytest -q
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "kernels and not aot"
 
 bench: setup
 	$(RUN) -m pytest bench/test_ops.py -q --benchmark-only --benchmark-columns=median,iqr,rounds
@@ -31,11 +36,11 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
-# Nothing is installed: this runs with the torch that already drives the GPU.
+# Nothing is installed: this runs with the torch that already drives the GPU. Under 9 minutes.
 gpu:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
 		|| { echo "make gpu: no CUDA device, or $(PYTHON) has no torch that sees it" >&2; exit 1; }
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(OUT) --sections $(SECTIONS)
 
 setup: $(VENV)/.setup
 

@@ -64,6 +64,7 @@ def measure_all(
             "tokens_per_second": sum(map(len, batches)) * new_tokens / median[name],
             "ratio": median["transformers"] / median[name],
             "identical": torch.equal(texts[name], texts["transformers"]),
+            "common": (texts[name] == texts["transformers"])[:, -new_tokens:].long().cumprod(1).float().mean().item(),
             "first_call_seconds": first_call[name],
         }
         if hasattr(path.model, "specdec"):

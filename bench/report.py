@@ -22,7 +22,7 @@ COLORS = {
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One way's line of the table."""
     per_step = f"{row['tokens_per_step']:.2f}" if "tokens_per_step" in row else ""
-    same = "identical" if row["identical"] else "different"
+    same = "identical" if row["identical"] else f"first {row['common']:.0%}"
     return (
         row["label"], f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}×", per_step, same,
         f"{row['first_call_seconds']:.1f} s",
@@ -67,15 +67,20 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     lines += [] if settings["compiled"] else ["", "specdec ran eagerly (`--no-compile`)."]
     for entry in result["results"]:
-        lines += [
-            "",
-            f"## {title(entry)}",
-            "",
-            "| " + " | ".join(HEADER) + " |",
-            "| --- | ---: | ---: | ---: | --- | ---: |",
-        ]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in entry["paths"]]
+        lines += section(entry)
     return "\n".join([*lines, "", "![ratios](end_to_end.png)", ""])
+
+
+def section(entry: dict[str, Any]) -> list[str]:
+    """One size and batch, in Markdown."""
+    lines = [
+        "",
+        f"## {title(entry)}",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    return lines + ["| " + " | ".join(cells(row)) + " |" for row in entry["paths"]]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

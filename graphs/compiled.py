@@ -44,7 +44,11 @@ class CompiledSteps:
 
     Attributes:
         was_compiling: whether the latest call compiled; its time is not decoding time.
+        lag, keeps_buffers: see `specdec.graphs.captured`.
     """
+
+    lag = 0
+    keeps_buffers = False
 
     def __init__(self, enabled: bool) -> None:
         if enabled and not has_compiler():
@@ -54,13 +58,21 @@ class CompiledSteps:
         self.was_compiling = False
         self._functions: dict[Hashable, Callable] = {}
 
+    def reset(self) -> None:
+        """Nothing to forget: compiled functions know no addresses."""
+
     def get(self, function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
         """`function`, compiled under `key`."""
         if not self.enabled:
             return function
-        if key not in self._functions:
-            self._functions[key] = torch.compile(_own_code(function), fullgraph=True, options=_OPTIONS)
-            self.was_compiling = True
-        else:
-            self.was_compiling = False
-        return self._functions[key]
+        self.was_compiling = key not in self._functions
+        if not self.was_compiling:
+            return self._functions[key]
+        compiled = self._functions[key] = torch.compile(_own_code(function), fullgraph=True, options=_OPTIONS)
+
+        def first_call(*arguments: Any) -> Any:
+            # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
+            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return compiled(*arguments)
+
+        return first_call

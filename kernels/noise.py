@@ -6,7 +6,7 @@ node) pair never recurs within one stream of one sample: the root of the tree mo
 at which a given position is drafted strictly decreases from step to step.
 
 On a CPU with a compiler the numbers come from C++: traced into a graph, every use would unroll ten rounds of integer
-arithmetic, which takes Inductor minutes.
+arithmetic, which takes Inductor minutes. Triton kernels call the device functions below.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import build, has_compiler
-from specdec.kernels.library import register
+from specdec.kernels.library import jit, register, tl, triton
 
-# One stream per use of noise; two uses never share a number.
+# One stream per use of noise; two uses never share a number. A draw from a long row uses a second stream, this far
+# from its own, to choose among blocks of the row (see specdec.kernels.draw).
 DRAFT, ACCEPT, BONUS = 0, 1, 2
+BLOCK_STREAM = 1 << 16
 
 _MASK32 = 0xFFFFFFFF
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -64,19 +66,24 @@ def uniform_reference(seed: Tensor, position: Tensor, node: Tensor, stream: int)
     return _to_unit(philox(seed, torch.zeros_like(position), position, node, stream)[0])
 
 
-def exponential(seed: Tensor, position: Tensor, node: Tensor, stream: int, size: int) -> Tensor:
+def exponential(
+    seed: Tensor, position: Tensor, node: Tensor, stream: int, size: int, first: Tensor | None = None
+) -> Tensor:
     """Unit exponentials [..., size], float32, strictly positive; `seed`, `position`, `node`: int64 [...].
 
+    They are those of indices `first` (int64 [...], multiples of 4; 0 if not given) to first + size - 1.
     Values near zero, which decide an exponential race, carry full relative precision: with half-precision or
     2^-24-spaced uniforms the tail of a large vocabulary would never win.
     """
     quad = torch.arange((size + 3) // 4, device=seed.device)
+    if first is not None:
+        quad = first[..., None] // 4 + quad
     words = philox(seed[..., None], quad, position[..., None], node[..., None], stream)
     bits = torch.stack(torch.broadcast_tensors(*words), -1).flatten(-2)[..., :size]
     return -torch.log1p(-_to_unit(bits))
 
 
-_SOURCE = r"""
+NOISE_CPP = r"""
 struct Words { uint32_t x[4]; };
 
 static inline Words philox(int64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
@@ -98,41 +105,23 @@ static inline float unit(uint32_t bits) {
   return u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
 }
 
+static inline float exponential(const Words& words, int i) { return -std::log1p(-unit(words.x[i])); }
+"""
+
+_SOURCE = r"""
 extern "C" void uniform(
     const int64_t* seed, const int64_t* position, const int64_t* node, float* out, int64_t n, int64_t stream) {
   for (int64_t i = 0; i < n; i++)
     out[i] = unit(philox(seed[i], 0, uint32_t(position[i]), uint32_t(node[i]), uint32_t(stream)).x[0]);
 }
-
-// The winner of an exponential race: argmax_i p_i / E_i, the first of equals.
-extern "C" void draw(
-    const float* probs, const int64_t* seed, const int64_t* position, const int64_t* node, int64_t* out, int64_t rows,
-    int64_t size, int64_t stream) {
-  for (int64_t r = 0; r < rows; r++) {
-    const float* p = probs + r * size;
-    float best = -1;
-    int64_t winner = 0;
-    for (int64_t i = 0; i < size; i += 4) {
-      const Words w = philox(seed[r], uint32_t(i / 4), uint32_t(position[r]), uint32_t(node[r]), uint32_t(stream));
-      for (int64_t j = i; j < i + 4 && j < size; j++) {
-        if (p[j] <= 0) continue;
-        const float score = p[j] / -std::log1p(-unit(w.x[j - i]));
-        if (score > best) best = score, winner = j;
-      }
-    }
-    out[r] = winner;
-  }
-}
 """
 
 
 @cache
-def cpu_functions() -> ctypes.CDLL:
-    """The C++ functions `uniform` and `draw`; the same numbers as the references."""
-    library = build(_SOURCE)
+def _cpp() -> ctypes.CDLL:
+    library = build(NOISE_CPP + _SOURCE)
     library.uniform.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
-    library.draw.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3
-    library.uniform.restype = library.draw.restype = None
+    library.uniform.restype = None
     return library
 
 
@@ -142,7 +131,73 @@ def uniform_cpu(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Te
         return uniform_reference(seed, position, node, stream)
     keys = [x.contiguous() for x in (seed, position, node)]
     out = torch.empty(seed.shape)
-    cpu_functions().uniform(*(x.data_ptr() for x in keys), out.data_ptr(), out.numel(), stream)
+    _cpp().uniform(*(x.data_ptr() for x in keys), out.data_ptr(), out.numel(), stream)
+    return out
+
+
+@jit
+def philox_words(seed, index, position, node, stream):
+    """Four uint32 of Philox4x32-10 with key `seed` and counter (index, position, node, stream): ints or blocks."""
+    c0, c1 = tl.cast(index, tl.uint32), tl.cast(position, tl.uint32)
+    c2, c3 = tl.cast(node, tl.uint32), tl.cast(stream, tl.uint32)
+    return tl.philox(seed, c0, c1, c2, c3)
+
+
+@jit
+def to_unit(bits):
+    """uint32 to float32 in (0, 1): exactly `_to_unit`."""
+    return tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+
+
+@jit
+def to_exponential(bits):
+    """uint32 to a unit exponential -log(1 - u), with full relative precision near 0, where 1 - u has lost it."""
+    u = to_unit(bits)
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
+    return tl.where(u < 1 / 16, series, -tl.log(1 - u))
+
+
+@jit
+def unit_uniform(seed, position, node, stream):
+    """The uniform in (0, 1) of each key, as op `uniform` gives it; the arguments are ints or blocks that broadcast."""
+    bits, _, _, _ = philox_words(seed, 0, position, node, stream)
+    return to_unit(bits)
+
+
+@jit
+def unit_exponential(seed, position, node, stream, index):
+    """The unit exponential of one index, any int, of one key."""
+    w0, w1, w2, w3 = philox_words(seed, index >> 2, position, node, stream)
+    word = index & 3
+    low, high = tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)
+    return to_exponential(tl.where(word < 2, low, high))
+
+
+@jit
+def exponentials(seed, position, node, stream, first, BLOCK: tl.constexpr):
+    """Unit exponentials [BLOCK] of one key, of indices `first` to first + BLOCK - 1; both are multiples of 4."""
+    quads = (first >> 2) + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = philox_words(seed, quads, position, node, stream)
+    # The last joined index varies fastest: w0 w1 w2 w3 of the first quad, then of the next.
+    bits = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return to_exponential(tl.reshape(bits, [BLOCK]))
+
+
+@jit
+def _uniform_kernel(seed_ptr, position_ptr, node_ptr, out_ptr, n, stream, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    seed, position = tl.load(seed_ptr + i, mask=i < n, other=0), tl.load(position_ptr + i, mask=i < n, other=0)
+    node = tl.load(node_ptr + i, mask=i < n, other=0)
+    tl.store(out_ptr + i, unit_uniform(seed, position, node, stream), mask=i < n)
+
+
+def uniform_triton(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
+    """One float32 uniform in (0, 1) per element (see `uniform_reference`)."""
+    seed, position, node = (x.contiguous() for x in (seed, position, node))
+    out = torch.empty(seed.shape, device=seed.device)
+    n = out.numel()
+    if n > 0:
+        _uniform_kernel[(triton.cdiv(n, 1024),)](seed, position, node, out, n, stream, BLOCK=1024)
     return out
 
 
@@ -153,7 +208,7 @@ def _uniform_fake(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> 
 uniform = register(
     "uniform(Tensor seed, Tensor position, Tensor node, int stream) -> Tensor",
     cpu=uniform_cpu,
-    triton=None,
+    triton=uniform_triton,
     fake=_uniform_fake,
     inline=False,
 )

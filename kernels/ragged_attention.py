@@ -1,9 +1,7 @@
 """The step's attention on a CPU: append keys and values, then attend over what is really there.
 
-For query row r of sample b (node n of its tree, position t):
-    keys    committed slots s < lengths[b], and uncommitted slots lengths[b] + i for every ancestor-or-self i of n,
-            those with t - position < window
-    out_r = softmax(softcap(q_r · K * scale)) · V          softcap(x) = c * tanh(x / c)
+The same attention as `specdec.kernels.tree_attention`: a token sees the committed slots of its own sample and the
+uncommitted ones of its ancestors and itself, as far back as the window reaches.
 One task per (sample, key/value head) writes its own new entries and reads each key and value once for all query rows
 of the group: no mask tensor, no unused capacity, no padding between samples.
 
@@ -11,7 +9,7 @@ The cache is handed over as a table of addresses, because a graph that owns a te
 cannot prove safe; addresses also let the cache grow without a new graph.
 
 Source: EMS-SD, arXiv 2405.07542 (ragged lengths); SpecInfer, arXiv 2305.09781 (ancestor mask).
-Letters: B samples, R query rows a sample, T = B * R, H query heads, G key/value heads, D head dim, N nodes, W words.
+Letters: B samples, T tokens, H query heads, G key/value heads, D head dim, N nodes, W words.
 """
 
 from __future__ import annotations
@@ -106,24 +104,26 @@ static inline void weigh_rows(const float* p, const float* v, float* out, int64_
 
 extern "C" void ragged_attention(
     const float* q, const float* k, const float* v, float* out, const int64_t* table, const int64_t* slot,
-    const int64_t* lengths, const int64_t* row_node, const int64_t* row_position, const int64_t* bits,
-    const int64_t* depths, int64_t B, int64_t R, int64_t H, int64_t G, int64_t D, int64_t W, int64_t window,
-    float scale, float softcap, int64_t threads) {
+    const int64_t* starts, const int64_t* lengths, const int64_t* node, const int64_t* bits, const int64_t* depths,
+    int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t W, int64_t window, float scale, float softcap,
+    int64_t threads) {
   float* const k_cache = reinterpret_cast<float*>(table[0]);
   float* const v_cache = reinterpret_cast<float*>(table[1]);
-  const int64_t S = table[2], group = H / G, rows = group * R;
-  int64_t longest = 0;
-  for (int64_t b = 0; b < B; b++) longest = lengths[b] > longest ? lengths[b] : longest;
-  const bool parallel = B * G > 1 && rows * longest * D > 65536;
+  const int64_t S = table[2], group = H / G;
+  int64_t work = 0;
+  for (int64_t b = 0; b < B; b++) work += (starts[b + 1] - starts[b]) * group * D * lengths[b];
+  const bool parallel = B * G > 1 && work > 65536 * B;
+  std::memset(out + starts[B] * H * D, 0, (T - starts[B]) * H * D * sizeof(float));  // tokens of no sample
   #pragma omp parallel for num_threads(threads) schedule(dynamic) if (parallel)
   for (int64_t task = 0; task < B * G; task++) {
-    const int64_t b = task / G, g = task % G, length = lengths[b];
+    const int64_t b = task / G, g = task % G, length = lengths[b], from = starts[b];
+    const int64_t R = starts[b + 1] - from, rows = group * R;
     const int64_t committed = length > 0 ? length : 0;
     float* const keys = k_cache + (g * B + b) * S * D;
     float* const values = v_cache + (g * B + b) * S * D;
     int64_t n = committed;
     for (int64_t r = 0; r < R; r++) {
-      const int64_t t = b * R + r, end = length + row_node[t] + 1;
+      const int64_t t = from + r, end = length + node[t] + 1;
       std::memcpy(k_cache + (g * B * S + slot[t]) * D, k + (t * G + g) * D, D * sizeof(float));
       std::memcpy(v_cache + (g * B * S + slot[t]) * D, v + (t * G + g) * D, D * sizeof(float));
       n = end > n ? end : n;
@@ -133,13 +133,13 @@ extern "C" void ragged_attention(
     float* const y = x + rows * D;       // [rows, D]
     float* const p = y + rows * D;       // [rows, n]
     for (int64_t r = 0; r < R; r++)
-      for (int64_t i = 0; i < group * D; i++) x[r * group * D + i] = scale * q[((b * R + r) * H + g * group) * D + i];
+      for (int64_t i = 0; i < group * D; i++) x[r * group * D + i] = scale * q[((from + r) * H + g * group) * D + i];
     int64_t s = 0;
     for (; s + 4 <= n; s += 4) columns<4>(x, keys + s * D, p + s, rows, n, D);
     for (; s < n; s++) columns<1>(x, keys + s * D, p + s, rows, n, D);
     for (int64_t row = 0; row < rows; row++) {
       float* const score = p + row * n;
-      const int64_t t = b * R + row / group, node = row_node[t], position = row_position[t];
+      const int64_t own = node[from + row / group], position = length + depths[own];
       if (softcap > 0)
         for (int64_t i = 0; i < n; i++) score[i] = softcap * std::tanh(score[i] / softcap);
       int64_t first = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
@@ -147,7 +147,7 @@ extern "C" void ragged_attention(
       for (int64_t i = 0; i < first; i++) score[i] = 0;
       for (int64_t i = committed; i < n; i++) {
         const int64_t other = i - length;
-        const bool seen = (bits[node * W + other / 64] >> (other % 64)) & 1;
+        const bool seen = (bits[own * W + other / 64] >> (other % 64)) & 1;
         if (!seen || (window > 0 && position - (length + depths[other]) >= window)) score[i] = -INFINITY;
       }
       const float sum = exponentials(score + first, n - first);
@@ -157,7 +157,7 @@ extern "C" void ragged_attention(
     for (; row + 4 <= rows; row += 4) weigh_rows<4>(p + row * n, values, y + row * D, committed, n, D);
     for (; row < rows; row++) weigh_rows<1>(p + row * n, values, y + row * D, committed, n, D);
     for (int64_t r = 0; r < R; r++)
-      std::memcpy(out + ((b * R + r) * H + g * group) * D, y + r * group * D, group * D * sizeof(float));
+      std::memcpy(out + ((from + r) * H + g * group) * D, y + r * group * D, group * D * sizeof(float));
   }
 }
 """
@@ -178,9 +178,9 @@ def ragged_attention_cpu(
     v: Tensor,
     table: Tensor,
     slot: Tensor,
+    starts: Tensor,
     lengths: Tensor,
-    row_node: Tensor,
-    row_position: Tensor,
+    node: Tensor,
     bits: Tensor,
     depths: Tensor,
     window: int,
@@ -190,20 +190,20 @@ def ragged_attention_cpu(
     """Write the new keys and values into the cache behind `table`, and attend.
 
     Args:
-        q: [T, H, D]; k, v: [T, G, D]; float32, contiguous, in grid order (sample by sample, R rows each).
+        q: [T, H, D]; k, v: [T, G, D]; float32, contiguous.
         table: [3] int64: addresses of the contiguous float32 [G, B, S, D] keys and values, and S.
-        slot: [T] int64, flat slot of each new token. lengths: [B] int64.
-        row_node, row_position: [B, R] int64. bits: [N, W], depths: [N] int64, of the tree.
+        slot: [T] int64, flat slot of each new token. lengths: [B] int64, committed entries.
+        starts: [B + 1] int64, tokens `starts[b] .. starts[b + 1] - 1` are sample b's; those past the last are nobody's.
+        node: [T] int64, the node of each token. bits: [N, W], depths: [N] int64, of the tree.
         window: keys farther back than this are not seen; 0 for no limit. softcap: 0 for none.
 
     Returns:
-        [T, H, D] float32.
+        [T, H, D] float32; zeros for tokens of no sample.
     """
-    n_batch, n_rows = row_node.shape
     out = torch.empty_like(q)
-    tensors = (q, k, v, out, table, slot, lengths, row_node, row_position, bits, depths)
+    tensors = (q, k, v, out, table, slot, starts, lengths, node, bits, depths)
     _kernel()(
-        *(t.data_ptr() for t in tensors), n_batch, n_rows, q.shape[1], k.shape[1], q.shape[2], bits.shape[1], window,
+        *(t.data_ptr() for t in tensors), len(lengths), *q.shape[:2], k.shape[1], q.shape[2], bits.shape[1], window,
         scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -214,8 +214,8 @@ def _fake(q: Tensor, *args: object) -> Tensor:
 
 
 ragged_attention = register(
-    "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor slot, Tensor lengths, Tensor row_node, "
-    "Tensor row_position, Tensor bits, Tensor depths, int window, float scale, float softcap) -> Tensor",
+    "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor slot, Tensor starts, Tensor lengths, "
+    "Tensor node, Tensor bits, Tensor depths, int window, float scale, float softcap) -> Tensor",
     cpu=ragged_attention_cpu,
     triton=None,
     fake=_fake,

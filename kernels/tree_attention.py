@@ -1,11 +1,20 @@
-"""Attention of the step: every query sees its own sample's committed text and its own ancestors.
+"""Attention of the step: every token sees its own sample's committed text and its own ancestors.
 
-For query token t (sample b, visible keys by `mask[b, row]`):
-    out_t = softmax(softcap(q_t · K_b * scale) + mask) · V_b      softcap(x) = c * tanh(x / c)
-Queries are grouped: the H / G query heads of a key/value head share its keys, packed as rows of one product.
+For token t of sample b (node n = node[t], length = lengths[b], query head h of key/value head g = h // (H / G)):
+    seen    = {s : s < length}  ∪  {length + i : bit i of bits[n] is set}      (causal text: i <= n)
+              of these, with a window, only keys with position(t) - position(s) < window
+    score_s = softcap(scale * q_th · k_s)                                      softcap(x) = c * tanh(x / c)
+    out_th  = sum_seen exp(score_s) v_s / (sum_seen exp(score_s) + exp(sink_h))
+Committed slot s is at position s, uncommitted slot length + i at length + depth(i). A token that sees no key gives 0.
 
-Source: EMS-SD (2405.07542) for the ragged layout, SpecInfer (2305.09781) for the ancestor mask.
-Letters: B samples, R query rows a sample, H query heads, G key/value heads, S slots, D head dim.
+The kernel: one program per (tile of one sample's tokens, key/value head, split of the keys). The query heads of a
+key/value head are packed as rows of one product, so that each key is read once for all of them; a split takes an equal
+share of the key blocks that really exist, and a second kernel joins what the splits found (softmax is associative).
+Blocks that every row sees in full need no mask; only the blocks of the tree look at ancestor words.
+
+Source: SpecInfer, 2305.09781 (ancestor mask); EMS-SD, 2405.07542 (no padding between samples); FlashAttention-2,
+2307.08691 (online softmax); Flash-Decoding (splits over the keys); attention sinks as in gpt-oss, 2508.10925.
+Letters: T tokens, B samples, H query heads, G key/value heads, S slots, D head dim, N uncommitted slots, W words.
 """
 
 from __future__ import annotations
@@ -13,57 +22,337 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.library import register
+from specdec.kernels.library import jit, register, tl, triton
 
 
 def tree_attention_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    """Attention by definition, in float32.
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, node: Tensor, bits: Tensor | None,
+    depths: Tensor | None, window: int, scale: float, softcap: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention by definition, in float32: every token against every slot, and a mask.
 
     Args:
-        q: [B, R, H, D].
-        k_cache, v_cache: [G, B, S, D].
-        mask: [B, R, S] additive, 0 where visible and -inf elsewhere; every row sees at least one key.
-        scale: factor on the scores.
-        softcap: bound c of the scores, or None.
+        q: [T, H, D], any strides with a contiguous last dimension, as the caches.
+        k_cache: [G, B, S, D]; v_cache: [G, B, S, Dv]; the new entries are in place already.
+        starts: [B + 1] int64 from 0: tokens starts[b] to starts[b + 1] - 1 are sample b's; a sample may have none.
+            Tokens from starts[B] on belong to nobody; their output is 0.
+        lengths: [B] int64, committed slots; -1 for a root that has no slot (slots then begin with node 1).
+        node: [T] int64: token t of sample b is in slot lengths[b] + node[t].
+        bits: [1 or B, N, W] int64, ancestor words of the uncommitted slots (see tree_mask), parents before children;
+            None for causal text, where a token sees all earlier slots.
+        depths: [1 or B, N] int64, needed with `bits` and a window only; in causal text the depth of slot i is i.
+        window: positions a token sees, itself included; 0 for no limit. softcap: 0 for none.
+        scale: factor on the products. sinks: [H], logits that join the sum of the softmax and nothing else, or None.
 
     Returns:
-        [B, R, H, D] of q's dtype.
+        [T, H, Dv] of q's dtype. Keys and values that are not finite show in the output of who sees them; slots past
+        the end and other branches may hold anything.
     """
-    group = q.shape[2] // k_cache.shape[0]
-    keys, values = (cache.repeat_interleave(group, 0).float() for cache in (k_cache, v_cache))
-    scores = torch.einsum("brhd,hbsd->bhrs", q.float(), keys) * scale
-    if softcap is not None:
+    n_tokens, n_heads, _ = q.shape
+    n_groups, n_batch, n_slots, _ = k_cache.shape
+    tokens, slots = (torch.arange(n, device=q.device) for n in (n_tokens, n_slots))
+    owner = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
+    sample = owner.clamp(max=n_batch - 1)
+    length = lengths[sample][:, None]
+    other = slots - length  # [T, S]: which uncommitted slot; committed ones are negative
+    if bits is None:
+        seen, place, key_place = other <= node[:, None], node[:, None], slots
+    else:
+        own = node.clamp(0, bits.shape[1] - 1)
+        words = bits.expand(n_batch, -1, -1)[sample, own].gather(1, (other >> 6).clamp(0, bits.shape[2] - 1))
+        is_ancestor = (words >> (other & 63)) & 1 == 1
+        seen = (other < 0) | (is_ancestor & (other < 64 * bits.shape[2]))
+        if window > 0:
+            assert depths is not None
+            depth = depths.expand(n_batch, -1)[sample]
+            place = depth.gather(1, own[:, None])
+            key_place = torch.where(other < 0, slots, length + depth.gather(1, other.clamp(0, depth.shape[1] - 1)))
+    if window > 0:
+        seen = seen & (length + place - key_place < window)
+    at_home = owner[:, None] == torch.arange(n_batch, device=q.device)
+    seen = (at_home[:, :, None] & seen[:, None]).flatten(1)[:, None, None]  # [T, 1, 1, B * S]
+
+    keys, values = (cache.float().flatten(1, 2) for cache in (k_cache, v_cache))
+    rows = q.float().unflatten(1, (n_groups, -1))
+    scores = torch.einsum("tghd,gsd->tghs", rows, keys) * scale
+    if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    probs = (scores + mask[:, None].float()).softmax(-1)
-    return torch.einsum("bhrs,hbsd->brhd", probs, values).to(q.dtype)
+    # 0 * NaN is NaN: values that are not finite go into the scores, where the mask keeps them to those who see them.
+    finite = values.isfinite().all(-1)
+    values = torch.where(finite[..., None], values, 0)
+    scores = torch.where(seen, torch.where(finite[None, :, None], scores, torch.nan), -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, n_groups, -1, 1).expand(n_tokens, -1, -1, -1)
+        scores = torch.cat([scores, sink], -1)
+    probs = torch.where(seen, scores.softmax(-1)[..., : seen.shape[-1]], 0)
+    return torch.einsum("tghs,gsd->tghd", probs, values).flatten(1, 2).to(q.dtype)
 
 
-def tree_attention_cpu(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    """Attention of each query row over its own sample's keys (see the module's docstring)."""
-    n_batch, n_rows, n_heads, head_dim = q.shape
-    n_groups, group = k_cache.shape[0], n_heads // k_cache.shape[0]
-    packed = (q * scale).view(n_batch, n_rows, n_groups, group, head_dim).permute(2, 0, 3, 1, 4)
-    packed = packed.reshape(n_groups, n_batch, group * n_rows, head_dim)
-    scores = torch.matmul(packed, k_cache.transpose(2, 3))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(n_groups, n_batch, group, n_rows, -1) + mask[None, :, None]
-    probs = scores.float().softmax(-1).to(q.dtype).view(n_groups, n_batch, group * n_rows, -1)
-    out = torch.matmul(probs, v_cache).view(n_groups, n_batch, group, n_rows, -1)
-    return out.permute(1, 3, 0, 2, 4).reshape(n_batch, n_rows, n_heads, -1)
+@jit
+def _tree_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, lengths_ptr, node_ptr, bits_ptr, depths_ptr, sinks_ptr,
+    stride_qt, stride_qh, stride_kg, stride_kb, stride_ks, stride_vg, stride_vb, stride_vs,
+    stride_bb, stride_bn, stride_bw, stride_db, stride_dn,
+    n_tokens, n_heads, n_batch, n_slots, n_nodes, n_words, window, scale, cap,
+    GROUP: tl.constexpr, HEAD_D: tl.constexpr, HEAD_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    IS_DENSE: tl.constexpr, IS_TREE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (T // BLOCK_Q + B + 1, G, splits). To the output, or if `IS_SPLIT` partial results and their log-sum-exp.
+    Scores are powers of two: `scale` and `cap` come with log2(e) in them."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    if IS_DENSE:  # neighbouring slots are neighbours in memory: offsets in a block are constants
+        stride_ks = HEAD_D
+        stride_vs = HEAD_DV
+    # Sample b's tiles begin at starts[b] // BLOCK_Q + b, which leaves it at least the ceil(n / BLOCK_Q) it needs;
+    # sample B are the tokens of nobody. Last tiles first: in causal text they have most to do.
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_group = tl.program_id(1)
+    i_split = tl.program_id(2)
+    i_sample = tl.full([], -1, tl.int32)
+    for first in range(0, n_batch + 1, 128):
+        o_sample = first + tl.arange(0, 128)
+        start = tl.load(starts_ptr + o_sample, mask=o_sample <= n_batch, other=0).to(tl.int32)
+        i_sample += tl.sum(((o_sample <= n_batch) & (start // BLOCK_Q + o_sample <= i_tile)).to(tl.int32), 0)
+    is_text = i_sample < n_batch
+    start = tl.load(starts_ptr + i_sample).to(tl.int32)
+    end = tl.load(starts_ptr + i_sample + 1, mask=is_text, other=n_tokens).to(tl.int32)
+    token = start + (i_tile - start // BLOCK_Q - i_sample) * BLOCK_Q
+    if token >= end:
+        return
+
+    # Rows: the tokens of the tile, each with the query heads of this key/value head.
+    o_row = tl.arange(0, BLOCK_M)
+    o_token = token + o_row // GROUP
+    o_head = i_group * GROUP + o_row % GROUP
+    own = (o_row < BLOCK_Q * GROUP) & (o_token < end)
+    has_node = (o_row < BLOCK_Q * GROUP) & (o_token < tl.where(is_text, end, 0))
+    node = tl.load(node_ptr + o_token, mask=has_node, other=0).to(tl.int32)
+    length = tl.load(lengths_ptr + i_sample, mask=is_text, other=0).to(tl.int32)
+
+    # Keys from first_key to end_key are looked at, and every row sees all of those before full_key.
+    end_key = tl.maximum(tl.minimum(length + tl.max(node, 0) + 1, n_slots), 0)
+    end_key = tl.where(is_text, end_key, 0)
+    full_key = length
+    place = length + node
+    if IS_TREE:
+        p_words = bits_ptr + i_sample * stride_bb + node * stride_bn
+        if HAS_WINDOW:
+            p_depths = depths_ptr + i_sample * stride_db
+            place = length + tl.load(p_depths + node * stride_dn, mask=has_node, other=0).to(tl.int32)
+    else:
+        full_key += 1 + tl.min(tl.where(own, node, n_slots), 0)
+    full_key = tl.maximum(tl.minimum(full_key, end_key), 0)
+    first_block = 0
+    if HAS_WINDOW:
+        earliest = place - window + 1
+        first_key = tl.min(tl.where(own, earliest, n_slots), 0)
+        first_block = tl.maximum(tl.minimum(first_key, full_key), 0) // BLOCK_N
+    # An equal share for every split, but no crumbs: of a short text the last splits get nothing.
+    n_blocks = tl.cdiv(end_key, BLOCK_N) - first_block
+    share = tl.maximum(tl.cdiv(n_blocks, tl.num_programs(2)), 128 // BLOCK_N)
+    begin = first_block + i_split * share
+    finish = tl.minimum(begin + share, first_block + n_blocks)
+    middle = tl.maximum(tl.minimum(full_key // BLOCK_N, finish), begin)
+
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    p_q = q_ptr + o_token.to(tl.int64) * stride_qt + o_head.to(tl.int64) * stride_qh
+    q = tl.load(p_q[:, None] + o_d[None, :], mask=own[:, None] & (o_d < HEAD_D)[None, :], other=0.0)
+    k_base = k_ptr + i_sample.to(tl.int64) * stride_kb + i_group.to(tl.int64) * stride_kg
+    v_base = v_ptr + i_sample.to(tl.int64) * stride_vb + i_group.to(tl.int64) * stride_vg
+    zero = tl.full([], 0, tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: rows that see nothing yet need no special case
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # First the blocks that all rows see in full, without masks; then the others, in halves to spare registers.
+    for IS_TAIL in tl.static_range(2):
+        o_in_block = tl.arange(0, BLOCK_N // (1 + IS_TAIL))
+        tile_k = o_in_block.to(tl.int64)[:, None] * stride_ks + o_d[None, :]
+        tile_v = o_in_block.to(tl.int64)[:, None] * stride_vs + o_dv[None, :]
+        if IS_TAIL:
+            begin, middle = 2 * middle, 2 * finish
+        for i_block in tl.range(begin, middle, num_stages=2 if IS_TAIL else None):
+            first = i_block * (BLOCK_N // (1 + IS_TAIL))
+            o_key = first + o_in_block
+            p_k = k_base + (zero + first) * stride_ks + tile_k
+            p_v = v_base + (zero + first) * stride_vs + tile_v
+            if IS_TAIL:
+                k = tl.load(p_k, mask=(o_key < end_key)[:, None] & (o_d < HEAD_D)[None, :], other=0.0)
+                v = tl.load(p_v, mask=(o_key < end_key)[:, None] & (o_dv < HEAD_DV)[None, :], other=0.0)
+            else:
+                if HEAD_D == BLOCK_D:
+                    k = tl.load(p_k)
+                else:
+                    k = tl.load(p_k, mask=(o_d < HEAD_D)[None, :], other=0.0)
+                if HEAD_DV == BLOCK_DV:
+                    v = tl.load(p_v)
+                else:
+                    v = tl.load(p_v, mask=(o_dv < HEAD_DV)[None, :], other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            if HAS_CAP:
+                scores = cap - 2 * cap / (tl.exp2(scores) + 1)
+            if IS_TAIL:
+                if IS_TREE:
+                    # The ancestor bits of this block's keys, a word for each row, shifted together from two words.
+                    o_word = tl.full([BLOCK_M], 0, tl.int32) + ((first - length) >> 6)
+                    shift = ((first - length) & 63).to(tl.uint64)
+                    p_word = p_words + o_word * stride_bw
+                    low = tl.load(p_word, mask=(o_word >= 0) & (o_word < n_words), other=0)
+                    high = tl.load(p_word + stride_bw, mask=(o_word >= -1) & (o_word < n_words - 1), other=0)
+                    word = (low.to(tl.uint64) >> shift) | ((high.to(tl.uint64) << (63 - shift)) << 1)
+                    seen = ((word[:, None] >> o_in_block.to(tl.uint64)[None, :]) & 1) != 0
+                    seen |= (o_key < length)[None, :]
+                else:
+                    seen = o_key[None, :] <= place[:, None]
+                # 0 * NaN is NaN: values that are not finite go into the scores (as in the reference).
+                is_finite = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1) != 0
+                v = tl.where(is_finite[:, None], v, 0.0)
+                scores = tl.where(is_finite[None, :], scores, float("nan"))
+                scores = tl.where(seen & (o_key < end_key)[None, :], scores, float("-inf"))
+            if HAS_WINDOW:
+                key_place = o_key
+                if IS_TAIL and IS_TREE:
+                    is_node = (o_key >= length) & (o_key - length < n_nodes)
+                    depth = tl.load(p_depths + (o_key - length) * stride_dn, mask=is_node, other=0).to(tl.int32)
+                    key_place = tl.where(is_node, length + depth, o_key)
+                scores = tl.where(key_place[None, :] >= earliest[:, None], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            probs = tl.exp2(scores - new_top[:, None])
+            fade = tl.exp2(top - new_top)
+            total = total * fade + tl.sum(probs, 1)
+            acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+            top = new_top
+
+    if HAS_SINKS and not IS_SPLIT:
+        sink = tl.load(sinks_ptr + o_head, mask=own, other=0.0).to(tl.float32) * 1.4426950408889634
+        new_top = tl.maximum(top, sink)
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.exp2(sink - new_top)
+        acc *= fade[:, None]
+    is_empty = total == 0
+    total = tl.where(is_empty, 1.0, total)
+    o_out = (i_split.to(tl.int64) * n_tokens + o_token) * n_heads + o_head
+    if IS_SPLIT:
+        tl.store(lse_ptr + o_out, tl.where(is_empty, float("-inf"), top + tl.log2(total)), mask=own)
+        own = own & (is_empty == 0)  # nobody reads what has no weight
+    p_out = out_ptr + o_out[:, None] * HEAD_DV + o_dv[None, :]
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(p_out, out, mask=own[:, None] & (o_dv < HEAD_DV)[None, :])
 
 
-def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    return q.new_empty(*q.shape[:3], v_cache.shape[-1])
+@jit
+def _combine_kernel(
+    part_ptr, lse_ptr, sinks_ptr, out_ptr, n_rows, n_heads, n_splits,
+    HEAD_DV: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_SPLIT: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Rows (token, head) of the output from the splits' partial results [splits, T * H, Dv]."""
+    o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_split, o_dv = tl.arange(0, BLOCK_SPLIT), tl.arange(0, BLOCK_DV)
+    own = o_row < n_rows
+    o_part = o_split.to(tl.int64)[None, :] * n_rows + o_row[:, None]
+    lse = tl.load(lse_ptr + o_part, mask=own[:, None] & (o_split < n_splits)[None, :], other=float("-inf"))
+    top = tl.maximum(tl.max(lse, 1), -3.0e38)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + o_row % n_heads, mask=own, other=0.0).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    weight = tl.exp2(lse - top[:, None])
+    total = tl.sum(weight, 1)
+    if HAS_SINKS:
+        total += tl.exp2(sink - top)
+    total = tl.where(total == 0, 1.0, total)
+    has_part = (lse != float("-inf"))[:, :, None] & (o_dv < HEAD_DV)[None, None, :]
+    part = tl.load(part_ptr + o_part[:, :, None] * HEAD_DV + o_dv[None, None, :], mask=has_part, other=0.0)
+    out = tl.sum(part * weight[:, :, None], 1) / total[:, None]
+    p_out = out_ptr + o_row.to(tl.int64)[:, None] * HEAD_DV + o_dv[None, :]
+    tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=own[:, None] & (o_dv < HEAD_DV)[None, :])
+
+
+def blocks(n_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps, pipeline stages).
+
+    Args:
+        n_rows: query rows of an average sample: tokens times query heads a key/value head. head_dim: the larger one.
+
+    A tile that holds all rows of a sample reads each key from memory once, so BLOCK_M follows the rows until the
+    accumulator fills the registers. float32 multiplies without tensor cores and takes small tiles.
+    """
+    if itemsize == 4:
+        return 16, 32, 8, 2
+    if n_rows <= 16:
+        return 16, 64 if head_dim <= 128 else 32, 4, 3
+    if head_dim <= 128:
+        return (64, 64, 4, 3) if n_rows <= 64 else (128, 64, 8, 3)
+    return (32, 32, 8, 3) if n_rows <= 32 else (64, 32, 8, 2)
+
+
+def n_splits(n_tokens: int, n_batch: int, n_groups: int, n_keys: int, block_q: int) -> int:
+    """Into how many parts the keys are split, from shapes alone, so that a captured graph holds for any lengths.
+
+    Decoding has few (tile, head) pairs and many keys: without splits most of the chip would idle. The aim is four
+    programs for each of about 132 multiprocessors, two of which run at a time; more would only add partial results
+    to write and read. A split has at least 256 keys, or its start-up costs more than its work.
+    """
+    tiles = n_batch * triton.cdiv(triton.cdiv(n_tokens, max(n_batch, 1)), block_q)
+    return max(1, min(4 * 132 // max(tiles * n_groups, 1), n_keys // 256, 64))
+
+
+def tree_attention_triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, node: Tensor, bits: Tensor | None,
+    depths: Tensor | None, window: int, scale: float, softcap: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Start the kernels (arguments as in `tree_attention_reference`)."""
+    n_tokens, n_heads, head_d = q.shape
+    n_groups, n_batch, n_slots, head_dv = v_cache.shape
+    group = n_heads // n_groups
+    if any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (q, k_cache, v_cache)):
+        raise ValueError("q, k_cache and v_cache must be contiguous in their last dimension")
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(f"q, k_cache and v_cache differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    per_sample = triton.cdiv(n_tokens, max(n_batch, 1))
+    block_m, block_n, warps, stages = blocks(per_sample * group, max(head_d, head_dv), q.element_size())
+    block_m = max(block_m, triton.next_power_of_2(group))
+    block_q = block_m // group
+    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_d, head_dv))
+    splits = n_splits(n_tokens, n_batch, n_groups, min(n_slots, window + per_sample) if window else n_slots, block_q)
+    out = torch.empty((n_tokens, n_heads, head_dv), dtype=q.dtype, device=q.device)
+    part, lse = out, out
+    if splits > 1:
+        part = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
+        lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    log2e = 1.4426950408889634  # tanh(x) = 1 - 2 / (exp(2 x) + 1), and exp(x) = exp2(x * log2e)
+    factor, cap = (scale / softcap * 2 * log2e, softcap * log2e) if softcap > 0 else (scale * log2e, 0.0)
+    n_nodes, n_words = (0, 0) if bits is None else bits.shape[1:]
+    bits_strides = (0, 0, 0) if bits is None else (bits.stride(0) if len(bits) > 1 else 0, *bits.stride()[1:])
+    depths_strides = (0, 0) if depths is None else (depths.stride(0) if len(depths) > 1 else 0, depths.stride(1))
+    # maxnreg: left alone, ptxas spills some bytes in order to fit one more program on a multiprocessor.
+    _tree_attention_kernel[(n_tokens // block_q + n_batch + 1, n_groups, splits)](
+        q, k_cache, v_cache, part, lse, starts.contiguous(), lengths.contiguous(), node.contiguous(), bits, depths,
+        sinks, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *bits_strides, *depths_strides,
+        n_tokens, n_heads, n_batch, n_slots, n_nodes, n_words, window, factor, cap, group, head_d, head_dv, block_m,
+        block_n, block_d, block_dv, k_cache.stride(2) == head_d and v_cache.stride(2) == head_dv, bits is not None,
+        window > 0, softcap > 0, sinks is not None, splits > 1, "ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages, maxnreg=255,
+    )  # fmt: skip
+    if splits > 1:
+        block_split = triton.next_power_of_2(splits)
+        block_r = max(1, 4096 // (block_split * block_dv))
+        _combine_kernel[(triton.cdiv(n_tokens * n_heads, block_r),)](
+            part, lse, sinks, out, n_tokens * n_heads, n_heads, splits, head_dv, sinks is not None, block_r,
+            block_split, block_dv, num_warps=4 if block_split * block_dv <= 4096 else 8,
+        )  # fmt: skip
+    return out
+
+
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> Tensor:
+    return q.new_empty(*q.shape[:2], v_cache.shape[-1])
 
 
 tree_attention = register(
-    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor mask, float scale, float? softcap) -> Tensor",
-    cpu=tree_attention_cpu,
-    triton=None,
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor starts, Tensor lengths, Tensor node, "
+    "Tensor? bits, Tensor? depths, int window, float scale, float softcap, Tensor? sinks) -> Tensor",
+    cpu=tree_attention_reference,
+    triton=tree_attention_triton,
     fake=_fake,
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec.config import Config
 from specdec.decoder import Decoder
@@ -19,6 +19,7 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.request import Request, Unsupported, moving_rope
 from specdec.sampling import SamplingLaw
@@ -87,7 +88,7 @@ class Handle:
     def warmup(self, batch_size: int = 1, do_sample: bool = False) -> None:
         """Compile the steps of a batch size before they are needed. Plain sampling; processors compile their own."""
         decoder = self._decoder(self._draft)
-        law = SamplingLaw(not do_sample, key=(do_sample,))
+        law = SamplingLaw.from_processors(LogitsProcessorList(), do_sample, self._model.device)
         prompts = [torch.zeros(8, dtype=torch.int64)] * batch_size
         with torch.inference_mode(False), torch.no_grad():
             steps = decoder.run(prompts, law, 64, torch.zeros(batch_size, dtype=torch.int64), _NO_EOS)
@@ -187,7 +188,10 @@ class Handle:
         decoder = self._decoders.get(key)
         if decoder is None or not decoder.drafter.is_current:
             self._check_draft(draft)
-            steps = CompiledSteps(self.config.compile)
+            on_gpu = self._target.device.type == "cuda"
+            steps = (
+                CapturedSteps() if self.config.compile and on_gpu else CompiledSteps(self.config.compile and not on_gpu)
+            )
             decoder = self._decoders[key] = Decoder(self._target, self._drafter(draft), steps, self.stats)
         return decoder
 

@@ -1,6 +1,8 @@
 """The "specdec" entry in transformers' attention registry, and the mask hook that goes with it.
 
-Both read the forward's `Nodes` from the cache that hangs on the (private) configuration of the running view.
+Both read the forward's `Nodes` from the cache that hangs on the (private) configuration of the running view. Three
+ways to attend: the Triton kernel wherever Triton runs; the C++ kernel for tree nodes in float32 on a CPU; and dense
+PyTorch under a mask for the rest (prefill and half precision on a CPU).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from specdec.cache import RaggedCache
+from specdec.kernels.library import runs_triton
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.tree_attention import tree_attention
 
@@ -28,6 +31,7 @@ def attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the flat tokens over the ragged cache.
@@ -49,14 +53,47 @@ def attention_forward(
         assert nodes.bits is not None and nodes.depths is not None
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         out = ragged_attention(
-            q, k, v, cache.layers[layer.layer_idx].table, nodes.slot, nodes.lengths, nodes.row_node,
-            nodes.row_position, nodes.bits, nodes.depths, sliding_window or 0, scale, softcap or 0.0,
+            q, k, v, cache.layers[layer.layer_idx].table, nodes.slot, nodes.starts, nodes.lengths,
+            nodes.node, nodes.bits, nodes.depths, sliding_window or 0, scale, softcap or 0.0,
+        )  # fmt: skip
+        return out[None], None
+    q = query[0].transpose(0, 1)
+    if runs_triton(q):
+        bits, depths = (None if x is None else x[None] for x in (nodes.bits, nodes.depths))
+        out = tree_attention(
+            q, key, value, nodes.starts, nodes.lengths, nodes.node, bits, depths, sliding_window or 0, scale,
+            softcap or 0.0, s_aux,
         )  # fmt: skip
         return out[None], None
     assert attention_mask is not None
-    grid = nodes.to_grid(query[0].transpose(0, 1))
-    out = tree_attention(grid, key, value, attention_mask[:, 0], scale, softcap)
+    out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap)
     return nodes.from_grid(out)[None], None
+
+
+def masked_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Dense attention of each query row over its own sample's slots.
+
+    Args:
+        q: [B, R, H, D]. k_cache, v_cache: [G, B, S, D].
+        mask: [B, R, S] additive, 0 where visible and -inf elsewhere; every row sees at least one key.
+        scale: factor on the scores. softcap: bound c of the scores, c * tanh(scores / c), or None.
+
+    Returns:
+        [B, R, H, D] of q's dtype.
+    """
+    n_batch, n_rows, n_heads, head_dim = q.shape
+    n_groups, group = k_cache.shape[0], n_heads // k_cache.shape[0]
+    packed = (q * scale).view(n_batch, n_rows, n_groups, group, head_dim).permute(2, 0, 3, 1, 4)
+    packed = packed.reshape(n_groups, n_batch, group * n_rows, head_dim)
+    scores = torch.matmul(packed, k_cache.transpose(2, 3))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(n_groups, n_batch, group, n_rows, -1) + mask[None, :, None]
+    probs = scores.float().softmax(-1).to(q.dtype).view(n_groups, n_batch, group * n_rows, -1)
+    out = torch.matmul(probs, v_cache).view(n_groups, n_batch, group, n_rows, -1)
+    return out.permute(1, 3, 0, 2, 4).reshape(n_batch, n_rows, n_heads, -1)
 
 
 def build_mask(
@@ -64,12 +101,12 @@ def build_mask(
 ) -> Tensor | None:
     """The mask of the forward in flight, [B, 1, R, S], under the model's own rule (causal, sliding window, ...).
 
-    The fused attention needs none: it reads lengths, ancestor words and the window.
+    The kernels need none: they read lengths, ancestor words and the window.
     """
     cache: RaggedCache = config.specdec_cache
-    if cache.is_fused:
-        return None
     assert cache.nodes is not None
+    if cache.is_fused or runs_triton(cache.nodes.slot):
+        return None
     return cache.nodes.mask(mask_function, cache.n_slots, dtype)
 
 

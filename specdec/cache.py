@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from specdec.kernels.kv_cache import kv_append_
+from specdec.kernels.kv_cache import cache_table, kv_append_
+from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
 
 
@@ -23,7 +24,7 @@ class RaggedLayer:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         # The fused CPU attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
-        self.table = torch.tensor([keys.data_ptr(), values.data_ptr(), keys.shape[2]])
+        self.table = cache_table([(keys, values)])[0]
         for tensor in (keys, values):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
             if tensor.shape[1] > 1:
@@ -37,23 +38,37 @@ class RaggedCache(Cache):
         can_fuse: run tree nodes through the fused CPU attention: for float32 on a CPU with a C++ compiler.
 
     `nodes` is the metadata of the forward in flight: it travels on the cache, which every model passes along,
-    because models drop keyword arguments they do not know.
+    because models drop keyword arguments they do not know. `generation` changes when the memory moves.
     """
 
     def __init__(self, can_fuse: bool) -> None:
         self.layers: list[Any] = []  # of RaggedLayer
         self.can_fuse = can_fuse
+        self.generation = 0
         self.nodes: Nodes | None = None
 
     @property
     def is_fused(self) -> bool:
         """Whether the forward in flight runs the fused CPU attention."""
         assert self.nodes is not None
-        return self.can_fuse and self.nodes.is_grid
+        return self.can_fuse and self.nodes.bits is not None
 
     def allocate(self, shapes: list[tuple[int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
-        """Fresh zeros for `shapes[layer] = (G, D)`; zeros keep masked slots finite. Dtype and device as `like`."""
-        self.layers = [RaggedLayer(*(like.new_zeros(g, n_batch, n_slots, d) for _ in range(2))) for g, d in shapes]
+        """An empty cache for `shapes[layer] = (G, D)`, dtype and device as `like`.
+
+        A cache of the right size stays where it is, because recorded steps know its addresses. Zeros keep the masked
+        slots of the dense attention finite; Triton's kernel does not care what is in slots it may not see.
+        """
+        wanted = [(groups, n_batch, n_slots, dim) for groups, dim in shapes]
+        if [tuple(layer.keys.shape) for layer in self.layers] == wanted:
+            if not runs_triton(like):
+                for layer in self.layers:
+                    layer.keys.zero_()
+                    layer.values.zero_()
+            return
+        self.generation += 1
+        self.layers = []  # the memory of the old one may be needed for the new one
+        self.layers = [RaggedLayer(*(like.new_zeros(shape) for _ in "kv")) for shape in wanted]
 
     @property
     def n_slots(self) -> int:
@@ -73,13 +88,10 @@ class RaggedCache(Cache):
         kv_append_(layer.keys, layer.values, key_states[0], value_states[0], self.nodes.slot)
         return layer.keys, layer.values
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these samples, in this order."""
-        self.layers = [RaggedLayer(x.keys.index_select(1, rows), x.values.index_select(1, rows)) for x in self.layers]
-
     def grow(self, n_slots: int) -> None:
         """Make room for `n_slots` slots a sample; committed entries keep their places."""
         more = n_slots - self.n_slots
+        self.generation += 1
         self.layers = [
             RaggedLayer(F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more))) for x in self.layers
         ]

@@ -9,6 +9,7 @@ Letters: B samples, K drafted tokens, N = K + 1 nodes (node 0 is the pending tok
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import Drafter
+from specdec.graphs.captured import CapturedSteps, Readback
 from specdec.graphs.compiled import CompiledSteps
 from specdec.kernels.verify import verify_chain, verify_greedy
 from specdec.nodes import Nodes
@@ -25,6 +27,7 @@ from specdec.stats import Stats
 from specdec.tree import TokenTree
 from specdec.view import ModelView
 
+Steps = CompiledSteps | CapturedSteps
 SLOT_BUCKET = 256
 """Cache capacity is a multiple of this many slots; attention reads the capacity, so it grows with the text."""
 
@@ -44,42 +47,61 @@ class Decoder:
     Args:
         target: the model whose law is kept.
         drafter: where candidates come from.
-        compiled: compiles the step, or runs it eagerly.
+        steps: compiles or records the step, or runs it as it is.
         stats: what happened is added here.
     """
 
-    def __init__(self, target: ModelView, drafter: Drafter, compiled: CompiledSteps, stats: Stats) -> None:
-        self.target, self.drafter, self.compiled, self.stats = target, drafter, compiled, stats
+    def __init__(self, target: ModelView, drafter: Drafter, steps: Steps, stats: Stats) -> None:
+        self.target, self.drafter, self.steps, self.stats = target, drafter, steps, stats
+        self._state: BatchState | None = None
+        self._places: tuple[int, ...] = ()
+        self._shapes: dict[int, tuple[Tensor, Tensor]] = {}
         self.bits, self.depths = TokenTree.chain(drafter.depth).tensors(target.device)
 
-    def prefill(self, state: BatchState, prompts: list[Tensor]) -> None:
+    def prefill(self, prompts: list[Tensor], n_slots: int) -> None:
         """Write the keys and values of all but each prompt's last token, which becomes the pending one."""
-        n_slots = self._slots_for(max(len(p) for p in prompts))
         self.target.allocate(len(prompts), n_slots)
         self.target.prefill([prompt[:-1] for prompt in prompts])
         self.drafter.begin(prompts, n_slots)
 
-    def step(self, state: BatchState, law: SamplingLaw) -> Tensor:
-        """Draft, verify, accept and commit, on the device. Returns the state's report, [B, K + 4] int64."""
-        draft = self.drafter.draft(state, law)
-        tokens = torch.cat([state.pending[:, None], draft.tokens], 1)
-        n_batch, n_nodes = tokens.shape
-        drafted = torch.arange(n_nodes, device=tokens.device) <= draft.counts[:, None]
-        nodes = Nodes.of_tree(state.lengths, self.bits, self.depths, 0, n_nodes, drafted, self.target.cache.n_slots)
-        logits = self.target.forward(tokens.flatten(), nodes)
+    def step(self, state: BatchState, law: SamplingLaw, live: Tensor, token: Tensor) -> Tensor:
+        """Draft, verify, accept and commit, on the device.
+
+        Args:
+            live: [n] int64, 0, 1, ..., n - 1: at most n samples are unfinished.
+            token: [T] int64, 0, 1, ..., T - 1: the target judges T nodes, at least n of them.
+
+        Returns:
+            The state's report, [B, K + 4] int64.
+        """
+        draft = self.drafter.draft(state, law, live)
+        draft.counts = self._within_budget(draft.counts, state.finished, len(token))
+        n_nodes = torch.where(state.finished, 0, draft.counts + 1)
+        rows, n_slots = self.drafter.depth + 1, self.target.cache.n_slots
+        nodes = Nodes.packed(state.lengths, n_nodes, token, rows, n_slots, self.bits, self.depths)
+        candidates = torch.cat([state.pending[:, None], draft.tokens], 1)  # [B, K + 1]
+        logits = self.target.forward(candidates[nodes.sample, nodes.node], nodes)
         if law.greedy:
-            target_ids = logits.argmax(-1).view(n_batch, n_nodes)
+            target_ids = nodes.to_grid(logits.argmax(-1))
             n_accepted, bonus = verify_greedy(target_ids, draft.tokens, draft.counts)
         else:
-            probs = law.probs(logits).view(n_batch, n_nodes, -1)
+            laws = law.rows(logits)
             n_accepted, bonus = verify_chain(
-                probs, draft.tokens, draft.counts, draft.support_ids, draft.support_probs, state.seeds,
-                state.lengths + 1,
+                *laws, draft.tokens, draft.counts, draft.support_ids, draft.support_probs, state.seeds,
+                state.lengths + 1, nodes.starts,
             )  # fmt: skip
-            reached = torch.arange(n_nodes, device=tokens.device) <= n_accepted[:, None]
-            state.broken |= (probs.isnan().any(-1) & reached).any(1)
+            reached = torch.arange(rows, device=live.device) <= n_accepted[:, None]
+            lawless = nodes.to_grid(~laws.log_total.isfinite())
+            state.broken |= (lawless & reached).any(1) & ~state.finished
         state.commit(draft, n_accepted, bonus)  # a chain's accepted entries are already in place
         return state.report()
+
+    @staticmethod
+    def _within_budget(counts: Tensor, finished: Tensor, n_tokens: int) -> Tensor:
+        """Drafts to verify, [B]: all that fit into `n_tokens` beside one pending token a live sample."""
+        counts = torch.where(finished, 0, counts)
+        before = counts.cumsum(0) - counts + (~finished).sum()
+        return (n_tokens - before).clamp(min=0).minimum(counts)
 
     def run(
         self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, seeds: Tensor, eos_ids: Tensor
@@ -94,38 +116,88 @@ class Decoder:
         Raises:
             RuntimeError: when the target's law holds a NaN; transformers' sampling raises the same.
         """
-        device = self.target.device
         start = time.perf_counter()
-        state = BatchState(prompts, max_new_tokens, seeds.to(device), eos_ids.to(device), self.drafter.depth)
-        self.prefill(state, prompts)
+        state = self._begin(prompts, max_new_tokens, seeds, eos_ids)
         self.stats.seconds["prefill"] += time.perf_counter() - start
 
-        rows, longest = list(range(len(prompts))), max(len(p) for p in prompts)
-        while rows:
-            self._make_room(longest)
-            start = time.perf_counter()
-            step = self._step_for(law, len(rows))
-            # The one host read, between two steps: what was added decides which samples go on.
-            report = step(state, law).tolist()
-            self.stats.count_step(len(rows), time.perf_counter() - start, compiling=self.compiled.was_compiling)
-            emitted = []
-            for row, (*tokens, n_new, finished, broken) in zip(rows, report, strict=True):
-                if broken:
-                    raise RuntimeError(
-                        f"the target's logits for sample {row} hold a NaN: there is no law to sample from"
-                    )
-                emitted.append(Emitted(row, tokens[:n_new], bool(finished)))
-            longest += self.drafter.depth + 1
-            alive = [i for i, e in enumerate(emitted) if not e.finished]
-            if len(alive) < len(rows):
-                self.stats.count_positions(state)
-                rows = [rows[i] for i in alive]
-                if rows:
-                    self._keep(state, torch.tensor(alive, device=device))
-            yield emitted
+        ended, longest = [False] * len(prompts), max(len(p) for p in prompts)
+        on_the_way: deque[Readback] = deque()
+        start = time.perf_counter()
+        try:
+            while not all(ended):
+                self._make_room(longest)
+                live, token = self.shape_for(ended.count(False), len(state.lengths))
+                step = self._step_for(law, len(state.lengths), len(live))
+                on_the_way.append(Readback(step(state, law, live, token)))
+                longest += self.drafter.depth + 1
+                if len(on_the_way) > self.steps.lag:
+                    # The one host read, between two steps: what was added decides which samples go on.
+                    emitted = self._emitted(on_the_way.popleft().wait(), ended)
+                    seconds = time.perf_counter() - start
+                    self.stats.count_step(len(emitted), seconds, compiling=self.steps.was_compiling)
+                    yield emitted
+                    start = time.perf_counter()  # what the caller does is not decoding
+        finally:  # also when the caller has had enough
+            self.stats.count_positions(state)
 
-    def _step_for(self, law: SamplingLaw, n_batch: int) -> Callable[[BatchState, SamplingLaw], Tensor]:
-        return self.compiled.get(self.step, (law.key, n_batch == 1))
+    @staticmethod
+    def _emitted(report: list[list[int]], ended: list[bool]) -> list[Emitted]:
+        """What a report says of the samples that had not ended, whose ends are noted in `ended`."""
+        emitted = []
+        for row, (*tokens, n_new, finished, broken) in enumerate(report[: len(ended)]):
+            if ended[row]:
+                continue
+            if broken:
+                raise RuntimeError(f"the target's logits for sample {row} hold a NaN: there is no law to sample from")
+            emitted.append(Emitted(row, tokens[:n_new], bool(finished)))
+            ended[row] = bool(finished)
+        return emitted
+
+    def _begin(self, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor) -> BatchState:
+        """The batch on the device, prompts written to the caches.
+
+        Where steps are recorded, buffers only ever grow, and have room for the whole of every text at once.
+        """
+        device = self.target.device
+        wanted = (len(prompts), *BatchState.room_for(prompts, max_new_tokens, eos_ids))
+        n_slots = self._slots_for(max(len(p) for p in prompts))
+        state = self._state if self.steps.keeps_buffers else None
+        if self.steps.keeps_buffers:
+            wanted = wanted[0], self._slots_for(wanted[1]), wanted[2]
+            if state is not None:
+                rows, columns, ends = map(max, wanted, state.sizes)
+                wanted = rows, columns, ends
+            n_slots = self._slots_for(wanted[1])
+        if state is None or state.sizes != wanted:
+            state = self._state = BatchState(*wanted, self.drafter.depth, device)
+        state.load(prompts, max_new_tokens, seeds.to(device), eos_ids.to(device))
+        self.prefill(prompts + [prompts[0][:0]] * (wanted[0] - len(prompts)), n_slots)
+        places = (id(state), self.target.cache.generation, self.drafter.generation)
+        if places != self._places:
+            self.steps.reset()
+            self._places = places
+        return state
+
+    def shape_for(self, n_live: int, n_batch: int) -> tuple[Tensor, Tensor]:
+        """`live` and `token` of a step with `n_live` of `n_batch` samples unfinished.
+
+        The last sample of a batch is decoded as two, one of them nobody: a size of one would be compiled on its own.
+        What is recorded size by size comes in few sizes.
+        """
+        n_live = max(n_live, min(n_batch, 2))
+        if self.steps.keeps_buffers and n_live > 2:
+            n_live = min(4 if n_live <= 4 else -(-n_live // 8) * 8, n_batch)
+        if n_live not in self._shapes:
+            sizes = n_live, n_live * (self.drafter.depth + 1)
+            live, token = (torch.arange(size, device=self.target.device) for size in sizes)
+            for tensor in (live, token):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            self._shapes[n_live] = live, token
+        return self._shapes[n_live]
+
+    def _step_for(self, law: SamplingLaw, n_batch: int, n_live: int) -> Callable[..., Tensor]:
+        """The step for shapes like these: a recording serves one size, a compiled function any but one."""
+        return self.steps.get(self.step, (law.key, n_live if self.steps.keeps_buffers else n_batch == 1))
 
     def _slots_for(self, length: int) -> int:
         """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""
@@ -137,9 +209,3 @@ class Decoder:
         if n_slots > self.target.cache.n_slots:
             self.target.cache.grow(n_slots)
             self.drafter.grow(n_slots)
-
-    def _keep(self, state: BatchState, alive: Tensor) -> None:
-        """Finished samples leave the batch: they cost nothing from the next step on."""
-        state.keep(alive)
-        self.target.cache.keep(alive)
-        self.drafter.keep(alive)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import ast
+import importlib
 import os
+import pkgutil
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+import specdec.kernels
 from specdec import measure, zoo
-
-KERNELS = Path(__file__).parent / "kernels"
+from specdec.kernels.library import OPS
 
 
 def ops() -> Iterator[tuple[str, str, str]]:
-    """Name, CPU implementation and CUDA implementation of every op, as the kernel files register them."""
-    for file in sorted(KERNELS.glob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "register":
-                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                schema = ast.literal_eval(node.args[0])
-                cpu = "C++ kernel" if given.get("inline") == "False" else "PyTorch, fused by Inductor"
-                cuda = given["cuda"]
-                if cuda.startswith("_no_"):
-                    cuda = "none"
-                else:
-                    cuda = "PyTorch" if cuda == given["cpu"] or "reference" in cuda else f"Triton ({cuda})"
-                yield schema.partition("(")[0], cpu, cuda
+    """Name of every op, and what runs for tensors on a CPU and on a GPU."""
+    for module in pkgutil.iter_modules(specdec.kernels.__path__):
+        importlib.import_module(f"specdec.kernels.{module.name}")
+    for name, op in sorted(OPS.items()):
+        yield name, op.path("cpu"), op.path("cuda")
 
 
 def compiler() -> str:

@@ -46,17 +46,22 @@ class Path:
         return self.model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
 
 
-def load_pair(size: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+def load_pair(
+    size: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Target, draft and tokenizer: the bundled ones, or with a target of the same function that costs what `size` does.
 
     Args:
         size: "bundled" or one of `zoo.SIZES`.
+        dtype, device: of both models. Large weights are made in place, never on the host first.
     """
     target, draft, tokenizer = zoo.load_pair()
     if size != "bundled":
         shape: dict[str, Any] = zoo.SIZES[size]
-        target = zoo.enlarge(target, **shape)
-    return target, draft, tokenizer
+        target = zoo.enlarge(target, **shape, dtype=dtype, device=device)
+        if "vocab_size" in shape:
+            draft = zoo.pad_vocabulary(draft, shape["vocab_size"], dtype=dtype, device=device)
+    return target.to(device, dtype), draft.to(device, dtype), tokenizer
 
 
 def all_paths(target: PreTrainedModel, draft: PreTrainedModel, *, compiled: bool = True) -> dict[str, Path]:

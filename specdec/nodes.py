@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.tree_mask import unpack_words
@@ -26,82 +27,62 @@ class Nodes:
         slot: [T] int64, flat cache slot `sample * S + offset`; tokens of no sample go to scratch.
         position: [T] int64, position in the sample's own text, as the model's position ids see it.
         lengths: [B] int64, committed entries before this forward.
-        grid_rows: R. The tokens viewed as [B, R] are this grid, or `token_of` maps it to them.
-        token_of: [B, R] int64, the flat token at each place of the grid, or None when tokens are in grid order.
-        grid_of: [T] int64, the grid place of each token, or None.
-        row_node: [B, R] int64, the uncommitted slot of each row.
-        row_position: [B, R] int64.
+        starts: [B + 1] int64: tokens `starts[b] .. starts[b + 1] - 1` are sample b's; any others are nobody's.
+        sample: [T] int64, the sample of each token; some sample for tokens of nobody.
+        node: [T] int64, the uncommitted slot of each token.
+        rows: R, the most tokens of one sample.
         bits, depths: ancestor words [N, W] and depths [N] of the uncommitted slots; None for plain causal text.
     """
 
     slot: Tensor
     position: Tensor
     lengths: Tensor
-    grid_rows: int
-    row_node: Tensor
-    row_position: Tensor
-    token_of: Tensor | None = None
-    grid_of: Tensor | None = None
+    starts: Tensor
+    sample: Tensor
+    node: Tensor
+    rows: int
     bits: Tensor | None = None
     depths: Tensor | None = None
 
-    @property
-    def is_grid(self) -> bool:
-        """Whether these are tree nodes in grid order, which the fused CPU attention takes."""
-        return self.token_of is None
-
     @classmethod
-    def of_tree(
-        cls, lengths: Tensor, bits: Tensor, depths: Tensor, first: int, rows: int, valid: Tensor, n_slots: int
+    def packed(
+        cls,
+        lengths: Tensor,
+        counts: Tensor,
+        token: Tensor,
+        rows: int,
+        n_slots: int,
+        bits: Tensor | None = None,
+        depths: Tensor | None = None,
+        first: int = 0,
     ) -> Nodes:
-        """Nodes `first .. first + rows` of every sample's tree, in grid order (T = B * rows).
+        """`counts[b]` nodes of every sample's tree from node `first` on, or next tokens of plain text, unpadded.
 
         Args:
-            lengths: [B] int64. bits, depths: the tree's. valid: [B, rows] bool, False for places without a token.
+            lengths, counts: [B] int64. token: [T] int64, 0, 1, ..., at least as many as `counts` sum to; those past
+                the sum belong to no sample. rows: R, at least the largest count. bits, depths: the tree's, or None
+                for text.
         """
-        node = torch.arange(first, first + rows, device=lengths.device).repeat(len(lengths), 1)
-        position = (lengths[:, None] + depths[first : first + rows]).clamp(min=0)
-        slot = _slots(lengths[:, None] + node, valid, n_slots)
-        return cls(slot.flatten(), position.flatten(), lengths, rows, node, position, bits=bits, depths=depths)
-
-    @classmethod
-    def of_text(cls, lengths: Tensor, counts: Tensor, n_tokens: int, rows: int, n_slots: int) -> Nodes:
-        """`counts[b]` consecutive new tokens of every sample, packed without padding.
-
-        Args:
-            lengths, counts: [B] int64. n_tokens: T, at least the sum of `counts`; tokens past the sum belong to no
-                sample. rows: R, at least the largest count.
-        """
-        device = lengths.device
-        ends = counts.cumsum(0)
-        token = torch.arange(n_tokens, device=device)
-        sample = torch.searchsorted(ends, token, right=True).clamp(max=len(lengths) - 1)
-        row = token - (ends - counts)[sample]
-        valid = token < ends[-1]
-        row_node = torch.arange(rows, device=device).expand(len(lengths), -1)
-        position = lengths[sample] + row
-        base = sample * n_slots
-        return cls(
-            torch.where(valid, base + position, n_slots - 1),
-            torch.where(valid, position, 0),
-            lengths,
-            rows,
-            row_node,
-            lengths[:, None] + row_node,
-            token_of=((ends - counts)[:, None] + row_node).clamp(max=n_tokens - 1),
-            grid_of=torch.where(valid, sample * rows + row, 0),
-        )
+        starts = F.pad(counts.cumsum(0), (1, 0))
+        # As many ends as lie at or before a token: cheaper than a search, and Inductor fuses it.
+        sample = (token[:, None] >= starts[1:]).sum(1).clamp(max=len(lengths) - 1)
+        length = lengths[sample]
+        valid = token < starts[-1]
+        node = torch.where(valid, first + token - starts[sample], first)
+        offset = length + node
+        slot = sample * n_slots + torch.where(valid & (offset >= 0), offset, n_slots - 1)
+        position = offset if depths is None else length + depths[node]
+        return cls(slot, position.clamp(min=0), lengths, starts, sample, node, rows, bits, depths)
 
     def to_grid(self, x: Tensor) -> Tensor:
         """[T, ...] to [B, R, ...]; places without a token hold some other token's values."""
-        if self.token_of is None:
-            return x.view(-1, self.grid_rows, *x.shape[1:])
-        return x[self.token_of]
+        place = self.starts[:-1, None] + torch.arange(self.rows, device=x.device)
+        return x[place.clamp(max=len(x) - 1)]
 
     def from_grid(self, x: Tensor) -> Tensor:
-        """[B, R, ...] to [T, ...]."""
-        flat = x.flatten(0, 1)
-        return flat if self.grid_of is None else flat[self.grid_of]
+        """[B, R, ...] to [T, ...]; tokens of nobody get some other token's values."""
+        row = torch.arange(len(self.sample), device=x.device) - self.starts[self.sample]
+        return x[self.sample, row.clamp(0, self.rows - 1)]
 
     def mask(self, allowed: Callable[..., Tensor], n_slots: int, dtype: torch.dtype) -> Tensor:
         """Additive mask [B, 1, R, S]: the committed text and one's ancestors, where the model's rule allows it.
@@ -110,28 +91,23 @@ class Nodes:
             allowed: transformers' mask function `(batch, head, query_position, key_position) -> bool`, evaluated at
                 real positions, so that sliding windows and chunks count tokens of the text and not slots.
         """
+        row_node, row_position = self.to_grid(self.node), self.to_grid(self.position)
         slot = torch.arange(n_slots, device=self.lengths.device)
         offset = slot - self.lengths[:, None]  # [B, S]; negative for the committed text
         if self.bits is None or self.depths is None:
-            visible = offset[:, None] <= self.row_node[..., None]
+            visible = offset[:, None] <= row_node[..., None]
             key_position = slot.expand(len(self.lengths), -1)
         else:
             n_nodes = len(self.depths)
             inside = (offset >= 0) & (offset < n_nodes)
-            node = offset.clamp(0, n_nodes - 1)
-            ancestors = unpack_words(self.bits, n_nodes)[self.row_node[0]]  # [R, N]: all samples share the rows
-            committed = (offset < 0)[:, None]
-            visible = committed | (inside[:, None] & ancestors[:, node].transpose(0, 1))
-            key_position = torch.where(inside, self.lengths[:, None] + self.depths[node], slot)
+            key_node = offset.clamp(0, n_nodes - 1)
+            ancestors = unpack_words(self.bits, n_nodes)[row_node]  # [B, R, N]
+            ancestors = ancestors.gather(2, key_node[:, None].expand(-1, self.rows, -1))
+            visible = (offset < 0)[:, None] | (inside[:, None] & ancestors)
+            key_position = torch.where(inside, self.lengths[:, None] + self.depths[key_node], slot)
         sample = torch.arange(len(self.lengths), device=slot.device)[:, None, None]
-        visible = visible & allowed(sample, 0, self.row_position[..., None], key_position[:, None])
+        visible = visible & allowed(sample, 0, row_position[..., None], key_position[:, None])
         # A place without a token may see nothing; its row must stay finite all the same, or the NaN it writes to
         # scratch would reach every other row as 0 * NaN.
         visible = visible | ~visible.any(-1, keepdim=True)
         return torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None]
-
-
-def _slots(offset: Tensor, valid: Tensor, n_slots: int) -> Tensor:
-    """Flat slots [B, R]; places that hold no token, or would fall before the text, go to the sample's scratch slot."""
-    base = torch.arange(len(offset), device=offset.device)[:, None] * n_slots
-    return base + torch.where(valid & (offset >= 0), offset, n_slots - 1)

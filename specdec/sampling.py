@@ -1,13 +1,16 @@
 """From a GenerationConfig's processors to the law tokens are drawn from.
 
-transformers' own warpers compute the law, so it is theirs to the last rounding. Their numbers (temperature, top-p,
-...) become tensors, so that a new value does not compile a new step.
+On a CPU transformers' own warpers compute the law, so it is theirs to the last rounding. Where Triton runs, the usual
+ones (temperature, top-k, top-p, min-p) become three numbers a row, and no row of the vocabulary is ever copied. Their
+settings become tensors, so that a new value compiles no new step.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +24,10 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from specdec.kernels.library import runs_triton
+from specdec.kernels.row_law import row_law
+from specdec.kernels.top_support import top_support
+
 # Position-independent warpers, and the attribute that becomes a tensor. top_k stays a number: it is a shape.
 _NUMBERS: dict[type, str | None] = {
     TemperatureLogitsWarper: "temperature",
@@ -29,6 +36,23 @@ _NUMBERS: dict[type, str | None] = {
     MinPLogitsWarper: "min_p",
     TypicalLogitsWarper: "mass",
 }
+
+# What a row's law can say without copying the row, in the order in which transformers applies it.
+_CUTS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+
+
+class RowLaw(NamedTuple):
+    """The law of each of T rows of logits, without a copy of the rows (see `specdec.kernels.row_law`).
+
+    p_i = exp(logits_i * knobs[0] - log_total) where logits_i > threshold, or equal and i >= first; else 0.
+    logits [T, V]; knobs [3] float32; log_total, threshold [T] float32; first [T] int64.
+    """
+
+    logits: Tensor
+    knobs: Tensor
+    log_total: Tensor
+    threshold: Tensor
+    first: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,11 +63,15 @@ class SamplingLaw:
         greedy: take the argmax.
         warpers: transformers' warpers, in their order.
         key: equal for laws that share one compiled step.
+        knobs: [3] float32, inverse temperature, top-p and min-p, if these and `top_k` say all that the warpers do.
+        top_k: 0 for no limit.
     """
 
     greedy: bool
     warpers: tuple[LogitsProcessor, ...] = ()
     key: tuple[object, ...] = ()
+    knobs: Tensor | None = None
+    top_k: int = 0
 
     @classmethod
     def from_processors(cls, processors: LogitsProcessorList, do_sample: bool, device: torch.device) -> SamplingLaw:
@@ -64,7 +92,13 @@ class SamplingLaw:
                 setattr(warper, name, number)
             warpers.append(warper)
             key.append((type(warper), getattr(warper, "top_k", None), warper.__dict__.get("min_tokens_to_keep")))
-        return cls(not do_sample, tuple(warpers), tuple(key))
+        knobs, top_k = _cuts(processors, device)
+        return cls(not do_sample, tuple(warpers), (*key, knobs is None), knobs, top_k)
+
+    def tensors(self) -> list[Tensor]:
+        """The numbers of the law that are on the device, in an order that laws of one key share."""
+        found = [getattr(w, name) for w in self.warpers if (name := _NUMBERS[type(w)]) is not None]
+        return found if self.knobs is None else [*found, self.knobs]
 
     def scores(self, logits: Tensor) -> Tensor:
         """Warped float32 scores of logits [T, V]; -inf where a token is ruled out."""
@@ -73,6 +107,47 @@ class SamplingLaw:
             scores = warper(None, scores)
         return scores
 
-    def probs(self, logits: Tensor) -> Tensor:
-        """The law [T, V], float32, of logits [T, V]."""
-        return self.scores(logits).softmax(-1)
+    def rows(self, logits: Tensor) -> RowLaw:
+        """The law of logits [T, V]."""
+        if self.knobs is not None and runs_triton(logits):
+            return RowLaw(logits, self.knobs, *row_law(logits, self.knobs, self.top_k))
+        scores = self.scores(logits)
+        log_total = scores.logsumexp(-1)
+        first = torch.zeros_like(log_total, dtype=torch.int64)
+        return RowLaw(scores, _neutral(logits.device), log_total, torch.full_like(log_total, -math.inf), first)
+
+    def support(self, logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The `size` most probable ids of logits [R, V] and their law: [R, size] int64 and float32."""
+        size = min(size, logits.shape[-1])
+        if self.knobs is not None:
+            return top_support(logits, self.knobs, self.top_k, size)
+        return top_support(self.scores(logits), _neutral(logits.device), 0, size)
+
+
+def _neutral(device: torch.device) -> Tensor:
+    """Knobs that change nothing."""
+    knobs = torch.ones(3, device=device)
+    knobs[2] = 0
+    return knobs
+
+
+def _cuts(processors: LogitsProcessorList, device: torch.device) -> tuple[Tensor | None, int]:
+    """Knobs and top-k, if the warpers are cuts in transformers' order with nothing unusual about them."""
+    types = [type(p) for p in processors]
+    unusual = any(
+        getattr(p, "min_tokens_to_keep", 1) != 1 or p.__dict__.get("filter_value", -math.inf) != -math.inf
+        for p in processors
+    )
+    if types != [t for t in _CUTS if t in types] or unusual:
+        return None, 0
+    knobs, top_k = [1.0, 1.0, 0.0], 0
+    for processor in processors:
+        if isinstance(processor, TemperatureLogitsWarper):
+            knobs[0] = 1 / processor.temperature
+        elif isinstance(processor, TopKLogitsWarper):
+            top_k = processor.top_k
+        elif isinstance(processor, TopPLogitsWarper):
+            knobs[1] = processor.top_p
+        else:
+            knobs[2] = processor.min_p
+    return torch.tensor(knobs, device=device), top_k

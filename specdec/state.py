@@ -16,10 +16,7 @@ class BatchState:
     """Texts, lengths and ends of a batch of samples; every step updates it in place, without asking the host.
 
     Args:
-        prompts: one [length] int64 tensor a sample, at least one token each.
-        max_new_tokens: at most this many tokens are added to a text.
-        seeds: [B] int64, one per sample.
-        eos_ids: [E] int64, tokens that end a text; may be empty.
+        n_rows: B. n_columns: M, one more than the longest text. n_ends: E, room for so many end-of-text ids.
         depth: K, the most tokens a step drafts.
 
     Attributes:
@@ -36,25 +33,54 @@ class BatchState:
 
     _PER_SAMPLE = ("limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new")
 
-    def __init__(self, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor, depth: int) -> None:
-        device = seeds.device
-        n_batch, longest = len(prompts), max(len(p) for p in prompts)
-        self.limits = torch.tensor([len(p) + max_new_tokens for p in prompts], device=device)
-        self.tokens = torch.zeros(n_batch, longest + max_new_tokens + 1, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            self.tokens[row, : len(prompt)] = prompt
-        self.tokens = self.tokens.to(device)
-        self.lengths = torch.tensor([len(p) - 1 for p in prompts], device=device)
-        self.finished = torch.zeros(n_batch, dtype=torch.bool, device=device)
-        self.broken = torch.zeros_like(self.finished)
-        self.seeds = seeds
-        # Filled up to whole eights with an id no token has: a request with other ends compiles nothing anew.
-        self.eos_ids = F.pad(eos_ids, (0, 8 - len(eos_ids) % 8), value=-1)
-        self.new_tokens = torch.zeros(n_batch, depth + 1, dtype=torch.int64, device=device)
-        self.n_new = torch.zeros_like(self.lengths)
-        self.proposed = torch.zeros(depth, dtype=torch.int64, device=device)
-        self.accepted = torch.zeros(depth, dtype=torch.int64, device=device)
+    def __init__(self, n_rows: int, n_columns: int, n_ends: int, depth: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.limits, self.lengths, self.seeds, self.n_new = (zeros(n_rows) for _ in range(4))
+        self.tokens = zeros(n_rows, n_columns)
+        self.finished, self.broken = (zeros(n_rows, dtype=torch.bool) for _ in range(2))
+        self.eos_ids = zeros(n_ends)
+        self.new_tokens = zeros(n_rows, depth + 1)
+        self.proposed, self.accepted = zeros(depth), zeros(depth)
         self._mark_dynamic()
+
+    @classmethod
+    def of(cls, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor, depth: int) -> BatchState:
+        """A state of exactly this size; see `load`."""
+        n_columns, n_ends = cls.room_for(prompts, max_new_tokens, eos_ids)
+        state = cls(len(prompts), n_columns, n_ends, depth, seeds.device)
+        state.load(prompts, max_new_tokens, seeds, eos_ids)
+        return state
+
+    @staticmethod
+    def room_for(prompts: list[Tensor], max_new_tokens: int, eos_ids: Tensor) -> tuple[int, int]:
+        """Columns and end-of-text ids that these need; the ids in whole eights, so that few numbers occur."""
+        return max(len(p) for p in prompts) + max_new_tokens + 1, 8 * (len(eos_ids) // 8 + 1)
+
+    def load(self, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor) -> None:
+        """Begin a batch in place. Rows beyond the prompts are finished from the start.
+
+        Args:
+            prompts: one [length] int64 tensor a sample, at least one token each.
+            max_new_tokens: at most this many tokens are added to a text.
+            seeds: [B] int64, one per prompt. eos_ids: [E] int64, tokens that end a text; may be empty.
+        """
+        n_rows, n_columns = self.tokens.shape
+        tokens = torch.zeros(n_rows, n_columns, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        sizes = torch.tensor([len(p) for p in prompts] + [1] * (n_rows - len(prompts)))
+        self.tokens.copy_(tokens)
+        self.lengths.copy_(sizes - 1)
+        self.limits.copy_(sizes + max_new_tokens)
+        self.seeds[: len(prompts)] = seeds
+        self.finished.copy_(torch.arange(n_rows) >= len(prompts))
+        self.broken.zero_()
+        # Filled up with an id no token has.
+        self.eos_ids.copy_(F.pad(eos_ids, (0, len(self.eos_ids) - len(eos_ids)), value=-1))
+        self.proposed.zero_()
+        self.accepted.zero_()
 
     def _mark_dynamic(self) -> None:
         """One compiled step serves texts of any length, and one serves all batches of several samples."""
@@ -62,6 +88,11 @@ class BatchState:
         if len(self.lengths) > 1:
             for name in self._PER_SAMPLE:
                 torch._dynamo.maybe_mark_dynamic(getattr(self, name), 0)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, columns and end-of-text ids there is room for."""
+        return (*self.tokens.shape, len(self.eos_ids))
 
     @property
     def pending(self) -> Tensor:
@@ -98,9 +129,3 @@ class BatchState:
         """[B, K + 4] int64 for the host: the new tokens, their number, whether finished, whether broken."""
         flags = torch.stack([self.n_new, self.finished.long(), self.broken.long()], 1)
         return torch.cat([self.new_tokens, flags], 1)
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these samples, in this order."""
-        for name in self._PER_SAMPLE:
-            setattr(self, name, getattr(self, name).index_select(0, rows))
-        self._mark_dynamic()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from specdec import attention
 from specdec.cache import RaggedCache
 from specdec.kernels.cpu import has_compiler
+from specdec.kernels.library import INTERPRETED
 from specdec.kernels.skinny_linear import MAX_ROWS, skinny_linear
 from specdec.nodes import Nodes
 
@@ -81,7 +82,8 @@ class ModelView:
         for module in self.module.modules():
             if type(module) is nn.Linear and _pays(module.weight):
                 vars(module)["forward"] = types.MethodType(_skinny_forward, module)
-        self.cache = RaggedCache(model.device.type == "cpu" and model.dtype == torch.float32 and has_compiler())
+        can_fuse = model.device.type == "cpu" and model.dtype == torch.float32 and has_compiler() and not INTERPRETED
+        self.cache = RaggedCache(can_fuse)
         self.module.config.specdec_cache = self.cache
         config = model.config
         # Drafts may reach past a table of learned positions near the end of a text; they are never accepted there.
@@ -108,7 +110,7 @@ class ModelView:
         return self.module.device
 
     def allocate(self, n_batch: int, n_slots: int) -> None:
-        """Fresh, empty cache for `n_batch` samples of `n_slots` slots each."""
+        """An empty cache for `n_batch` samples of `n_slots` slots each."""
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
         self.cache.allocate(self._layer_shapes, n_batch, n_slots, like)
 
@@ -149,10 +151,10 @@ class ModelView:
             pieces = [t[d : d + chunk] for d, t in zip(done, texts, strict=True)]
             counts = [len(p) for p in pieces]
             device = self.device
-            nodes = Nodes.of_text(
+            nodes = Nodes.packed(
                 torch.tensor(done, device=device),
                 torch.tensor(counts, device=device),
-                sum(counts),
+                torch.arange(sum(counts), device=device),
                 max(counts),
                 self.cache.n_slots,
             )

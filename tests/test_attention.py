@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdec.attention import masked_attention
 from specdec.kernels.ragged_attention import ragged_attention
-from specdec.kernels.tree_attention import tree_attention, tree_attention_reference
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
 
@@ -38,7 +38,7 @@ def test_both_attentions_agree_with_the_definition(tree, n_heads, n_groups, head
     q = torch.randn(4 * n_nodes, n_heads, head_dim)
     k, v = torch.randn(2, 4 * n_nodes, n_groups, head_dim)
     k_cache, v_cache = (torch.randn(n_groups, 4, n_slots, head_dim) for _ in range(2))
-    nodes = Nodes.of_tree(lengths, bits, depths, 0, n_nodes, torch.ones(4, n_nodes, dtype=torch.bool), n_slots)
+    nodes = Nodes.of_level(lengths, bits, depths, 0, n_nodes, torch.ones(4, n_nodes, dtype=torch.bool), n_slots)
     mask = nodes.mask(windowed(window) if window else causal, n_slots, torch.float32)[:, 0]
 
     # By definition: every visible key of every query, one at a time.
@@ -63,14 +63,12 @@ def test_both_attentions_agree_with_the_definition(tree, n_heads, n_groups, head
                 expected[b * n_nodes + n, h] = scores.softmax(-1) @ expected_v[g, b, slots].double()
 
     grid = q.view(4, n_nodes, n_heads, head_dim)
-    for attention in (tree_attention, tree_attention_reference):
-        dense = attention(grid, expected_k, expected_v, mask, scale, softcap)
-        torch.testing.assert_close(dense.flatten(0, 1), expected, atol=2e-6, rtol=1e-5)
+    dense = masked_attention(grid, expected_k, expected_v, mask, scale, softcap)
+    torch.testing.assert_close(dense.flatten(0, 1), expected, atol=2e-6, rtol=1e-5)
 
     table = torch.tensor([k_cache.data_ptr(), v_cache.data_ptr(), n_slots])
     fused = ragged_attention(
-        q, k, v, table, nodes.slot, lengths, nodes.row_node, nodes.row_position, bits, depths, window, scale,
-        softcap or 0.0,
+        q, k, v, table, nodes.slot, nodes.starts, lengths, nodes.node, bits, depths, window, scale, softcap or 0.0,
     )  # fmt: skip
     torch.testing.assert_close(fused, expected, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(k_cache, expected_k, atol=0, rtol=0)
@@ -86,11 +84,11 @@ def test_large_scores_neither_overflow_nor_lose_the_small():
     q = torch.zeros(1, 1, 16)
     q[..., 0] = 1
     bits, depths = TokenTree.chain(0).tensors(torch.device("cpu"))
-    nodes = Nodes.of_tree(torch.tensor([600]), bits, depths, 0, 1, torch.ones(1, 1, dtype=torch.bool), 601)
+    nodes = Nodes.of_level(torch.tensor([600]), bits, depths, 0, 1, torch.ones(1, 1, dtype=torch.bool), 601)
     table = torch.tensor([k_cache.data_ptr(), v_cache.data_ptr(), 601])
     out = ragged_attention(
-        q, torch.full((1, 1, 16), -300.0), torch.zeros(1, 1, 16), table, nodes.slot, nodes.lengths, nodes.row_node,
-        nodes.row_position, bits, depths, 0, 1.0, 0.0,
+        q, torch.full((1, 1, 16), -300.0), torch.zeros(1, 1, 16), table, nodes.slot, nodes.starts, nodes.lengths,
+        nodes.node, bits, depths, 0, 1.0, 0.0,
     )  # fmt: skip
     expected = (keys.double().softmax(-1) * torch.linspace(1, 2, 600).double()).sum()
     assert abs(out[0, 0, 0].item() - expected.item()) < 1e-6
@@ -99,7 +97,7 @@ def test_large_scores_neither_overflow_nor_lose_the_small():
 def test_text_packed_without_padding_attends_like_each_text_alone():
     torch.manual_seed(0)
     lengths, counts, n_slots = torch.tensor([3, 0, 9]), torch.tensor([4, 0, 2]), 20
-    nodes = Nodes.of_text(lengths, counts, 8, 4, n_slots)  # two tokens belong to nobody
+    nodes = Nodes.packed(lengths, counts, 8, 4, n_slots)  # two tokens belong to nobody
     assert nodes.position.tolist() == [3, 4, 5, 6, 9, 10, 0, 0]
     assert nodes.slot.tolist() == [3, 4, 5, 6, 49, 50, 19, 19]
     x = torch.randn(8, 2)
@@ -108,3 +106,36 @@ def test_text_packed_without_padding_attends_like_each_text_alone():
     seen = (mask == 0).sum(-1)
     assert seen[0].tolist() == [4, 5, 6, 7]
     assert seen[2, :2].tolist() == [10, 11]
+
+
+def test_each_sample_brings_as_many_nodes_as_it_likes():
+    torch.manual_seed(0)
+    bits, depths = TREES["bush"].tensors(torch.device("cpu"))
+    lengths, counts, n_slots, n_tokens = torch.tensor([3, 9, 0, 20]), [4, 0, 10, 1], 40, 18  # 3 tokens are nobody's
+    nodes = Nodes.packed(lengths, torch.tensor(counts), n_tokens, 10, n_slots, bits, depths)
+    keys, values = torch.randn(2, 2, 4, n_slots, 16)
+    alone_keys, alone_values = keys.clone(), values.clone()
+    q, k, v = torch.randn(n_tokens, 4, 16), *torch.randn(2, n_tokens, 2, 16)
+
+    def attend(q, k, v, keys, values, nodes):
+        table = torch.tensor([keys.data_ptr(), values.data_ptr(), n_slots])
+        where = (nodes.slot, nodes.starts, nodes.lengths, nodes.node, bits, depths)
+        return ragged_attention(q, k, v, table, *where, 4, 0.3, 0.0)
+
+    out = attend(q, k, v, keys, values, nodes)
+    assert (out[sum(counts) :] == 0).all()
+    dense = masked_attention(
+        nodes.to_grid(q), keys, values, nodes.mask(windowed(4), n_slots, torch.float32)[:, 0], 0.3, None
+    )
+    torch.testing.assert_close(nodes.from_grid(dense)[: sum(counts)], out[: sum(counts)], atol=2e-6, rtol=1e-5)
+    start = 0
+    for b, count in enumerate(counts):
+        own = slice(start, start + count)
+        one = Nodes.packed(lengths[b : b + 1], torch.tensor([count]), count, 10, n_slots, bits, depths)
+        cache = [x[:, b : b + 1].contiguous() for x in (alone_keys, alone_values)]
+        if count:
+            alone = attend(q[own].contiguous(), k[own].contiguous(), v[own].contiguous(), *cache, one)
+            assert torch.equal(alone, out[own])
+        for mine, together in zip(cache, (keys, values), strict=True):
+            assert torch.equal(mine[:, 0], together[:, b])
+        start += count

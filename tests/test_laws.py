@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 import specdec
+from specdec.kernels.row_law import row_law, row_probs
 from specdec.sampling import SamplingLaw
 
 Tiny = Callable[..., PreTrainedModel]
@@ -68,8 +69,12 @@ def test_laws_are_transformers_own(law: str, kind: str, dtype: torch.dtype) -> N
         logits = _logits(kind, vocab, dtype)
         expected = LogitsProcessorList(LAWS[law])(None, logits.float())
         assert torch.equal(ours.scores(logits), expected)
-        assert torch.equal(ours.probs(logits), expected.softmax(-1))
-        assert torch.allclose(ours.probs(logits).sum(-1), torch.ones(5))
+        torch.testing.assert_close(row_probs(*ours.rows(logits)), expected.softmax(-1), atol=1e-6, rtol=0)
+        assert (ours.knobs is None) == (law in ("typical", "all"))
+        # The same law, told by three numbers a row. Of ten equal tokens rounding decides whether 0.8 are eight or nine.
+        if ours.knobs is not None and kind != "uniform":
+            cuts = row_law(logits, ours.knobs, ours.top_k)
+            torch.testing.assert_close(row_probs(logits, ours.knobs, *cuts), expected.softmax(-1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("warper", [TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper])

@@ -31,8 +31,8 @@ def _search(text: list[int], depth: int, max_ngram: int) -> list[int]:
 def test_proposals_are_those_of_a_plain_search(vocab: int, max_ngram: int) -> None:
     rng = random.Random(vocab * max_ngram)
     texts = [[rng.randrange(vocab) for _ in range(rng.randint(1, 30))] for _ in range(150)]
-    state = BatchState([torch.tensor(t) for t in texts], 5, torch.arange(len(texts)), NO_EOS, depth=6)
-    draft = NgramDrafter(6, max_ngram).draft(state, SamplingLaw(True))
+    state = BatchState.of([torch.tensor(t) for t in texts], 5, torch.arange(len(texts)), NO_EOS, depth=6)
+    draft = NgramDrafter(6, max_ngram).draft(state, SamplingLaw(True), torch.arange(len(texts)))
     expected = [_search(text, 6, max_ngram) for text in texts]
     assert {len(e) for e in expected} == {0, 6}
     for row, drafted in enumerate(expected):

@@ -18,7 +18,8 @@ class Draft:
 
     Attributes:
         tokens: [B, K] int64.
-        counts: [B] int64, how many of the K each sample drafted.
+        counts: [B] int64, how many of the K each sample drafted. Fewer of them may be verified, so counts must
+            not depend on what was drawn.
         support_ids, support_probs: [B, K, C] int64 and float32, the law each token was drawn from. A deterministic
             proposal is one-hot (C = 1). Not looked at when decoding greedily.
     """
@@ -39,14 +40,20 @@ class Drafter(Protocol):
     def is_current(self) -> bool:
         """Whether what this drafter was made from is still what the user's objects hold."""
 
+    @property
+    def generation(self) -> int:
+        """Changes when memory that `draft` reads or writes has moved."""
+
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
         """A new batch of prompts, [length] int64 each; caches need `n_slots` slots a sample."""
 
-    def draft(self, state: BatchState, law: SamplingLaw) -> Draft:
-        """Candidates for what follows each sample's pending token."""
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
+        """Candidates for what follows each sample's pending token.
 
-    def keep(self, rows: Tensor) -> None:
-        """Only these samples go on."""
+        Args:
+            live: [n] int64, 0, 1, ..., n - 1: at most n samples are unfinished. What is drafted for finished ones is
+                ignored.
+        """
 
     def grow(self, n_slots: int) -> None:
         """Texts are about to pass the capacity: make room."""

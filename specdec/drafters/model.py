@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.base import Draft
-from specdec.kernels.draw import draw, top_support
+from specdec.kernels.draw import draw
 from specdec.kernels.noise import DRAFT
 from specdec.nodes import Nodes
 from specdec.sampling import SamplingLaw
@@ -41,48 +41,50 @@ class ModelDrafter:
     def is_current(self) -> bool:
         return self.view.is_current
 
+    @property
+    def generation(self) -> int:
+        return self.view.cache.generation
+
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
         self.view.allocate(len(prompts), n_slots)
         self.view.prefill([prompt[:-2] for prompt in prompts])
 
-    def draft(self, state: BatchState, law: SamplingLaw) -> Draft:
-        n_batch = len(state.lengths)
-        root = state.lengths - 1
-        pending = state.pending
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
+        root, alive = state.lengths - 1, (~state.finished).long()
+        # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.
         before = state.tokens.gather(1, root.clamp(min=0)[:, None])[:, 0]
-        # A one-token text has no token before the pending one: that place is left to scratch.
-        valid = torch.stack([root >= 0, torch.ones_like(state.finished)], 1)
-        nodes = self._nodes(root, 0, valid)
-        rows = 1 + 2 * torch.arange(n_batch, device=root.device)
-        logits = self.view.forward(torch.stack([before, pending], 1).flatten(), nodes, rows)
+        pair = torch.arange(2 * len(live), device=live.device)
+        nodes = self._nodes(root, 2 * alive, pair, 2, 0)
+        sample = nodes.sample[2 * live]
+        row = (nodes.starts[:-1] // 2).clamp(max=len(live) - 1)  # of each sample in what follows
+        fed = torch.where(nodes.node == 0, before[nodes.sample], state.pending[nodes.sample])
+        logits = self.view.forward(fed, nodes, 1 + 2 * live)
         tokens, ids, probs = [], [], []
         for level in range(1, self.depth + 1):
-            chosen, support_ids, support_probs = self._choose(logits, law, state, level)
+            chosen, support_ids, support_probs = self._choose(logits, law, state, sample, level)
             tokens.append(chosen)
             ids.append(support_ids)
             probs.append(support_probs)
             if level < self.depth:
-                logits = self.view.forward(chosen, self._nodes(root, level + 1, valid[:, 1:]))
-        counts = torch.full_like(state.lengths, self.depth)
-        return Draft(torch.stack(tokens, 1), counts, torch.stack(ids, 1), torch.stack(probs, 1))
+                logits = self.view.forward(chosen, self._nodes(root, alive, live, 1, level + 1))
+        drafted, support_ids, support_probs = (torch.stack(x, 1)[row] for x in (tokens, ids, probs))
+        return Draft(drafted, torch.full_like(root, self.depth), support_ids, support_probs)
 
-    def _nodes(self, root: Tensor, first: int, valid: Tensor) -> Nodes:
+    def _nodes(self, root: Tensor, counts: Tensor, token: Tensor, rows: int, first: int) -> Nodes:
         n_slots = self.view.cache.n_slots
-        return Nodes.of_tree(root, self._bits, self._depths, first, valid.shape[1], valid, n_slots)
+        return Nodes.packed(root, counts, token, rows, n_slots, self._bits, self._depths, first)
 
-    def _choose(self, logits: Tensor, law: SamplingLaw, state: BatchState, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One token a sample and the law it came from: [B], [B, C], [B, C]."""
+    def _choose(
+        self, logits: Tensor, law: SamplingLaw, state: BatchState, sample: Tensor, level: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token a row of logits and the law it came from: [n], [n, C], [n, C]; `sample` [n] says whose row."""
         if law.greedy:
             chosen = logits.argmax(-1)
             return chosen, chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.float32)
-        probs = law.probs(logits)
-        ids, support = top_support(probs, min(SUPPORT_SIZE, probs.shape[-1]))
-        node = torch.full_like(state.lengths, level)
-        pick = draw(support, state.seeds, state.lengths + level, node, DRAFT)
+        ids, support = law.support(logits, SUPPORT_SIZE)
+        node = torch.full_like(sample, level)
+        pick = draw(support, state.seeds[sample], state.lengths[sample] + level, node, DRAFT)
         return ids.gather(1, pick[:, None])[:, 0], ids, support
-
-    def keep(self, rows: Tensor) -> None:
-        self.view.cache.keep(rows)
 
     def grow(self, n_slots: int) -> None:
         self.view.cache.grow(n_slots)

@@ -30,10 +30,14 @@ class NgramDrafter:
     def is_current(self) -> bool:
         return True
 
+    @property
+    def generation(self) -> int:
+        return 0
+
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
         pass
 
-    def draft(self, state: BatchState, law: SamplingLaw) -> Draft:
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
         tokens, last = state.tokens, state.lengths[:, None]  # `last` is the pending token's place
         place = torch.arange(tokens.shape[1], device=tokens.device)
         # matched[b, i]: how many tokens up to and including i equal the suffix that ends at the pending token.
@@ -52,9 +56,6 @@ class NgramDrafter:
         drafted = tokens.gather(1, (best + 1 + ahead % period).clamp(max=tokens.shape[1] - 1))
         ids = drafted[..., None]
         return Draft(drafted, torch.where(found, self.depth, 0), ids, torch.ones_like(ids, dtype=torch.float32))
-
-    def keep(self, rows: Tensor) -> None:
-        pass
 
     def grow(self, n_slots: int) -> None:
         pass

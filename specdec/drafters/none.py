@@ -19,16 +19,17 @@ class NoDrafter:
     def is_current(self) -> bool:
         return True
 
+    @property
+    def generation(self) -> int:
+        return 0
+
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
         pass
 
-    def draft(self, state: BatchState, law: SamplingLaw) -> Draft:
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
         tokens = state.tokens[:, :0]
         support = tokens[..., None]
         return Draft(tokens, torch.zeros_like(state.lengths), support, support.float())
-
-    def keep(self, rows: Tensor) -> None:
-        pass
 
     def grow(self, n_slots: int) -> None:
         pass

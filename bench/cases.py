@@ -1,0 +1,370 @@
+"""What the micro-benchmarks run: every op at decoding shapes, beside its reference and PyTorch as one would write it.
+
+A case states the fewest bytes and operations its op can do with: each input read once, each output written once.
+
+Letters: B samples, N nodes a tree, T = B * N tokens, G key/value heads, S slots, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdec.cache import RaggedLayer
+from specdec.kernels.draw import draw, draw_reference
+from specdec.kernels.kv_cache import (
+    cache_table,
+    kv_append_,
+    kv_append_reference_,
+    kv_commit_,
+    kv_commit_reference_,
+)
+from specdec.kernels.ragged_attention import ragged_attention
+from specdec.kernels.row_law import row_law, row_law_reference
+from specdec.kernels.skinny_linear import skinny_linear, skinny_linear_reference
+from specdec.kernels.top_support import top_support, top_support_reference
+from specdec.kernels.tree_attention import tree_attention, tree_attention_reference
+from specdec.kernels.tree_mask import ancestor_words, ancestor_words_reference
+from specdec.kernels.verify import verify_chain, verify_chain_reference, verify_greedy, verify_greedy_reference
+from specdec.nodes import Nodes
+from specdec.tree import TokenTree
+from specdec.zoo import SIZES
+
+Ways = dict[str, "partial[Any]"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        op: the op's name. shape: the shape in words.
+        ways: from a device, the calls to compare: "op", "reference", "pytorch", ... with arguments of their own.
+        bytes, flops: what the op can't do without.
+    """
+
+    op: str
+    shape: str
+    ways: Callable[[torch.device], Ways]
+    bytes: int
+    flops: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape}"
+
+
+def _shape(size: str) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head dim of a model size."""
+    shape = SIZES[size]
+    return shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+
+
+def _linear(size: str, rows: int) -> Case:
+    n_in, n_out = SIZES[size]["hidden_size"], SIZES[size]["intermediate_size"]
+
+    def ways(device: torch.device) -> Ways:
+        args = torch.randn(rows, n_in, device=device), torch.randn(n_out, n_in, device=device)
+        return {
+            "op": partial(skinny_linear, *args),
+            "reference": partial(skinny_linear_reference, *args),
+            "pytorch": partial(F.linear, *args),
+        }
+
+    return Case("skinny_linear", f"{size} {rows} rows", ways, 4 * (n_in * n_out), 2 * rows * n_in * n_out)
+
+
+def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """q [B, H, N, D], keys and values [B, G, S, D], additive mask [B, 1, N, S]."""
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+
+def _attention(size: str, batch: int, n_nodes: int, n_slots: int, dtype: torch.dtype) -> Case:
+    """One layer's attention of a step over full caches. Making PyTorch's mask is not part of it."""
+    heads, groups, dim = _shape(size)
+    length = n_slots - n_nodes - 1
+
+    def ways(device: torch.device) -> Ways:
+        bits, depths = TokenTree.chain(n_nodes - 1).tensors(device)
+        lengths = torch.full((batch,), length, device=device)
+        valid = torch.ones(batch, n_nodes, dtype=torch.bool, device=device)
+        nodes = Nodes.of_level(lengths, bits, depths, 0, n_nodes, valid, n_slots)
+        keys, values = (torch.randn(groups, batch, n_slots, dim, dtype=dtype, device=device) for _ in "kv")
+        q = torch.randn(batch * n_nodes, heads, dim, dtype=dtype, device=device)
+        args = q, keys, values, nodes.starts, lengths, nodes.node, bits[None], depths[None], 0, dim**-0.5, 0.0, None
+        mask = nodes.mask(lambda b, h, query, key: key <= query, n_slots, dtype)
+        grid = q.view(batch, n_nodes, heads, dim).transpose(1, 2)
+        found: Ways = {
+            "op": partial(tree_attention, *args),
+            "pytorch": partial(_sdpa, grid, keys.transpose(0, 1), values.transpose(0, 1), mask),
+        }
+        if device.type == "cpu":
+            found["reference"] = partial(tree_attention_reference, *args)
+            new, layer = torch.randn(batch * n_nodes, groups, dim), RaggedLayer(keys, values)
+            where = (nodes.slot, nodes.starts, lengths, nodes.node, bits, depths)
+            found["fused op"] = partial(ragged_attention, q, new, new, layer.table, *where, 0, dim**-0.5, 0.0)
+        return found
+
+    tokens = batch * n_nodes
+    moved = 2 * groups * batch * (length + n_nodes) * dim + 2 * tokens * heads * dim
+    flops = 4 * tokens * heads * dim * (length + n_nodes)
+    return Case("tree_attention", f"{size} B {batch} S {n_slots} N {n_nodes}", ways, dtype.itemsize * moved, flops)
+
+
+def _put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
+    keys.flatten(1, 2)[:, slot] = k
+    values.flatten(1, 2)[:, slot] = v
+
+
+def _append(size: str, batch: int, n_nodes: int, n_slots: int, dtype: torch.dtype) -> Case:
+    _, groups, dim = _shape(size)
+    tokens = batch * n_nodes
+
+    def ways(device: torch.device) -> Ways:
+        caches = [torch.zeros(groups, batch, n_slots, dim, dtype=dtype, device=device) for _ in "kv"]
+        new = [torch.randn(tokens, groups, dim, dtype=dtype, device=device).transpose(0, 1) for _ in "kv"]
+        slot = (torch.arange(batch)[:, None] * n_slots + n_slots // 2 + torch.arange(n_nodes)).flatten().to(device)
+        args = (*caches, *new, slot)
+        return {
+            "op": partial(kv_append_, *args),
+            "reference": partial(kv_append_reference_, *args),
+            "pytorch": partial(_put, *args),
+        }
+
+    return Case("kv_append_", f"{size} T {tokens}", ways, 4 * tokens * groups * dim * dtype.itemsize)
+
+
+def _gather(caches: list[tuple[Tensor, Tensor]], lengths: Tensor, path: Tensor) -> None:
+    places = torch.arange(path.shape[1], device=path.device)
+    for pair in caches:
+        for cache in pair:
+            source = (lengths[:, None] + path)[None, ..., None].expand(len(cache), -1, -1, cache.shape[-1])
+            target = (lengths[:, None] + places)[None, ..., None].expand_as(source)
+            cache.scatter_(2, target, cache.gather(2, source))
+
+
+def _commit(size: str, batch: int, n_path: int, n_slots: int, dtype: torch.dtype) -> Case:
+    """All layers; every accepted node but the root moves."""
+    _, groups, dim = _shape(size)
+    layers = SIZES[size]["num_hidden_layers"]
+
+    def ways(device: torch.device) -> Ways:
+        caches = [
+            tuple(torch.zeros(groups, batch, n_slots, dim, dtype=dtype, device=device) for _ in "kv")
+            for _ in range(layers)
+        ]
+        path = torch.tensor([0, *range(2, n_path + 1)], device=device).expand(batch, -1).contiguous()
+        lengths, counts = (torch.full((batch,), n, device=device) for n in (n_slots // 2, n_path))
+        row = dim * dtype.itemsize
+        return {
+            "op": partial(_keep(kv_commit_, caches), cache_table(caches), lengths, path, counts, groups, row, row),
+            "reference": partial(kv_commit_reference_, caches, lengths, path, counts),
+            "pytorch": partial(_gather, caches, lengths, path),
+        }
+
+    moved = layers * 4 * batch * (n_path - 1) * groups * dim * dtype.itemsize
+    return Case("kv_commit_", f"{size} B {batch} P {n_path}", ways, moved)
+
+
+def _keep(function: Callable[..., Any], alive: object) -> Callable[..., Any]:
+    """A function that keeps what it knows only by its address alive."""
+
+    def call(*args: Any) -> Any:
+        return function(*args) if alive else None
+
+    return call
+
+
+def _logits(rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, vocabulary, device=device).mul(3).to(dtype)
+
+
+def _sorted_support(logits: Tensor, knobs: Tensor, top_k: int, size: int) -> tuple[Tensor, Tensor]:
+    """Top-k and top-p by sorting, as usually written."""
+    top, ids = logits.float().mul(knobs[0]).softmax(-1).sort(-1, descending=True)
+    top = torch.where(top.cumsum(-1) - top < knobs[1], top, 0.0)
+    return ids[:, :size], top[:, :size] / top[:, :size].sum(-1, keepdim=True)
+
+
+def _top_support(rows: int, vocabulary: int, dtype: torch.dtype) -> Case:
+    def ways(device: torch.device) -> Ways:
+        args = _logits(rows, vocabulary, device, dtype), torch.tensor([1.4, 0.9, 0.0], device=device), 0, 64
+        return {
+            "op": partial(top_support, *args),
+            "reference": partial(top_support_reference, *args),
+            "pytorch": partial(_sorted_support, *args),
+        }
+
+    return Case("top_support", f"R {rows} V {vocabulary}", ways, rows * vocabulary * dtype.itemsize)
+
+
+def _sorted_law(logits: Tensor, knobs: Tensor, top_k: int) -> Tensor:
+    """The dense law by temperature, top-k and a sort, as transformers computes it."""
+    scores = logits.float() * knobs[0]
+    if top_k:
+        scores = scores.masked_fill(scores < scores.topk(top_k)[0][..., -1:], -torch.inf)
+    ordered, ids = scores.sort(-1)
+    drop = ordered.softmax(-1).cumsum(-1) <= 1 - knobs[1]
+    drop[..., -1:] = False
+    return scores.masked_fill(drop.scatter(1, ids, drop), -torch.inf).softmax(-1)
+
+
+def _dense_law(logits: Tensor, knobs: Tensor, top_k: int) -> Tensor:
+    return (logits.float() * knobs[0]).softmax(-1)
+
+
+def _row_law(rows: int, vocabulary: int, dtype: torch.dtype, top_k: int = 0, top_p: float = 1.0) -> Case:
+    def ways(device: torch.device) -> Ways:
+        args = _logits(rows, vocabulary, device, dtype), torch.tensor([1.4, top_p, 0.0], device=device), top_k
+        return {
+            "op": partial(row_law, *args),
+            "reference": partial(row_law_reference, *args),
+            "pytorch": partial(_sorted_law if top_k or top_p < 1 else _dense_law, *args),
+        }
+
+    cut = f" top-k {top_k}" * bool(top_k) + f" top-p {top_p}" * (top_p < 1)
+    return Case("row_law", f"R {rows} V {vocabulary}{cut}", ways, rows * vocabulary * dtype.itemsize)
+
+
+def _multinomial(probs: Tensor, *_: object) -> Tensor:
+    return torch.multinomial(probs, 1)[:, 0]
+
+
+def _draw(rows: int, vocabulary: int) -> Case:
+    def ways(device: torch.device) -> Ways:
+        keys = torch.arange(3 * rows, device=device).view(3, rows)
+        args = _logits(rows, vocabulary, device, torch.float32).softmax(-1), *keys, 0
+        found: Ways = {"op": partial(draw, *args), "pytorch": partial(_multinomial, *args)}
+        return found | ({"reference": partial(draw_reference, *args)} if device.type == "cpu" else {})
+
+    return Case("draw", f"R {rows} V {vocabulary}", ways, rows * vocabulary * 4)
+
+
+def _greedy_loop(target_ids: Tensor, drafts: Tensor, n_drafted: Tensor) -> list[tuple[int, int]]:
+    accepted = []
+    for ids, draft, count in zip(target_ids.tolist(), drafts.tolist(), n_drafted.tolist(), strict=True):
+        n = next((i for i in range(count) if ids[i] != draft[i]), count)
+        accepted.append((n, ids[n]))
+    return accepted
+
+
+def _verify_greedy(batch: int, drafted: int) -> Case:
+    def ways(device: torch.device) -> Ways:
+        args = (
+            torch.randint(2, (batch, drafted + 1), device=device), torch.randint(2, (batch, drafted), device=device),
+            torch.full((batch,), drafted, device=device),
+        )  # fmt: skip
+        return {
+            "op": partial(verify_greedy, *args),
+            "reference": partial(verify_greedy_reference, *args),
+            "pytorch": partial(_greedy_loop, *args),
+        }
+
+    return Case("verify_greedy", f"B {batch} K {drafted}", ways, 16 * batch * (drafted + 2))
+
+
+def _dense_chain(p: Tensor, drafts: Tensor, ids: Tensor, q: Tensor) -> Tensor:
+    """Rejection sampling as it is usually written: dense laws, torch's own random numbers."""
+    dense = F.pad(torch.zeros_like(p[:, :-1]).scatter_(2, ids, q), (0, 0, 0, 1))
+    ratio = (p[:, :-1] / dense[:, :-1]).gather(2, drafts[..., None])[..., 0]
+    accepted = (torch.rand_like(ratio) < ratio).long().cumprod(-1).sum(-1)
+    row = torch.arange(len(p), device=p.device)
+    return torch.multinomial((p[row, accepted] - dense[row, accepted]).clamp(min=0) + 1e-20, 1)
+
+
+def _verify_chain(batch: int, drafted: int, vocabulary: int, dtype: torch.dtype) -> Case:
+    """Given the rows' laws. PyTorch is given dense probabilities."""
+
+    def ways(device: torch.device) -> Ways:
+        logits = _logits(batch * (drafted + 1), vocabulary, device, dtype)
+        knobs = torch.tensor([1.0, 1.0, 0.0], device=device)
+        law = row_law(logits, knobs, 0)
+        probs = logits.float().softmax(-1).view(batch, drafted + 1, vocabulary)
+        support, ids = probs[:, :-1].topk(64)
+        support = support / support.sum(-1, keepdim=True)
+        drafts = ids[..., 0].contiguous()
+        counts, seed = torch.full((batch,), drafted, device=device), torch.arange(batch, device=device)
+        starts = torch.arange(batch + 1, device=device) * (drafted + 1)
+        args = logits, knobs, *law, drafts, counts, ids, support, seed, seed + 300, starts
+        found: Ways = {
+            "op": partial(verify_chain, *args),
+            "pytorch": partial(_dense_chain, probs, drafts, ids, support),
+        }
+        return found | ({"reference": partial(verify_chain_reference, *args)} if device.type == "cpu" else {})
+
+    shape = f"B {batch} K {drafted} V {vocabulary}"
+    return Case("verify_chain", shape, ways, batch * (vocabulary * dtype.itemsize + drafted * 64 * 12))
+
+
+def _closure(parents: Tensor) -> Tensor:
+    reach = F.one_hot(parents.clamp(min=0), parents.shape[1]).bool() & (parents >= 0)[..., None]
+    reach = reach | torch.eye(parents.shape[1], dtype=torch.bool, device=parents.device)
+    for _ in range(parents.shape[1].bit_length()):
+        reach = reach | (reach.float() @ reach.float() > 0)
+    return reach
+
+
+def _ancestor_words(batch: int, n_nodes: int) -> Case:
+    def ways(device: torch.device) -> Ways:
+        parents = (torch.arange(n_nodes, device=device) - 1).div(2, rounding_mode="floor").expand(batch, -1)
+        args = (parents.contiguous(),)
+        return {
+            "op": partial(ancestor_words, *args),
+            "reference": partial(ancestor_words_reference, *args),
+            "pytorch": partial(_closure, *args),
+        }
+
+    return Case("ancestor_words", f"B {batch} N {n_nodes}", ways, 8 * batch * n_nodes * (1 + (n_nodes + 63) // 64))
+
+
+def cpu_cases() -> Iterator[Case]:
+    """Shapes of the models this machine decodes: float32, a few samples, hundreds of tokens."""
+    f32 = torch.float32
+    for size in ("25m", "100m", "300m"):
+        for rows in (3, 6, 16):
+            yield _linear(size, rows)
+        for batch in (1, 4):
+            yield _attention(size, batch, 6, 512, f32)
+    for size in ("25m", "300m"):
+        yield _append(size, 4, 6, 512, f32)
+        yield _commit(size, 4, 4, 512, f32)
+    for vocabulary in (4096, 128256):
+        yield _top_support(4, vocabulary, f32)
+        yield _row_law(4, vocabulary, f32)
+        yield _row_law(4, vocabulary, f32, 50, 0.9)
+        yield _draw(4, vocabulary)
+        yield _verify_chain(4, 5, vocabulary, f32)
+    yield _draw(4, 64)
+    for batch in (1, 16):
+        yield _verify_greedy(batch, 5)
+    for n_nodes in (8, 64):
+        yield _ancestor_words(4, n_nodes)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Llama-3.1-8B shapes in bfloat16. Caches well below the L2's size are there to be seen, not to be judged."""
+    bf16, vocabulary = torch.bfloat16, SIZES["8b"]["vocab_size"]
+    for batch, n_slots in ((32, 8192), (8, 32768), (1, 131072), (32, 2048), (8, 2048), (1, 8192), (1, 2048)):
+        yield _attention("8b", batch, 16, n_slots, bf16)
+    for batch in (1, 8, 32):
+        yield _attention("8b", batch, 1, 8192, bf16)
+    for batch in (1, 32, 64):
+        yield _append("8b", batch, 16, 1024, bf16)
+    for batch in (1, 8, 32):
+        yield _commit("8b", batch, 6, 512, bf16)
+    for rows in (1, 16, 256):
+        yield _top_support(rows, vocabulary, bf16)
+    for rows in (16, 256, 512):
+        yield _row_law(rows, vocabulary, bf16)
+        yield _row_law(rows, vocabulary, bf16, 50, 0.9)
+    for rows in (1, 32, 256, 512):
+        yield _draw(rows, vocabulary)
+    for batch in (1, 32, 256):
+        yield _verify_chain(batch, 5, vocabulary, bf16)
+    yield _verify_greedy(32, 15)
+    yield _ancestor_words(32, 64)

@@ -1,0 +1,215 @@
+"""Everything a CUDA machine can tell, in one command: `make gpu OUT=folder`, or `python -m bench.gpu --out folder`.
+
+Sections, each of which can run alone (`--sections kernels,decode`); a later run adds to what the folder holds:
+
+    tests    the GPU tests and the kernels' tests
+    kernels  every op against PyTorch, and against what this GPU copies and multiplies in the same run
+    decode   whole `generate()` calls at Llama-3.1-8B shape in bfloat16
+    steps    launches, synchronisations and device time of one decoding step, and a profiler trace
+
+Writes gpu.json, gpu.md, kernels.png and trace.json.gz. Large weights are made on the GPU. Exits with 1 if a test fails,
+with 2 where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer import Option
+
+from bench import end_to_end, gpu_report, profile
+from bench.cases import Case, gpu_cases
+from specdec import measure, zoo
+
+SECTIONS = ("tests", "kernels", "decode", "steps")
+WAYS = ("transformers", "transformers_assisted", "specdec_plain", "specdec")
+SIZE, BATCHES, PROMPT_TOKENS, NEW_TOKENS, REPEATS = "8b", (1, 8, 32), 64, 96, 2
+
+
+class Clock:
+    """Time that is left: work that would not fit is left out, and said to be."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def has(self, seconds: float) -> bool:
+        return time.monotonic() + seconds < self._end
+
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+def run_tests(clock: Clock, console: Console) -> dict[str, Any]:
+    """pytest in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-m", "(kernels or gpu) and not aot", "tests"]
+    lines: list[str] = []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        console.print(line.rstrip(), markup=False, highlight=False)
+        lines.append(line.rstrip())
+        if not clock.has(0):
+            process.kill()
+            lines.append("stopped: out of time")
+            break
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"exit_code": process.wait(), "summary": lines[-1] if lines else "", "failed": failed, "tail": lines[-60:]}
+
+
+def time_roofs() -> dict[str, float]:
+    """What this GPU does now: bytes a second copied, bfloat16 operations a second, seconds of an empty launch."""
+    source = torch.randn(2**30, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    copy = _seconds(lambda: target.copy_(source))
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
+    product = _seconds(lambda: a @ b)
+    one = torch.zeros(1, device="cuda")
+    return {
+        "bytes_per_second": 2 * source.nbytes / copy,
+        "flops_per_second": 2 * 8192**3 / product,
+        "launch_seconds": _seconds(one.zero_),
+    }
+
+
+def _seconds(call: Any) -> float:
+    """Median time of a call on the device; the L2 cache is cleared before each."""
+    return triton.testing.do_bench(call, warmup=20, rep=60, return_mode="median") / 1e3
+
+
+def time_case(case: Case, roofs: dict[str, float]) -> dict[str, Any]:
+    """One line of the kernels' table."""
+    torch.manual_seed(0)
+    ways = case.ways(torch.device("cuda"))
+    seconds = {name: _seconds(call) for name, call in ways.items() if name in ("op", "pytorch")}
+    floor = max(case.bytes / roofs["bytes_per_second"], case.flops / roofs["flops_per_second"])
+    return {
+        "op": case.op, "shape": case.shape, "bytes": case.bytes, "flops": case.flops, "seconds": seconds,
+        "floor_seconds": floor, "of_roof": floor / seconds["op"],
+    }  # fmt: skip
+
+
+def run_kernels(clock: Clock, console: Console) -> dict[str, Any]:
+    result: dict[str, Any] = {"roofs": time_roofs(), "cases": []}
+    for case in _tracked(list(gpu_cases()), "kernels", console):
+        if clock.has(10):
+            result["cases"].append(_guarded(lambda case=case: time_case(case, result["roofs"]), str(case)))
+            torch.cuda.empty_cache()
+    return result
+
+
+def run_decode(clock: Clock, console: Console) -> dict[str, Any]:
+    """Whole calls, all ways in turn, a batch size at a time."""
+    target, draft, tokenizer = measure.load_pair(SIZE, torch.bfloat16, "cuda")
+    ids = zoo.held_out_prompts(tokenizer, max(BATCHES), PROMPT_TOKENS).cuda()
+    ways = measure.all_paths(target, draft)
+    parameters = sum(p.numel() for p in target.parameters())
+    result: dict[str, Any] = {
+        "settings": {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": REPEATS, "dtype": "bfloat16"},
+        "results": [],
+    }
+    for batch in BATCHES:
+        able = {n: ways[n] for n in WAYS if ways[n].max_batch is None or batch <= ways[n].max_batch}
+        if not clock.has(60):
+            result["results"].append({"error": f"batch {batch}: not run, out of time"})
+            continue
+
+        def rows(batch: int = batch, able: dict[str, measure.Path] = able) -> dict[str, Any]:
+            with Progress(*_COLUMNS, console=console, transient=True, auto_refresh=False) as bar:
+                paths = end_to_end.measure_all(able, [ids[:batch]], NEW_TOKENS, REPEATS, bar)
+            return {"size": SIZE, "parameters": parameters, "batch": batch, "paths": paths}
+
+        result["results"].append(_guarded(rows, f"batch {batch}"))
+    return result
+
+
+def run_steps(clock: Clock, console: Console, out: Path) -> list[dict[str, Any]]:
+    """Profiles of a few steps at batch 1 and 8, of the undrafted and the drafted loop."""
+    target, draft, tokenizer = measure.load_pair(SIZE, torch.bfloat16, "cuda")
+    ids = zoo.held_out_prompts(tokenizer, 8, PROMPT_TOKENS).cuda()
+    ways = measure.all_paths(target, draft)
+    rows = []
+    for name in ("transformers", "specdec_plain", "specdec"):
+        for batch in (1, 8):
+            if clock.has(20):
+                trace = out / "trace.json.gz" if (name, batch) == ("specdec", 1) else None
+                rows.append(
+                    _guarded(
+                        lambda n=name, b=batch, t=trace: profile.steps(ways[n], ids[:b], t), f"{name} batch {batch}"
+                    )
+                )
+    return rows
+
+
+def _guarded(work: Any, name: str) -> dict[str, Any]:
+    """What `work` returns; a failure becomes part of the result, and the rest still runs."""
+    try:
+        return work()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{name}: {type(error).__name__}: {error}"[:500]}
+
+
+def _tracked(items: list[Any], label: str, console: Console) -> Any:
+    with Progress(*_COLUMNS, console=console, transient=True) as bar:
+        yield from bar.track(items, description=label)
+
+
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+
+def main(
+    out: Annotated[Path, Option(help="Folder for the results.")] = Path("bench/results/gpu"),
+    sections: Annotated[str, Option(help=f"Of {', '.join(SECTIONS)}.")] = ",".join(SECTIONS),
+    minutes: Annotated[float, Option(help="What does not fit into this time is left out.")] = 9.0,
+) -> None:
+    """Run the sections, print and write."""
+    if not torch.cuda.is_available():
+        print("make gpu: this PyTorch sees no CUDA device", file=sys.stderr)
+        raise typer.Exit(2)
+    unknown = [s for s in sections.split(",") if s not in SECTIONS]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(SECTIONS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    measure.quiet()
+    console, clock = Console(), Clock(minutes)
+    file = out / "gpu.json"
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    result |= {
+        "command": "python -m bench.gpu " + shlex.join(sys.argv[1:]), "date": measure.today(),
+        "versions": measure.versions(), "machine": measure.machine(),
+    }  # fmt: skip
+    runs = {
+        "tests": lambda: run_tests(clock, console),
+        "kernels": lambda: run_kernels(clock, console),
+        "decode": lambda: run_decode(clock, console),
+        "steps": lambda: run_steps(clock, console, out),
+    }
+    for section in sections.split(","):
+        start = time.monotonic()
+        result[section] = _guarded(runs[section], section)
+        console.print(f"[dim]{section}: {time.monotonic() - start:.0f} s, {clock.left:.0f} s left[/]", highlight=False)
+        torch.cuda.empty_cache()
+        gpu_report.write(result, out)  # after each: a run that is stopped leaves what it has
+    console.print(gpu_report.markdown(result), markup=False, highlight=False)
+    if result.get("tests", {}).get("exit_code"):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

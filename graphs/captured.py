@@ -1,0 +1,132 @@
+"""Steps as CUDA graphs: one replay a step, captured once per shape and kept for the life of the buffers.
+
+The first call of a shape runs the step as it is: that compiles its kernels and warms the libraries up. The second call
+records it, and from then on it is replayed. A recording holds addresses, so everything a step reads or writes stays
+where it was: state and caches are buffers that calls of `generate()` share, and a law's numbers are copied into those
+of the law that was recorded.
+
+Graphs share one memory pool and are replayed one after the other on one stream, so what one leaves in the pool the
+next may overwrite: a step's report is copied out before the next step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from specdec.sampling import SamplingLaw
+    from specdec.state import BatchState
+
+
+class Recording:
+    """One step, recorded: replaying it is all a call does.
+
+    Args:
+        step: `step(state, law, live, token) -> report`. arguments: those to record.
+        pool: memory pool handle shared by all recordings.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], arguments: tuple[Any, ...], pool: Any) -> None:
+        self.arguments = arguments  # kept: their memory must not be used for anything else
+        self._given: SamplingLaw = arguments[1]
+        self._replay = self._record(step, pool)
+
+    def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:
+        """The step as a call without arguments."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile; only this thread's calls must be of the kind that can be recorded.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            report = step(*self.arguments)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return report
+
+        return replay
+
+    def __call__(self, state: BatchState, law: SamplingLaw, live: Tensor, token: Tensor) -> Tensor:
+        if law is not self._given:
+            for mine, given in zip(self.arguments[1].tensors(), law.tensors(), strict=True):
+                mine.copy_(given)
+            self._given = law
+        return self._replay()
+
+
+class CapturedSteps:
+    """Runs steps as CUDA graphs, one per key.
+
+    Attributes:
+        was_compiling: whether the latest call runs or records a new shape; its time is not decoding time.
+        recordings: what has been recorded, by key.
+        lag: reports are read this many steps late, so that the device never waits for the host.
+        keeps_buffers: state and caches must stay where they are from call to call; `reset` when they move.
+    """
+
+    lag = 1
+    keeps_buffers = True
+
+    def __init__(self, recording: type[Recording] = Recording) -> None:
+        self.was_compiling = False
+        self._recording = recording
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all recordings: the buffers they know are gone."""
+        self._pool: Any = None
+        self._seen: set[Hashable] = set()
+        self.recordings: dict[Hashable, Recording] = {}
+        self._is_full = False
+
+    def get(self, step: Callable[..., Tensor], key: Hashable) -> Callable[..., Tensor]:
+        """`step` for shapes of this key."""
+        if key in self._seen and key not in self.recordings and not self._is_full:
+            self.was_compiling = True
+            return partial(self._record, step, key)
+        self.was_compiling = key not in self._seen
+        self._seen.add(key)
+        return self.recordings.get(key, step)
+
+    def _record(self, step: Callable[..., Tensor], key: Hashable, *arguments: Any) -> Tensor:
+        """Record, then run what was recorded; without memory for it, just run."""
+        if self._pool is None and torch.cuda.is_available():
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            recording = self.recordings[key] = self._recording(step, arguments, self._pool)
+        except torch.OutOfMemoryError as error:
+            self._is_full = True
+            warnings.warn(
+                f"specdec: no memory to record another CUDA graph after {len(self.recordings)}; steps of further "
+                f"shapes run kernel by kernel, slower, with the same tokens ({error})",
+                stacklevel=2,
+            )
+            return step(*arguments)
+        return recording(*arguments)
+
+
+class Readback:
+    """A report on its way to the host.
+
+    Args:
+        report: [B, K + 4] int64. On a GPU it is copied without waiting, into memory the device can write by itself.
+    """
+
+    def __init__(self, report: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = report
+        if report.is_cuda:
+            self._host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            self._host.copy_(report, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[list[int]]:
+        """The report's rows; waits until they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()

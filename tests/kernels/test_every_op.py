@@ -1,0 +1,147 @@
+"""The operator library: every op is a well-formed custom op, whatever path it takes, and takes the path it should."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import specdec.kernels
+from specdec.kernels.kv_cache import cache_table
+from specdec.kernels.library import INTERPRETED, OPS, runs_triton
+from specdec.tree import TokenTree
+
+pytestmark = pytest.mark.kernels
+
+for _module in pkgutil.iter_modules(specdec.kernels.__path__):
+    importlib.import_module(f"specdec.kernels.{_module.name}")
+
+_ALIVE: list[Any] = []  # caches that ops know by their addresses only
+
+
+def _ragged_attention(device: torch.device) -> tuple[Any, ...]:
+    keys, values = (torch.randn(2, 3, 40, 24) for _ in "kv")
+    _ALIVE.append((keys, values))
+    bits, depths = TokenTree((-1, 0, 0, 1, 2)).tensors(device)
+    lengths, node = torch.tensor([0, 7, 30]), torch.arange(5).repeat(3)
+    slot = torch.arange(3).repeat_interleave(5) * 40 + lengths.repeat_interleave(5) + node
+    new = [torch.randn(15, heads, 24) for heads in (4, 2, 2)]
+    return *new, cache_table([(keys, values)])[0], slot, torch.arange(4) * 5, lengths, node, bits, depths, 4, 0.3, 2.0
+
+
+def _tree_attention(device: torch.device) -> tuple[Any, ...]:
+    bits, depths = TokenTree((-1, 0, 0)).tensors(device)
+    caches = [torch.randn(2, 2, 9, 16, device=device) for _ in "kv"]
+    where = [torch.tensor(x, device=device) for x in ([0, 3, 6], [4, 0], [0, 1, 2, 0, 1, 2])]
+    return torch.randn(6, 4, 16, device=device), *caches, *where, bits[None], depths[None], 3, 0.3, 2.0, None
+
+
+def _commit(device: torch.device) -> tuple[Any, ...]:
+    caches = [(torch.randn(2, 2, 8, 4, device=device), torch.randn(2, 2, 8, 4, device=device))]
+    _ALIVE.append(caches)
+    path = torch.tensor([[0, 2], [0, 1]], device=device)
+    return (
+        cache_table(caches),
+        *torch.tensor([[1, 3]], device=device),
+        path,
+        *torch.tensor([[2, 1]], device=device),
+        2,
+        16,
+        16,
+    )
+
+
+def _laws(rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    logits = torch.randn(rows, 7, device=device)
+    zeros = torch.zeros(rows, device=device)
+    return logits, torch.tensor([1.0, 1.0, 0.0], device=device), logits.logsumexp(-1), zeros - torch.inf, zeros.long()
+
+
+def _verify_chain(device: torch.device) -> tuple[Any, ...]:
+    starts, ids = torch.tensor([0, 3, 4], device=device), torch.tensor([[[0, 3], [4, 1]]] * 2, device=device)
+    keys = torch.arange(2, device=device)
+    return *_laws(4, device), ids[..., 0], torch.tensor([2, 0], device=device), ids, ids * 0 + 0.5, keys, keys, starts
+
+
+def _keys(device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.arange(9, device=device).view(3, 3) - 1)
+
+
+CASES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
+    "uniform": lambda d: (*_keys(d), 1),
+    "draw": lambda d: (torch.rand(3, 7, device=d), *_keys(d), 1),
+    "draw_distinct": lambda d: (torch.rand(3, 7, device=d), *_keys(d), 1, 2),
+    "top_support": lambda d: (*_laws(3, d)[:2], 0, 4),
+    "row_law": lambda d: (*_laws(3, d)[:2], 3),
+    "verify_greedy": lambda d: tuple(torch.tensor(x, device=d) for x in ([[1, 2, 3]], [[1, 0]], [2])),
+    "verify_chain": _verify_chain,
+    "ancestor_words": lambda d: (torch.tensor([[-1, 0, 0, 1]], device=d),),
+    "kv_append_": lambda d: (
+        *(torch.randn(2, 3, 8, 4, device=d) for _ in "kv"), *(torch.randn(2, 3, 4, device=d) for _ in "kv"),
+        torch.tensor([0, 9, 5], device=d),
+    ),
+    "kv_commit_": _commit,
+    "skinny_linear": lambda d: (torch.randn(3, 17), torch.randn(5, 17)),
+    "tree_attention": _tree_attention,
+    "ragged_attention": _ragged_attention,
+}  # fmt: skip
+
+
+def test_every_registered_op_is_checked_here() -> None:
+    names = {n.removeprefix("specdec::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("specdec::")}
+    assert names == set(OPS) == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str, device: torch.device) -> None:
+    op = OPS[name]
+    at = device if op.launcher is not None else torch.device("cpu")
+    torch.manual_seed(0)
+    torch.library.opcheck(op.call.op, CASES[name](at))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_op_takes_the_path_it_says(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels run where they should and nowhere else: with kernels that can't start, ops fail or don't."""
+    op = OPS[name]
+
+    class Started(Exception):
+        pass
+
+    def start(*args: Any, **kwargs: Any) -> None:
+        raise Started
+
+    for module in [m for n, m in sys.modules.items() if n.startswith("specdec.kernels.")]:
+        for key, value in list(vars(module).items()):
+            if key.endswith("_kernel") and hasattr(value, "run"):
+                monkeypatch.setattr(value, "run", start)
+                monkeypatch.setattr(type(value), "__getitem__", lambda self, grid: start)
+    arguments = CASES[name](device if op.launcher is not None else torch.device("cpu"))
+    if op.launcher is not None and runs_triton(torch.empty(0, device=device)):
+        with pytest.raises(Started):
+            op.call(*arguments)
+        assert op.path(device.type).startswith("Triton")
+    else:
+        op.call(*arguments)
+        assert not op.path("cpu").startswith("Triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter by itself")
+def test_info_names_the_paths() -> None:
+    def info(**more: str) -> str:
+        command = [sys.executable, "-m", "specdec", "info"]
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert "interpreted" not in info()
+    assert info(TRITON_INTERPRET="1").count("Triton kernel, interpreted") == sum(
+        op.launcher is not None for op in OPS.values()
+    )

@@ -1,0 +1,132 @@
+"""Recorded steps: what a recording relies on holds from call to call. Recordings here are replayed by running the
+step again on what was recorded, which sees the same memory as a CUDA graph would."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
+
+from specdec.decoder import Decoder
+from specdec.drafters.base import Drafter
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.graphs.captured import CapturedSteps, Recording
+from specdec.graphs.compiled import CompiledSteps
+from specdec.sampling import SamplingLaw
+from specdec.stats import Stats
+from specdec.view import ModelView
+
+NO_EOS = torch.empty(0, dtype=torch.int64)
+Tiny = Callable[..., PreTrainedModel]
+
+
+class Rerun(Recording):
+    """A recording without a GPU."""
+
+    made = 0
+
+    def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:
+        type(self).made += 1
+        return lambda: step(*self.arguments)
+
+
+@pytest.fixture
+def decoders(tiny: Tiny) -> Callable[[str], tuple[Decoder, Decoder]]:
+    def make(kind: str) -> tuple[Decoder, Decoder]:
+        def drafter() -> Drafter:
+            return ModelDrafter(tiny("llama", seed=1), 2) if kind == "model" else NgramDrafter(3)
+
+        target = tiny("llama")
+        recorded = Decoder(ModelView(target), drafter(), CapturedSteps(Rerun), Stats())
+        return recorded, Decoder(ModelView(target), drafter(), CompiledSteps(False), Stats())
+
+    return make
+
+
+def _law(temperature: float | None) -> SamplingLaw:
+    warpers = [] if temperature is None else [TemperatureLogitsWarper(temperature), TopKLogitsWarper(40)]
+    return SamplingLaw.from_processors(LogitsProcessorList(warpers), temperature is not None, torch.device("cpu"))
+
+
+def _texts(decoder: Decoder, lengths: list[int], law: SamplingLaw, new: int, eos: Tensor, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(1, 97, (n,), generator=generator) for n in lengths]
+    texts: list[list[int]] = [[] for _ in prompts]
+    with torch.no_grad():
+        for emitted in decoder.run(prompts, law, new, torch.arange(len(lengths)) + seed, eos):
+            for piece in emitted:
+                texts[piece.row] += piece.tokens
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+def test_recorded_steps_write_the_same_texts(kind: str, decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+    """Batches that shrink, grow, end at different times, change their law and outgrow their buffers."""
+    recorded, plain = decoders(kind)
+    calls = [
+        ([5, 3], None, 12, NO_EOS), ([5, 3], 0.7, 12, NO_EOS), ([2], 1.3, 9, NO_EOS), ([1, 1], 0.7, 9, NO_EOS),
+        ([4, 9, 2], None, 30, torch.tensor([3, 7, 20])), ([4, 9, 2], 0.9, 30, torch.tensor([3, 7, 20])),
+        ([300, 2, 5], None, 40, torch.arange(5, 25)), ([3, 3], 0.8, 20, torch.arange(5, 25)),
+    ]  # fmt: skip
+    for seed, (lengths, temperature, new, eos) in enumerate(calls):
+        law = _law(temperature)
+        expected = _texts(plain, lengths, law, new, eos, seed)
+        assert _texts(recorded, lengths, law, new, eos, seed) == expected
+        assert max(len(text) for text in expected) <= new
+    assert (recorded.stats.proposed, recorded.stats.accepted) == (plain.stats.proposed, plain.stats.accepted)
+
+
+def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+    recorded, _ = decoders("model")
+    made = Rerun.made
+    _texts(recorded, [5, 3], _law(None), 20, NO_EOS, 0)
+    state, keys = recorded._state, recorded.target.cache.layers[0].keys
+    after_first = Rerun.made
+    assert after_first > made
+    for lengths in ([2, 7], [4], [60, 1]):
+        _texts(recorded, lengths, _law(None), 20, NO_EOS, 1)
+    assert recorded._state is state
+    assert recorded.target.cache.layers[0].keys is keys
+    assert Rerun.made <= after_first + 1  # at most the shape of a last sample alone
+    again = Rerun.made
+    _texts(recorded, [5, 3, 1], _law(None), 20, NO_EOS, 0)  # another row: everything moves
+    assert recorded._state is not state
+    assert Rerun.made > again
+
+
+def test_two_decoders_of_one_target_do_not_trust_each_others_buffers(tiny: Tiny) -> None:
+    """A larger batch of one moves the cache that the other's recordings know."""
+    view = ModelView(tiny("llama"))
+    one, other = (Decoder(view, NgramDrafter(3), CapturedSteps(Rerun), Stats()) for _ in range(2))
+    plain = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CompiledSteps(False), Stats())
+    expected = _texts(plain, [6], _law(None), 16, NO_EOS, 3)
+    assert _texts(one, [6], _law(None), 16, NO_EOS, 3) == expected
+    before = dict(one.steps.recordings)
+    assert before
+    _texts(other, [5, 5, 5], _law(None), 16, NO_EOS, 0)
+    assert _texts(one, [6], _law(None), 16, NO_EOS, 3) == expected
+    assert all(one.steps.recordings[key] is not recording for key, recording in before.items())
+
+
+def test_without_memory_for_a_recording_steps_run_as_they_are(
+    tiny: Tiny, decoders: Callable[[str], tuple[Decoder, Decoder]]
+) -> None:
+    class Full(Recording):
+        def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:
+            raise torch.OutOfMemoryError("no more")
+
+    _, plain = decoders("ngram")
+    decoder = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CapturedSteps(Full), Stats())
+    with pytest.warns(UserWarning, match="no memory to record another CUDA graph"):
+        texts = _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0)
+    assert texts == _texts(plain, [5, 3], _law(None), 12, NO_EOS, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0) == texts

@@ -1,0 +1,79 @@
+"""What only a CUDA device can show: a step that never waits, memory without copies of the vocabulary, real tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import specdec
+from specdec.decoder import Decoder
+from specdec.drafters.model import ModelDrafter
+from specdec.graphs.compiled import CompiledSteps
+from specdec.kernels.row_law import row_law
+from specdec.sampling import SamplingLaw
+from specdec.state import BatchState
+from specdec.stats import Stats
+from specdec.view import ModelView
+
+pytestmark = pytest.mark.gpu
+Tiny = Callable[..., PreTrainedModel]
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("draft", ["model", "ngram", None])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2"])
+def test_greedy_texts_are_transformers_own(
+    family: str, draft: str | None, fresh: Tiny, prompts: Callable[..., dict[str, Any]]
+) -> None:
+    target = fresh(family).cuda()
+    drafter = fresh(family, seed=1).cuda() if draft == "model" else draft
+    inputs = {name: x.cuda() for name, x in prompts([9, 4, 1]).items()}
+    expected = target.generate(**inputs, max_new_tokens=24)
+    model = specdec.compile(target, drafter, depth=3)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=24), expected)
+    assert not model.specdec.stats.fallbacks
+
+
+@pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_step_never_waits_for_the_device(do_sample: bool, warpers: list[Any], fresh: Tiny) -> None:
+    target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), 3)
+    decoder = Decoder(target, draft, CompiledSteps(False), Stats())
+    law = SamplingLaw.from_processors(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
+    prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
+    state = BatchState.of(prompts, 32, torch.tensor([3, 4], device="cuda"), torch.tensor([5], device="cuda"), 3)
+    with torch.no_grad():
+        decoder.prefill(prompts, 256)
+        shape = decoder.shape_for(2, 2)
+        decoder.step(state, law, *shape)  # compiles the kernels
+        with no_synchronisation():
+            for _ in range(4):
+                report = decoder.step(state, law, *shape)
+    assert report.shape == (2, 7)
+    assert (state.lengths > torch.tensor([8, 3], device="cuda")).all()
+
+
+def test_a_law_costs_no_copy_of_the_logits() -> None:
+    logits = torch.randn(64, 128256, device="cuda", dtype=torch.bfloat16)
+    knobs = torch.tensor([1.3, 0.9, 0.0], device="cuda")
+    row_law(logits, knobs, 50)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    row_law(logits, knobs, 50)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
