@@ -92,8 +92,8 @@ def _attention(size: str, batch: int, n_nodes: int, n_slots: int, dtype: torch.d
     def ways(device: torch.device) -> Ways:
         bits, depths = TokenTree.chain(n_nodes - 1).tensors(device)
         lengths = torch.full((batch,), length, device=device)
-        valid = torch.ones(batch, n_nodes, dtype=torch.bool, device=device)
-        nodes = Nodes.of_level(lengths, bits, depths, 0, n_nodes, valid, n_slots)
+        counts, token = torch.full_like(lengths, n_nodes), torch.arange(batch * n_nodes, device=device)
+        nodes = Nodes.packed(lengths, counts, token, n_nodes, n_slots, bits, depths)
         keys, values = (torch.randn(groups, batch, n_slots, dim, dtype=dtype, device=device) for _ in "kv")
         q = torch.randn(batch * n_nodes, heads, dim, dtype=dtype, device=device)
         args = q, keys, values, nodes.starts, lengths, nodes.node, bits[None], depths[None], 0, dim**-0.5, 0.0, None

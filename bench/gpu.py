@@ -36,6 +36,7 @@ from specdec import measure, zoo
 SECTIONS = ("tests", "kernels", "decode", "steps")
 WAYS = ("transformers", "transformers_assisted", "specdec_plain", "specdec")
 SIZE, BATCHES, PROMPT_TOKENS, NEW_TOKENS, REPEATS = "8b", (1, 8, 32), 64, 96, 2
+DEVICE, ROOF_ELEMENTS, ROOF_SIDE = "cuda", 2**30, 8192
 
 
 class Clock:
@@ -72,15 +73,15 @@ def run_tests(clock: Clock, console: Console) -> dict[str, Any]:
 
 def time_roofs() -> dict[str, float]:
     """What this GPU does now: bytes a second copied, bfloat16 operations a second, seconds of an empty launch."""
-    source = torch.randn(2**30, dtype=torch.bfloat16, device="cuda")
+    source = torch.randn(ROOF_ELEMENTS, dtype=torch.bfloat16, device=DEVICE)
     target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source))
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
+    a, b = (torch.randn(ROOF_SIDE, ROOF_SIDE, dtype=torch.bfloat16, device=DEVICE) for _ in "ab")
     product = _seconds(lambda: a @ b)
-    one = torch.zeros(1, device="cuda")
+    one = torch.zeros(1, device=DEVICE)
     return {
         "bytes_per_second": 2 * source.nbytes / copy,
-        "flops_per_second": 2 * 8192**3 / product,
+        "flops_per_second": 2 * ROOF_SIDE**3 / product,
         "launch_seconds": _seconds(one.zero_),
     }
 
@@ -93,7 +94,7 @@ def _seconds(call: Any) -> float:
 def time_case(case: Case, roofs: dict[str, float]) -> dict[str, Any]:
     """One line of the kernels' table."""
     torch.manual_seed(0)
-    ways = case.ways(torch.device("cuda"))
+    ways = case.ways(torch.device(DEVICE))
     seconds = {name: _seconds(call) for name, call in ways.items() if name in ("op", "pytorch")}
     floor = max(case.bytes / roofs["bytes_per_second"], case.flops / roofs["flops_per_second"])
     return {
@@ -113,8 +114,8 @@ def run_kernels(clock: Clock, console: Console) -> dict[str, Any]:
 
 def run_decode(clock: Clock, console: Console) -> dict[str, Any]:
     """Whole calls, all ways in turn, a batch size at a time."""
-    target, draft, tokenizer = measure.load_pair(SIZE, torch.bfloat16, "cuda")
-    ids = zoo.held_out_prompts(tokenizer, max(BATCHES), PROMPT_TOKENS).cuda()
+    target, draft, tokenizer = measure.load_pair(SIZE, torch.bfloat16, DEVICE)
+    ids = zoo.held_out_prompts(tokenizer, max(BATCHES), PROMPT_TOKENS).to(DEVICE)
     ways = measure.all_paths(target, draft)
     parameters = sum(p.numel() for p in target.parameters())
     result: dict[str, Any] = {
@@ -138,8 +139,8 @@ def run_decode(clock: Clock, console: Console) -> dict[str, Any]:
 
 def run_steps(clock: Clock, console: Console, out: Path) -> list[dict[str, Any]]:
     """Profiles of a few steps at batch 1 and 8, of the undrafted and the drafted loop."""
-    target, draft, tokenizer = measure.load_pair(SIZE, torch.bfloat16, "cuda")
-    ids = zoo.held_out_prompts(tokenizer, 8, PROMPT_TOKENS).cuda()
+    target, draft, tokenizer = measure.load_pair(SIZE, torch.bfloat16, DEVICE)
+    ids = zoo.held_out_prompts(tokenizer, 8, PROMPT_TOKENS).to(DEVICE)
     ways = measure.all_paths(target, draft)
     rows = []
     for name in ("transformers", "specdec_plain", "specdec"):

@@ -37,15 +37,15 @@ def steps(path: measure.Path, prompts: Tensor, trace: Path | None = None) -> dic
     stats = path.model.specdec.stats if hasattr(path.model, "specdec") else None
     if stats is not None:
         stats.reset()
-    torch.cuda.synchronize()
+    measure.synchronize()
     start = time.perf_counter()
     path(prompts, NEW_TOKENS)
-    torch.cuda.synchronize()
+    measure.synchronize()
     seconds = time.perf_counter() - start
     n_steps = NEW_TOKENS if stats is None else stats.steps
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         path(prompts, NEW_TOKENS)
-        torch.cuda.synchronize()
+        measure.synchronize()
     calls: Counter[str] = Counter()
     device: Counter[str] = Counter()
     for event in profiler.events():

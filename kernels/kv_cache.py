@@ -2,7 +2,7 @@
 
 A cache is [G, B, S, D]: per key/value head and sample, S contiguous slots. A token is addressed by its flat slot
 `sample * S + offset`. Slot S - 1 of every sample is scratch: it is never attended to, and tokens that belong to no
-sample are written to the first sample's. Within a step, node n of sample b occupies slot `lengths[b] + n`; after
+sample are written to some sample's. Within a step, node n of sample b occupies slot `lengths[b] + n`; after
 verification the accepted path's entries move to the end of the committed text,
 
     cache[:, b, lengths[b] + j] = cache[:, b, lengths[b] + path[b, j]]          j < n_path[b]

@@ -114,11 +114,16 @@ def compare(
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
             runs[name]()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
             after_each(name)
     return seconds
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done what it was asked, where there is one in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def quiet() -> None:

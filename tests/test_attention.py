@@ -38,7 +38,7 @@ def test_both_attentions_agree_with_the_definition(tree, n_heads, n_groups, head
     q = torch.randn(4 * n_nodes, n_heads, head_dim)
     k, v = torch.randn(2, 4 * n_nodes, n_groups, head_dim)
     k_cache, v_cache = (torch.randn(n_groups, 4, n_slots, head_dim) for _ in range(2))
-    nodes = Nodes.of_level(lengths, bits, depths, 0, n_nodes, torch.ones(4, n_nodes, dtype=torch.bool), n_slots)
+    nodes = Nodes.packed(lengths, torch.full((4,), n_nodes), torch.arange(4 * n_nodes), n_nodes, n_slots, bits, depths)
     mask = nodes.mask(windowed(window) if window else causal, n_slots, torch.float32)[:, 0]
 
     # By definition: every visible key of every query, one at a time.
@@ -84,7 +84,7 @@ def test_large_scores_neither_overflow_nor_lose_the_small():
     q = torch.zeros(1, 1, 16)
     q[..., 0] = 1
     bits, depths = TokenTree.chain(0).tensors(torch.device("cpu"))
-    nodes = Nodes.of_level(torch.tensor([600]), bits, depths, 0, 1, torch.ones(1, 1, dtype=torch.bool), 601)
+    nodes = Nodes.packed(torch.tensor([600]), torch.tensor([1]), torch.arange(1), 1, 601, bits, depths)
     table = torch.tensor([k_cache.data_ptr(), v_cache.data_ptr(), 601])
     out = ragged_attention(
         q, torch.full((1, 1, 16), -300.0), torch.zeros(1, 1, 16), table, nodes.slot, nodes.starts, nodes.lengths,
@@ -97,9 +97,9 @@ def test_large_scores_neither_overflow_nor_lose_the_small():
 def test_text_packed_without_padding_attends_like_each_text_alone():
     torch.manual_seed(0)
     lengths, counts, n_slots = torch.tensor([3, 0, 9]), torch.tensor([4, 0, 2]), 20
-    nodes = Nodes.packed(lengths, counts, 8, 4, n_slots)  # two tokens belong to nobody
-    assert nodes.position.tolist() == [3, 4, 5, 6, 9, 10, 0, 0]
-    assert nodes.slot.tolist() == [3, 4, 5, 6, 49, 50, 19, 19]
+    nodes = Nodes.packed(lengths, counts, torch.arange(8), 4, n_slots)  # two tokens belong to nobody
+    assert nodes.position.tolist()[:6] == [3, 4, 5, 6, 9, 10]
+    assert nodes.slot.tolist() == [3, 4, 5, 6, 49, 50, 59, 59]  # the last two: scratch
     x = torch.randn(8, 2)
     torch.testing.assert_close(nodes.from_grid(nodes.to_grid(x))[:6], x[:6])
     mask = nodes.mask(causal, n_slots, torch.float32)[:, 0]
@@ -112,7 +112,7 @@ def test_each_sample_brings_as_many_nodes_as_it_likes():
     torch.manual_seed(0)
     bits, depths = TREES["bush"].tensors(torch.device("cpu"))
     lengths, counts, n_slots, n_tokens = torch.tensor([3, 9, 0, 20]), [4, 0, 10, 1], 40, 18  # 3 tokens are nobody's
-    nodes = Nodes.packed(lengths, torch.tensor(counts), n_tokens, 10, n_slots, bits, depths)
+    nodes = Nodes.packed(lengths, torch.tensor(counts), torch.arange(n_tokens), 10, n_slots, bits, depths)
     keys, values = torch.randn(2, 2, 4, n_slots, 16)
     alone_keys, alone_values = keys.clone(), values.clone()
     q, k, v = torch.randn(n_tokens, 4, 16), *torch.randn(2, n_tokens, 2, 16)
@@ -131,7 +131,7 @@ def test_each_sample_brings_as_many_nodes_as_it_likes():
     start = 0
     for b, count in enumerate(counts):
         own = slice(start, start + count)
-        one = Nodes.packed(lengths[b : b + 1], torch.tensor([count]), count, 10, n_slots, bits, depths)
+        one = Nodes.packed(lengths[b : b + 1], torch.tensor([count]), torch.arange(count), 10, n_slots, bits, depths)
         cache = [x[:, b : b + 1].contiguous() for x in (alone_keys, alone_values)]
         if count:
             alone = attend(q[own].contiguous(), k[own].contiguous(), v[own].contiguous(), *cache, one)
