@@ -48,7 +48,7 @@ def tree_attention_reference(
         [T, H, Dv] of q's dtype. Keys and values that are not finite show in the output of who sees them; slots past
         the end and other branches may hold anything.
     """
-    n_tokens, n_heads, _ = q.shape
+    n_tokens = q.shape[0]
     n_groups, n_batch, n_slots, _ = k_cache.shape
     tokens, slots = (torch.arange(n, device=q.device) for n in (n_tokens, n_slots))
     owner = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
@@ -131,7 +131,8 @@ def _tree_attention_kernel(
     node = tl.load(node_ptr + o_token, mask=has_node, other=0).to(tl.int32)
     length = tl.load(lengths_ptr + i_sample, mask=is_text, other=0).to(tl.int32)
 
-    # Keys from first_key to end_key are looked at, and every row sees all of those before full_key.
+    # Keys before end_key are looked at, and before full_key all rows see them all, but for a window: its first blocks
+    # are skipped by slot, which is never less than the position.
     end_key = tl.maximum(tl.minimum(length + tl.max(node, 0) + 1, n_slots), 0)
     end_key = tl.where(is_text, end_key, 0)
     full_key = length
@@ -147,8 +148,7 @@ def _tree_attention_kernel(
     first_block = 0
     if HAS_WINDOW:
         earliest = place - window + 1
-        first_key = tl.min(tl.where(own, earliest, n_slots), 0)
-        first_block = tl.maximum(tl.minimum(first_key, full_key), 0) // BLOCK_N
+        first_block = tl.maximum(tl.min(tl.where(own, earliest, n_slots), 0), 0) // BLOCK_N
     # An equal share for every split, but no crumbs: of a short text the last splits get nothing.
     n_blocks = tl.cdiv(end_key, BLOCK_N) - first_block
     share = tl.maximum(tl.cdiv(n_blocks, tl.num_programs(2)), 128 // BLOCK_N)
@@ -194,12 +194,13 @@ def _tree_attention_kernel(
                 scores = cap - 2 * cap / (tl.exp2(scores) + 1)
             if IS_TAIL:
                 if IS_TREE:
-                    # The ancestor bits of this block's keys, a word for each row, shifted together from two words.
+                    # The ancestor bits of this block's keys, a word for each row, shifted together from two words
+                    # (the first may be word -1: committed keys).
                     o_word = tl.full([BLOCK_M], 0, tl.int32) + ((first - length) >> 6)
                     shift = ((first - length) & 63).to(tl.uint64)
                     p_word = p_words + o_word * stride_bw
                     low = tl.load(p_word, mask=(o_word >= 0) & (o_word < n_words), other=0)
-                    high = tl.load(p_word + stride_bw, mask=(o_word >= -1) & (o_word < n_words - 1), other=0)
+                    high = tl.load(p_word + stride_bw, mask=o_word < n_words - 1, other=0)
                     word = (low.to(tl.uint64) >> shift) | ((high.to(tl.uint64) << (63 - shift)) << 1)
                     seen = ((word[:, None] >> o_in_block.to(tl.uint64)[None, :]) & 1) != 0
                     seen |= (o_key < length)[None, :]

