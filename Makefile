@@ -17,15 +17,22 @@ SECTIONS ?= tests,kernels,decode,steps
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 
-.PHONY: demo test bench lint gpu setup clean
+.PHONY: demo test test-cpu test-triton bench lint gpu setup clean
 
 demo: setup
 	$(RUN) -m specdec demo
 
-# The kernels' tests run twice: on the CPU's implementations, and on the Triton kernels in Triton's interpreter.
+# Two halves side by side: everything on the CPU; and the Triton kernels, in Triton's interpreter and compiled ahead of
+# time for GPUs that are not there.
 test: setup
-	$(RUN) -m pytest -q
+	@$(MAKE) --no-print-directory -j2 test-cpu test-triton
+
+test-cpu: setup
+	$(RUN) -m pytest -q -m "not aot"
+
+test-triton: setup
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "kernels and not aot"
+	$(RUN) -m pytest -q -m aot
 
 bench: setup
 	$(RUN) -m pytest bench/test_ops.py -q --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -138,7 +138,7 @@ def _tree_attention_kernel(
     full_key = length
     place = length + node
     if IS_TREE:
-        p_words = bits_ptr + i_sample * stride_bb + node * stride_bn
+        o_words = i_sample * stride_bb + node * stride_bn
         if HAS_WINDOW:
             p_depths = depths_ptr + i_sample * stride_db
             place = length + tl.load(p_depths + node * stride_dn, mask=has_node, other=0).to(tl.int32)
@@ -198,7 +198,7 @@ def _tree_attention_kernel(
                     # (the first may be word -1: committed keys).
                     o_word = tl.full([BLOCK_M], 0, tl.int32) + ((first - length) >> 6)
                     shift = ((first - length) & 63).to(tl.uint64)
-                    p_word = p_words + o_word * stride_bw
+                    p_word = bits_ptr + (o_words + o_word * stride_bw)
                     low = tl.load(p_word, mask=(o_word >= 0) & (o_word < n_words), other=0)
                     high = tl.load(p_word + stride_bw, mask=o_word < n_words - 1, other=0)
                     word = (low.to(tl.uint64) >> shift) | ((high.to(tl.uint64) << (63 - shift)) << 1)
