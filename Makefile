@@ -35,7 +35,10 @@ test-triton: setup
 	$(RUN) -m pytest -q -m aot
 
 bench: setup
-	$(RUN) -m pytest bench/test_ops.py -q --benchmark-only --benchmark-columns=median,iqr,rounds
+	@mkdir -p .benchmarks
+	$(RUN) -m pytest bench/test_ops.py -q --benchmark-only --benchmark-columns=median,iqr,rounds \
+		--benchmark-json .benchmarks/ops.json
+	$(RUN) -m bench.ops_report .benchmarks/ops.json > bench/results/ops.md
 	$(RUN) -m bench.end_to_end --sizes $(SIZES) --prompts $(PROMPTS)
 
 lint: $(VENV)/.dev

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from specdec.kernels.library import jit, register, tl, triton
 
-MAX_SIZE = 1024
+MAX_SIZE = 256
 """The largest K."""
 _BLOCK = 8192  # entries a program of the first kernel reads
 
