@@ -42,9 +42,9 @@ def markdown(result: dict[str, Any]) -> str:
         "# Ops", "", f"    {COMMAND}", "",
         f"{result['datetime'][:10]}; {hardware}; " + ", ".join(f"{k} {v}" for k, v in measure.versions().items()) + ".",
         "",
-        "Medians of 50 rounds. On a CPU an op made of PyTorch operations runs compiled, as inside a step. *PyTorch*: the "
-        "same work as one would write it. *fused op*: `ragged_attention`, which also writes the new keys and values. "
-        "Rates count the fewest bytes and operations the work can do with.", "",
+        "Medians of 50 rounds. On a CPU an op made of PyTorch operations runs compiled, as inside a step. *PyTorch*: "
+        "the same work as one would write it. *fused op*: `ragged_attention`, which also writes the new keys and "
+        "values. Rates count the fewest bytes and operations the work can do with.", "",
         "| " + " | ".join(HEADER) + " |", "| --- | --- |" + " ---: |" * (len(HEADER) - 2),
     ]  # fmt: skip
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(result["benchmarks"])), ""])

@@ -312,7 +312,10 @@ def tree_attention_triton(
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q, k_cache and v_cache differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
     per_sample = triton.cdiv(n_tokens, max(n_batch, 1))
-    block_m, block_n, warps, stages = blocks(per_sample * group, max(head_d, head_dv), q.element_size())
+    n_rows = per_sample * group
+    if bits is not None and window > 0:  # both masks at once leave no registers for more rows
+        n_rows = min(n_rows, 64)
+    block_m, block_n, warps, stages = blocks(n_rows, max(head_d, head_dv), q.element_size())
     block_m = max(block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_d, head_dv))
