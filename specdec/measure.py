@@ -61,7 +61,11 @@ def load_pair(
         target = zoo.enlarge(target, **shape, dtype=dtype, device=device)
         if "vocab_size" in shape:
             draft = zoo.pad_vocabulary(draft, shape["vocab_size"], dtype=dtype, device=device)
-    return target.to(device, dtype), draft.to(device, dtype), tokenizer
+    for model in (target, draft):
+        model.to(device)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
+    return target, draft, tokenizer
 
 
 def all_paths(target: PreTrainedModel, draft: PreTrainedModel, *, compiled: bool = True) -> dict[str, Path]:
