@@ -93,16 +93,16 @@ class CapturedSteps:
         return self.recordings.get(key, step)
 
     def _record(self, step: Callable[..., Tensor], key: Hashable, *arguments: Any) -> Tensor:
-        """Record, then run what was recorded; without memory for it, just run."""
+        """Record, then run what was recorded; where that can't be, just run: recording changes nothing by itself."""
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
         try:
             recording = self.recordings[key] = self._recording(step, arguments, self._pool)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # no memory, or something in the step that can't be recorded
             self._is_full = True
             warnings.warn(
-                f"specdec: no memory to record another CUDA graph after {len(self.recordings)}; steps of further "
-                f"shapes run kernel by kernel, slower, with the same tokens ({error})",
+                f"specdec could not record another CUDA graph after {len(self.recordings)}; steps of further shapes "
+                f"run kernel by kernel, slower, with the same tokens: {error}",
                 stacklevel=2,
             )
             return step(*arguments)

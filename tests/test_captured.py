@@ -115,16 +115,17 @@ def test_two_decoders_of_one_target_do_not_trust_each_others_buffers(tiny: Tiny)
     assert all(one.steps.recordings[key] is not recording for key, recording in before.items())
 
 
-def test_without_memory_for_a_recording_steps_run_as_they_are(
-    tiny: Tiny, decoders: Callable[[str], tuple[Decoder, Decoder]]
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_what_can_not_be_recorded_runs_as_it_is(
+    error: type[RuntimeError], tiny: Tiny, decoders: Callable[[str], tuple[Decoder, Decoder]]
 ) -> None:
     class Full(Recording):
         def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:
-            raise torch.OutOfMemoryError("no more")
+            raise error("not this")
 
     _, plain = decoders("ngram")
     decoder = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CapturedSteps(Full), Stats())
-    with pytest.warns(UserWarning, match="no memory to record another CUDA graph"):
+    with pytest.warns(UserWarning, match="could not record another CUDA graph"):
         texts = _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0)
     assert texts == _texts(plain, [5, 3], _law(None), 12, NO_EOS, 0)
     with warnings.catch_warnings():
