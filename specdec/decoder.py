@@ -121,6 +121,7 @@ class Decoder:
         self.stats.seconds["prefill"] += time.perf_counter() - start
 
         ended, longest = [False] * len(prompts), max(len(p) for p in prompts)
+        limit = longest + max_new_tokens  # room for which is all that buffers that stay in place ever need
         on_the_way: deque[Readback] = deque()
         start = time.perf_counter()
         try:
@@ -129,7 +130,7 @@ class Decoder:
                 live, token = self.shape_for(ended.count(False), len(state.lengths))
                 step = self._step_for(law, len(state.lengths), len(live))
                 on_the_way.append(Readback(step(state, law, live, token)))
-                longest += self.drafter.depth + 1
+                longest = min(longest + self.drafter.depth + 1, limit)
                 if len(on_the_way) > self.steps.lag:
                     # The one host read, between two steps: what was added decides which samples go on.
                     emitted = self._emitted(on_the_way.popleft().wait(), ended)

@@ -33,6 +33,11 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return list(chain(model.parameters(), model.buffers()))
 
 
+def _trait(tensor: Tensor) -> tuple[object, ...]:
+    """What compiled and recorded steps rely on: they know a weight's shape, or even its address."""
+    return tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()
+
+
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of the decoder: the modules of its longest list."""
     lists = [list(m) for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
@@ -74,7 +79,7 @@ class ModelView:
         attention.install()
         self.source = model
         self.weights = _tensors(model)
-        self._traits = [(t.dtype, t.device, t.shape) for t in self.weights]
+        self._traits = [_trait(t) for t in self.weights]
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
         self.module.config._attn_implementation = attention.NAME
         for layer in _decoder_layers(self.module):
@@ -102,7 +107,7 @@ class ModelView:
         return (
             len(now) == len(self.weights)
             and all(a is b for a, b in zip(now, self.weights, strict=True))
-            and [(t.dtype, t.device, t.shape) for t in now] == self._traits
+            and [_trait(t) for t in now] == self._traits
         )
 
     @property
