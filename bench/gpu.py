@@ -13,6 +13,7 @@ with 2 where there is no CUDA device.
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import subprocess
@@ -203,6 +204,7 @@ def main(
         start = time.monotonic()
         result[section] = _guarded(runs[section], section)
         console.print(f"[dim]{section}: {time.monotonic() - start:.0f} s, {clock.left:.0f} s left[/]", highlight=False)
+        gc.collect()  # models and their views know each other
         torch.cuda.empty_cache()
         gpu_report.write(result, out)  # after each: a run that is stopped leaves what it has
     console.print(gpu_report.markdown(result), markup=False, highlight=False)

@@ -41,7 +41,11 @@ class Recording:
         """The step as a call without arguments."""
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile; only this thread's calls must be of the kind that can be recorded.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # The outer context brings the stream back where recording fails.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             report = step(*self.arguments)
 
         def replay() -> Tensor:
@@ -120,7 +124,7 @@ class Readback:
         self._event: torch.cuda.Event | None = None
         self._host = report
         if report.is_cuda:
-            self._host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            self._host = torch.empty(report.shape, dtype=report.dtype, device="cpu", pin_memory=True)
             self._host.copy_(report, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

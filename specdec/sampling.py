@@ -127,7 +127,7 @@ class SamplingLaw:
 def _neutral(device: torch.device) -> Tensor:
     """Knobs that change nothing."""
     knobs = torch.ones(3, device=device)
-    knobs[2] = 0
+    knobs[2:] = 0  # a fill; an index would copy a number from the host
     return knobs
 
 

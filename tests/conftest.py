@@ -45,7 +45,9 @@ def make_tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMod
     config = AutoConfig.for_model(model_type, **{**special, **numbers})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        # Some versions' sdpa ignores Gemma2's softcap.
+        more = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
+        model = AutoModelForCausalLM.from_config(config, **more).eval()
     model.generation_config.update(do_sample=False, **{**special, **{k: v for k, v in numbers.items() if k in special}})
     return model
 
