@@ -28,7 +28,7 @@ class Recording:
     """One step, recorded: replaying it is all a call does.
 
     Args:
-        step: `step(state, law, live, token) -> report`. arguments: those to record.
+        step: `step(state, law, live) -> report`. arguments: those to record.
         pool: memory pool handle shared by all recordings.
     """
 
@@ -54,7 +54,7 @@ class Recording:
 
         return replay
 
-    def __call__(self, state: BatchState, law: SamplingLaw, live: Tensor, token: Tensor) -> Tensor:
+    def __call__(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Tensor:
         if law is not self._given:
             for mine, given in zip(self.arguments[1].tensors(), law.tensors(), strict=True):
                 mine.copy_(given)
@@ -133,4 +133,5 @@ class Readback:
         """The report's rows; waits until they have arrived."""
         if self._event is not None:
             self._event.synchronize()
+        # The host must know which samples have ended and hand out what came; on a GPU the next step runs meanwhile.
         return self._host.tolist()

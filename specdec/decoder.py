@@ -55,7 +55,7 @@ class Decoder:
         self.target, self.drafter, self.steps, self.stats = target, drafter, steps, stats
         self._state: BatchState | None = None
         self._places: tuple[int, ...] = ()
-        self._shapes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._live: dict[int, Tensor] = {}
         self.bits, self.depths = TokenTree.chain(drafter.depth).tensors(target.device)
 
     def prefill(self, prompts: list[Tensor], n_slots: int) -> None:
@@ -64,20 +64,20 @@ class Decoder:
         self.target.prefill([prompt[:-1] for prompt in prompts])
         self.drafter.begin(prompts, n_slots)
 
-    def step(self, state: BatchState, law: SamplingLaw, live: Tensor, token: Tensor) -> Tensor:
+    def step(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Tensor:
         """Draft, verify, accept and commit, on the device.
 
         Args:
             live: [n] int64, 0, 1, ..., n - 1: at most n samples are unfinished.
-            token: [T] int64, 0, 1, ..., T - 1: the target judges T nodes, at least n of them.
 
         Returns:
             The state's report, [B, K + 4] int64.
         """
         draft = self.drafter.draft(state, law, live)
-        draft.counts = self._within_budget(draft.counts, state.finished, len(token))
+        draft.counts = torch.where(state.finished, 0, draft.counts)
         n_nodes = torch.where(state.finished, 0, draft.counts + 1)
         rows, n_slots = self.drafter.depth + 1, self.target.cache.n_slots
+        token = torch.arange(len(live) * rows, device=live.device)
         nodes = Nodes.packed(state.lengths, n_nodes, token, rows, n_slots, self.bits, self.depths)
         candidates = torch.cat([state.pending[:, None], draft.tokens], 1)  # [B, K + 1]
         logits = self.target.forward(candidates[nodes.sample, nodes.node], nodes)
@@ -95,13 +95,6 @@ class Decoder:
             state.broken |= (lawless & reached).any(1) & ~state.finished
         state.commit(draft, n_accepted, bonus)  # a chain's accepted entries are already in place
         return state.report()
-
-    @staticmethod
-    def _within_budget(counts: Tensor, finished: Tensor, n_tokens: int) -> Tensor:
-        """Drafts to verify, [B]: all that fit into `n_tokens` beside one pending token a live sample."""
-        counts = torch.where(finished, 0, counts)
-        before = counts.cumsum(0) - counts + (~finished).sum()
-        return (n_tokens - before).clamp(min=0).minimum(counts)
 
     def run(
         self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, seeds: Tensor, eos_ids: Tensor
@@ -127,9 +120,9 @@ class Decoder:
         try:
             while not all(ended):
                 self._make_room(longest)
-                live, token = self.shape_for(ended.count(False), len(state.lengths))
+                live = self.live_for(ended.count(False), len(state.lengths))
                 step = self._step_for(law, len(state.lengths), len(live))
-                on_the_way.append(Readback(step(state, law, live, token)))
+                on_the_way.append(Readback(step(state, law, live)))
                 longest = min(longest + self.drafter.depth + 1, limit)
                 if len(on_the_way) > self.steps.lag:
                     # The one host read, between two steps: what was added decides which samples go on.
@@ -179,8 +172,8 @@ class Decoder:
             self._places = places
         return state
 
-    def shape_for(self, n_live: int, n_batch: int) -> tuple[Tensor, Tensor]:
-        """`live` and `token` of a step with `n_live` of `n_batch` samples unfinished.
+    def live_for(self, n_live: int, n_batch: int) -> Tensor:
+        """`live` of a step with `n_live` of `n_batch` samples unfinished.
 
         The last sample of a batch is decoded as two, one of them nobody: a size of one would be compiled on its own.
         What is recorded size by size comes in few sizes.
@@ -188,13 +181,10 @@ class Decoder:
         n_live = max(n_live, min(n_batch, 2))
         if self.steps.keeps_buffers and n_live > 2:
             n_live = min(4 if n_live <= 4 else -(-n_live // 8) * 8, n_batch)
-        if n_live not in self._shapes:
-            sizes = n_live, n_live * (self.drafter.depth + 1)
-            live, token = (torch.arange(size, device=self.target.device) for size in sizes)
-            for tensor in (live, token):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            self._shapes[n_live] = live, token
-        return self._shapes[n_live]
+        if n_live not in self._live:
+            self._live[n_live] = torch.arange(n_live, device=self.target.device)
+            torch._dynamo.maybe_mark_dynamic(self._live[n_live], 0)
+        return self._live[n_live]
 
     def _step_for(self, law: SamplingLaw, n_batch: int, n_live: int) -> Callable[..., Tensor]:
         """The step for shapes like these: a recording serves one size, a compiled function any but one."""

@@ -91,7 +91,7 @@ class SamplingLaw:
                 number = torch.tensor(float(getattr(processor, name)), dtype=torch.float64, device=device)
                 setattr(warper, name, number)
             warpers.append(warper)
-            key.append((type(warper), getattr(warper, "top_k", None), warper.__dict__.get("min_tokens_to_keep")))
+            key.append((type(warper), *(vars(warper).get(n) for n in ("top_k", "min_tokens_to_keep", "filter_value"))))
         knobs, top_k = _cuts(processors, device)
         return cls(not do_sample, tuple(warpers), (*key, knobs is None), knobs, top_k)
 
@@ -112,6 +112,8 @@ class SamplingLaw:
         if self.knobs is not None and runs_triton(logits):
             return RowLaw(logits, self.knobs, *row_law(logits, self.knobs, self.top_k))
         scores = self.scores(logits)
+        best = scores.amax(-1, keepdim=True)  # taken off: at low temperatures its last digits are worth a probability
+        scores = scores - torch.where(best.isfinite(), best, 0)
         log_total = scores.logsumexp(-1)
         first = torch.zeros_like(log_total, dtype=torch.int64)
         return RowLaw(scores, _neutral(logits.device), log_total, torch.full_like(log_total, -math.inf), first)

@@ -58,11 +58,11 @@ def test_a_step_never_waits_for_the_device(do_sample: bool, warpers: list[Any], 
     state = BatchState.of(prompts, 32, torch.tensor([3, 4], device="cuda"), torch.tensor([5], device="cuda"), 3)
     with torch.no_grad():
         decoder.prefill(prompts, 256)
-        shape = decoder.shape_for(2, 2)
-        decoder.step(state, law, *shape)  # compiles the kernels
+        live = decoder.live_for(2, 2)
+        decoder.step(state, law, live)  # compiles the kernels
         with no_synchronisation():
             for _ in range(4):
-                report = decoder.step(state, law, *shape)
+                report = decoder.step(state, law, live)
     assert report.shape == (2, 7)
     assert (state.lengths > torch.tensor([8, 3], device="cuda")).all()
 

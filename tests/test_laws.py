@@ -86,6 +86,16 @@ def test_ties_at_the_threshold_fall_on_the_same_side(warper: Callable[[float], L
         assert torch.equal(ours.scores(logits), processors(None, logits)), (vocab, step)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
+def test_a_law_sums_to_one_at_any_temperature(temperature: float) -> None:
+    ours = SamplingLaw.from_processors(
+        LogitsProcessorList([TemperatureLogitsWarper(temperature)]), True, torch.device("cpu")
+    )
+    logits = 25 + torch.rand(200, 50, generator=torch.Generator().manual_seed(0)) * temperature
+    total = row_probs(*ours.rows(logits)).double().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), atol=2e-6, rtol=0)
+
+
 def test_laws_that_share_a_step_share_a_key() -> None:
     def key(*warpers: LogitsProcessor, do_sample: bool = True) -> object:
         return SamplingLaw.from_processors(LogitsProcessorList(warpers), do_sample, torch.device("cpu")).key
@@ -95,7 +105,7 @@ def test_laws_that_share_a_step_share_a_key() -> None:
     different = [
         key(), key(do_sample=False), key(TopPLogitsWarper(0.8)), key(TopPLogitsWarper(0.8, min_tokens_to_keep=2)),
         key(TopKLogitsWarper(3)), key(TopKLogitsWarper(4)), key(TopKLogitsWarper(3), TopPLogitsWarper(0.8)),
-        key(TopPLogitsWarper(0.8), TopKLogitsWarper(3)),
+        key(TopPLogitsWarper(0.8), TopKLogitsWarper(3)), key(TopKLogitsWarper(3, filter_value=-9.0)),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
 

@@ -90,7 +90,7 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
         ):
             state = BatchState.of(prompts, 8, torch.arange(n_batch), torch.tensor([3]), drafter.depth)
             decoder.prefill(prompts, 256)
-            reports[name] = torch.cat([step(state, law, *decoder.shape_for(n_batch, n_batch)) for _ in range(3)])
+            reports[name] = torch.cat([step(state, law, decoder.live_for(n_batch, n_batch)) for _ in range(3)])
     assert torch.equal(reports["eager"], reports["traced"])
     assert len(graphs) == 1
     modules = [m for m in graphs[0].modules() if isinstance(m, torch.fx.GraphModule)]

@@ -18,8 +18,7 @@ class Draft:
 
     Attributes:
         tokens: [B, K] int64.
-        counts: [B] int64, how many of the K each sample drafted. Fewer of them may be verified, so counts must
-            not depend on what was drawn.
+        counts: [B] int64, how many of the K each sample drafted.
         support_ids, support_probs: [B, K, C] int64 and float32, the law each token was drawn from. A deterministic
             proposal is one-hot (C = 1). Not looked at when decoding greedily.
     """
