@@ -110,6 +110,7 @@ def _commit_python(
     table: Tensor, lengths: Tensor, path: Tensor, n_path: Tensor, n_groups: int, k_bytes: int, v_bytes: int
 ) -> None:
     """As the C++ kernel, where there is no compiler."""
+    # Host reads: without a compiler steps run eagerly, and only CPU tensors come here, for which nothing waits.
     n_batch = lengths.shape[0]
     for *addresses, n_slots in table.tolist():
         for address, size in zip(addresses, (k_bytes, v_bytes), strict=True):
