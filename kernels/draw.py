@@ -281,14 +281,14 @@ def _draw_distinct_fake(probs: Tensor, seed: Tensor, position: Tensor, node: Ten
 draw = register(
     "draw(Tensor probs, Tensor seed, Tensor position, Tensor node, int stream) -> Tensor",
     cpu=draw_cpu,
-    triton=draw_triton,
+    launcher=draw_triton,
     fake=_draw_fake,
     inline=False,
 )
 draw_distinct = register(
     "draw_distinct(Tensor probs, Tensor seed, Tensor position, Tensor node, int stream, int count) -> Tensor",
     cpu=draw_distinct_cpu,
-    triton=draw_distinct_triton,
+    launcher=draw_distinct_triton,
     fake=_draw_distinct_fake,
     inline=False,
 )

@@ -272,14 +272,14 @@ def _fake(*args: object) -> None:
 kv_append_ = register(
     "kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot) -> ()",
     cpu=kv_append_reference_,
-    triton=kv_append_triton_,
+    launcher=kv_append_triton_,
     fake=_fake,
 )
 kv_commit_ = register(
     "kv_commit_(Tensor(a!) table, Tensor lengths, Tensor path, Tensor n_path, int n_groups, int k_bytes, "
     "int v_bytes) -> ()",
     cpu=kv_commit_cpu_,
-    triton=kv_commit_triton_,
+    launcher=kv_commit_triton_,
     fake=_fake,
     inline=False,
 )

@@ -43,7 +43,7 @@ class Op:
     Attributes:
         schema: as given to `register`. call: what the library calls; `call.op` is the dispatcher's overload.
         cpu: the implementation for CPU tensors; inline: whether it is made of PyTorch operations.
-        launcher: starts the Triton kernel, or None where there is none.
+        launcher: starts the Triton kernel, or None where there is none or no Triton.
     """
 
     schema: str
@@ -78,7 +78,7 @@ def register(
     schema: str,
     *,
     cpu: Callable[..., Any],
-    triton: Callable[..., Any] | None,
+    launcher: Callable[..., Any] | None,
     fake: Callable[..., Any],
     inline: bool = True,
 ) -> Callable[..., Any]:
@@ -87,18 +87,20 @@ def register(
     Args:
         schema: for example `"draw(Tensor probs, Tensor seed) -> Tensor"`; mutated arguments are marked `Tensor(a!)`.
         cpu: implementation for CPU tensors; its docstring becomes the op's.
-        triton: launcher of the Triton kernel, or None for an op that exists on a CPU only.
+        launcher: starts the Triton kernel; None for an op that exists on a CPU only. Without Triton it is left out.
         fake: shapes and dtypes of the result, given fake tensors.
         inline: False where `cpu` is not made of traceable PyTorch operations: the op then stays opaque to Inductor.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, triton if triton is not None and INTERPRETED else cpu, "CPU")
-    if triton is not None:
-        _library.impl(name, triton, "CUDA")
+    if triton is None:
+        launcher = None
+    _library.impl(name, launcher if launcher is not None and INTERPRETED else cpu, "CPU")
+    if launcher is not None:
+        _library.impl(name, launcher, "CUDA")
     torch.library.register_fake(f"specdec::{name}", fake, lib=_library)
     op = getattr(torch.ops.specdec, name).default
-    inlined = inline and (triton is None or not INTERPRETED)
+    inlined = inline and (launcher is None or not INTERPRETED)
 
     def call(*args: Any) -> Any:
         return cpu(*args) if inlined and torch.compiler.is_compiling() and args[0].is_cpu else op(*args)
@@ -106,5 +108,5 @@ def register(
     call.__name__ = call.__qualname__ = name
     call.__doc__ = cpu.__doc__
     call.op = op  # type: ignore[attr-defined]
-    OPS[name] = Op(schema, call, cpu, inline, triton)
+    OPS[name] = Op(schema, call, cpu, inline, launcher)
     return call

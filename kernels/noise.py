@@ -208,7 +208,7 @@ def _uniform_fake(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> 
 uniform = register(
     "uniform(Tensor seed, Tensor position, Tensor node, int stream) -> Tensor",
     cpu=uniform_cpu,
-    triton=uniform_triton,
+    launcher=uniform_triton,
     fake=_uniform_fake,
     inline=False,
 )

@@ -217,7 +217,7 @@ ragged_attention = register(
     "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor slot, Tensor starts, Tensor lengths, "
     "Tensor node, Tensor bits, Tensor depths, int window, float scale, float softcap) -> Tensor",
     cpu=ragged_attention_cpu,
-    triton=None,
+    launcher=None,
     fake=_fake,
     inline=False,
 )

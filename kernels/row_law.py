@@ -240,6 +240,6 @@ def _row_law_fake(logits: Tensor, knobs: Tensor, top_k: int) -> tuple[Tensor, Te
 row_law = register(
     "row_law(Tensor logits, Tensor knobs, int top_k) -> (Tensor, Tensor, Tensor)",
     cpu=row_law_reference,
-    triton=row_law_triton,
+    launcher=row_law_triton,
     fake=_row_law_fake,
 )

@@ -73,7 +73,7 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
 skinny_linear = register(
     "skinny_linear(Tensor x, Tensor weight) -> Tensor",
     cpu=skinny_linear_cpu,
-    triton=None,
+    launcher=None,
     fake=_fake,
     inline=False,
 )

@@ -276,6 +276,6 @@ def _top_support_fake(logits: Tensor, knobs: Tensor, top_k: int, size: int) -> t
 top_support = register(
     "top_support(Tensor logits, Tensor knobs, int top_k, int size) -> (Tensor ids, Tensor probs)",
     cpu=top_support_cpu,
-    triton=top_support_triton,
+    launcher=top_support_triton,
     fake=_top_support_fake,
 )

@@ -357,6 +357,6 @@ tree_attention = register(
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor starts, Tensor lengths, Tensor node, "
     "Tensor? bits, Tensor? depths, int window, float scale, float softcap, Tensor? sinks) -> Tensor",
     cpu=tree_attention_reference,
-    triton=tree_attention_triton,
+    launcher=tree_attention_triton,
     fake=_fake,
 )

@@ -103,6 +103,6 @@ def _fake(parents: Tensor) -> Tensor:
 ancestor_words = register(
     "ancestor_words(Tensor parents) -> Tensor",
     cpu=ancestor_words_cpu,
-    triton=ancestor_words_triton,
+    launcher=ancestor_words_triton,
     fake=_fake,
 )

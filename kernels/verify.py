@@ -279,7 +279,7 @@ def _verify_fake(n_drafted: Tensor) -> tuple[Tensor, Tensor]:
 verify_greedy = register(
     "verify_greedy(Tensor target_ids, Tensor drafts, Tensor n_drafted) -> (Tensor, Tensor)",
     cpu=verify_greedy_reference,
-    triton=verify_greedy_triton,
+    launcher=verify_greedy_triton,
     fake=lambda target_ids, drafts, n_drafted: _verify_fake(n_drafted),
 )
 verify_chain = register(
@@ -287,6 +287,6 @@ verify_chain = register(
     "Tensor n_drafted, Tensor support_ids, Tensor support_probs, Tensor seed, Tensor position, Tensor starts) "
     "-> (Tensor, Tensor)",
     cpu=verify_chain_cpu,
-    triton=verify_chain_triton,
+    launcher=verify_chain_triton,
     fake=lambda *args: _verify_fake(args[6]),
 )
