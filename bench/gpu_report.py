@@ -18,8 +18,9 @@ def _kernels(result: dict[str, Any]) -> list[str]:
     lines = [
         "", "## Kernels", "",
         f"Roofs measured in this run: copy {roofs['bytes_per_second'] / 1e9:.0f} GB/s, bfloat16 product "
-        f"{roofs['flops_per_second'] / 1e12:.0f} TFLOP/s; an empty launch takes {roofs['launch_seconds'] * 1e6:.1f} µs "
-        "by the same clock. *floor*: the fewest bytes or operations, at these roofs. Medians, L2 cleared.", "",
+        f"{roofs['flops_per_second'] / 1e12:.0f} TFLOP/s; an empty kernel takes {roofs['launch_seconds'] * 1e6:.1f} µs "
+        "by the same clock. *floor*: the fewest bytes or operations, at these roofs. Medians of calls replayed from a "
+        "CUDA graph, each after a buffer larger than the L2 cache was overwritten, which is not timed.", "",
         _row(["op", "shape", "µs", "floor µs", "of roof", "PyTorch µs", "PyTorch / op"]),
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
@@ -28,13 +29,23 @@ def _kernels(result: dict[str, Any]) -> list[str]:
             lines.append(_row([case["error"].replace("|", "/").replace("\n", " "), *[""] * 6]))
             continue
         op, plain = case["seconds"]["op"], case["seconds"]["pytorch"]
+        op_star, plain_star = ("*" if way in case["notes"] else "" for way in ("op", "pytorch"))
         lines.append(
             _row([
-                case["op"], case["shape"], f"{op * 1e6:.1f}", f"{case['floor_seconds'] * 1e6:.1f}",
-                f"{case['of_roof']:.0%}", f"{plain * 1e6:.1f}", f"{plain / op:.2f}×",
+                case["op"], case["shape"], f"{op * 1e6:.1f}{op_star}", f"{case['floor_seconds'] * 1e6:.1f}",
+                f"{case['of_roof']:.0%}", f"{plain * 1e6:.1f}{plain_star}", f"{plain / op:.2f}×",
             ])
         )  # fmt: skip
+    lines += ["", *_notes("roofs", roofs)]
+    for case in result["cases"]:
+        if "error" not in case:
+            lines += _notes(f"{case['op']} {case['shape']}", case)
     return [*lines, "", "![kernels](kernels.png)"]
+
+
+def _notes(name: str, timed: dict[str, Any]) -> list[str]:
+    """What could not be replayed from a graph, starred in the table."""
+    return [f"- \\* {name}, {way}: {note}" for way, note in timed["notes"].items()]
 
 
 def _decode(result: dict[str, Any]) -> list[str]:
