@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import specdec
+
+pytest.register_assert_rewrite("aot", "side_by_side", "chains")  # their asserts show what they compared, as tests' do
 torch.set_num_threads(1)
 
 VOCAB = 97
@@ -64,6 +68,18 @@ def fresh() -> Callable[..., PreTrainedModel]:
     return make_tiny
 
 
+@pytest.fixture
+def model(tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A Llama that tests must not change."""
+    return tiny("llama")
+
+
+@pytest.fixture
+def wrapped(model: PreTrainedModel, tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """`model` with a draft that is often wrong."""
+    return specdec.compile(model, draft=tiny("llama", seed=7, num_hidden_layers=1), depth=3, compile=False)
+
+
 @pytest.fixture(scope="session")
 def prompts() -> Callable[..., dict[str, torch.Tensor]]:
     """`prompts([7, 3, 1])`: input ids and attention mask of random prompts of these lengths, padded on the left."""
@@ -84,6 +100,18 @@ def prompts() -> Callable[..., dict[str, torch.Tensor]]:
 def device() -> torch.device:
     """Where the tests of the kernels put their tensors: on the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory is full of NaN, or of a number far from any index: an element that nobody writes shows."""
+    empty = torch.empty
+
+    def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(math.nan if out.is_floating_point() else -(2**40))
+
+    monkeypatch.setattr(torch, "empty", poison)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,31 @@
+"""A model and its wrapping, which must generate the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import specdec
+
+Tiny = Callable[..., PreTrainedModel]
+Prompts = Callable[..., dict[str, Tensor]]
+RAGGED = [9, 2, 1, 6]
+
+
+def wrap(model: PreTrainedModel, draft: Any = "ngram", **options: Any) -> PreTrainedModel:
+    return specdec.compile(model, draft=draft, compile=False, **options)
+
+
+def same(wrapped: PreTrainedModel, model: PreTrainedModel, **arguments: Any) -> Tensor:
+    """Both generate the same, the wrapped one without falling back."""
+    expected = model.generate(**arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="specdec")
+        out = wrapped.generate(**arguments)
+    assert torch.equal(out, expected)
+    return out
