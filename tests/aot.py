@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -78,6 +81,32 @@ def compile_launches(launch: Callable[[], Any], arch: int) -> list[Compiled]:
     with _compiling(arch) as kernels:
         launch()
     return [_inspect(kernel) for kernel in kernels]
+
+
+def compiles_without_spilling(
+    launches: dict[str, Callable[[], object]], slow: Collection[str] = ()
+) -> Callable[..., None]:
+    """A test that all kernels of these launches compile for every architecture, without a byte of stack.
+
+    Args:
+        launches: by case; each calls a launcher. slow: cases that take long to compile.
+    """
+    cases = [pytest.param(case, marks=pytest.mark.slow if case in slow else ()) for case in launches]
+
+    @pytest.mark.aot
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @pytest.mark.parametrize("case", cases)
+    def test(case: str, arch: int, compiled_table: list[tuple[str, int, Compiled]]) -> None:
+        for kernel in compile_launches(launches[case], arch):
+            compiled_table.append((case, arch, kernel))
+            assert kernel.stack == 0
+
+    return test
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A launcher's argument: a shape and strides, without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _inspect(kernel: Any) -> Compiled:

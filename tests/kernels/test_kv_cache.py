@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from aot import ARCHITECTURES, compile_launches
+from aot import compiles_without_spilling, meta
 from torch import Tensor
 
 from specdec.kernels import kv_cache
@@ -291,22 +289,18 @@ def test_a_graph_keeps_the_commit(device: torch.device) -> None:
     _assert_same(caches, expected)
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 def _append(n_tokens: int, n_groups: int, dim: int, dim_v: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    caches = (_meta(n_groups, 32, 32768, d, dtype=dtype) for d in (dim, dim_v))
-    new = (_meta(n_tokens, n_groups, d, dtype=dtype).transpose(0, 1) for d in (dim, dim_v))
-    kv_cache.kv_append_triton_(*caches, *new, _meta(n_tokens))
+    caches = (meta(n_groups, 32, 32768, d, dtype=dtype) for d in (dim, dim_v))
+    new = (meta(n_tokens, n_groups, d, dtype=dtype).transpose(0, 1) for d in (dim, dim_v))
+    kv_cache.kv_append_triton_(*caches, *new, meta(n_tokens))
 
 
 def _commit_launch(n_batch: int, n_places: int, n_groups: int, k_bytes: int, v_bytes: int) -> None:
-    numbers = _meta(32, 3), _meta(n_batch), _meta(n_batch, n_places), _meta(n_batch)
+    numbers = meta(32, 3), meta(n_batch), meta(n_batch, n_places), meta(n_batch)
     kv_cache.kv_commit_triton_(*numbers, n_groups, k_bytes, v_bytes)
 
 
-LAUNCHES: dict[str, Callable[[], object]] = {
+LAUNCHES = {
     "append, bf16, D 128": lambda: _append(512, 8, 128, 128),
     "append, bf16, D 576 and 512": lambda: _append(17, 1, 576, 512),
     "append, fp32, D 80": lambda: _append(16, 32, 80, 80, torch.float32),
@@ -315,11 +309,4 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "commit, fp32, D 256": lambda: _commit_launch(1, 6, 4, 1024, 1024),
 }
 
-
-@pytest.mark.aot
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_compiles_without_spilling(case: str, arch: int, compiled_table: list[Any]) -> None:
-    for kernel in compile_launches(LAUNCHES[case], arch):
-        compiled_table.append((case, arch, kernel))
-        assert kernel.stack == 0
+test_compiles_without_spilling = compiles_without_spilling(LAUNCHES)

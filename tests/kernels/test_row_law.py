@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from aot import ARCHITECTURES, compile_launches
+from aot import compiles_without_spilling, meta
+from rows import OFF, Knobs, far_apart
 from torch import Tensor
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -20,11 +21,6 @@ from transformers.generation.logits_process import (
 from specdec.kernels.row_law import row_law, row_law_reference, row_law_triton, row_probs
 
 pytestmark = pytest.mark.kernels
-
-Knobs = tuple[float, float, float, int]
-"""Inverse temperature, top_p, min_p and top_k."""
-
-OFF: Knobs = (1.0, 1.0, 0.0, 0)
 
 
 def _logits(n_rows: int, vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -54,18 +50,6 @@ def _law(logits: Tensor, setting: Knobs, op: Callable[..., Any] = row_law) -> Te
     assert (log_total.dtype, threshold.dtype, first.dtype) == (torch.float32, torch.float32, torch.int64)
     assert log_total.shape == threshold.shape == first.shape == logits.shape[:1]
     return row_probs(logits, device_knobs, log_total, threshold, first).cpu()
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is allocated without being written holds NaN, or a number far from any id."""
-    empty = torch.empty
-
-    def poison(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan if out.is_floating_point() else -(2**40))
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.fixture
@@ -232,8 +216,7 @@ def test_strides_do_not_matter(device: torch.device, poisoned: None) -> None:
 
 
 def test_rows_beyond_31_bits(device: torch.device) -> None:
-    far = torch.empty(2**31 + 100, dtype=torch.bfloat16, device=device).as_strided((3, 97), (2**30, 1))
-    far.copy_(_logits(3, 97))
+    far = far_apart(_logits(3, 97, torch.bfloat16).to(device))
     assert torch.equal(_law(far, (1.0, 0.9, 0.0, 9)), _law(far.clone(), (1.0, 0.9, 0.0, 9)))
 
 
@@ -251,22 +234,14 @@ def test_is_a_well_formed_op_and_traces(device: torch.device) -> None:
 
 
 def _launch(n_rows: int, vocab: int, dtype: torch.dtype) -> object:
-    logits = torch.empty(n_rows, vocab, dtype=dtype, device="meta")
-    return row_law_triton(logits, torch.empty(3, device="meta"), 50)
+    return row_law_triton(meta(n_rows, vocab, dtype=dtype), meta(3, dtype=torch.float32), 50)
 
 
-LAUNCHES: dict[str, Callable[[], object]] = {
+LAUNCHES = {
     "bfloat16, V 128256": lambda: _launch(256, 128_256, torch.bfloat16),
     "float16, V 128256": lambda: _launch(48, 128_256, torch.float16),
     "float32, V 128256": lambda: _launch(48, 128_256, torch.float32),
     "bfloat16, V 50257": lambda: _launch(48, 50_257, torch.bfloat16),
 }
 
-
-@pytest.mark.aot
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_compiles_without_spilling(case: str, arch: int, compiled_table: list[Any]) -> None:
-    for kernel in compile_launches(LAUNCHES[case], arch):
-        compiled_table.append((case, arch, kernel))
-        assert kernel.stack == 0
+test_compiles_without_spilling = compiles_without_spilling(LAUNCHES)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from aot import ARCHITECTURES, compile_launches
+from aot import compiles_without_spilling, meta
+from rows import OFF, Knobs, far_apart
 from torch import Tensor
 
 from specdec.kernels.library import jit, runs_triton, tl
@@ -25,11 +26,6 @@ from specdec.kernels.top_support import (
 )
 
 pytestmark = pytest.mark.kernels
-
-Knobs = tuple[float, float, float, int]
-"""Inverse temperature, top_p, min_p and top_k."""
-
-OFF: Knobs = (1.0, 1.0, 0.0, 0)
 
 
 def _sorted_law(logits: Tensor, setting: Knobs, size: int) -> tuple[list[list[int]], Tensor]:
@@ -73,18 +69,6 @@ def _assert_is_sorted_law(
     assert (probs - expected_probs).abs().max() < 1e-6
     assert torch.equal(probs > 0, expected_probs.float() > 0)
     assert (probs.double().sum(1) - 1).abs().max() < 1e-6
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is allocated without being written holds NaN, or a number far from any id."""
-    empty = torch.empty
-
-    def poison(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan if out.is_floating_point() else -(2**40))
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 SETTINGS: list[Knobs] = [
@@ -218,8 +202,7 @@ def test_strides_do_not_matter(device: torch.device, poisoned: None) -> None:
 
 
 def test_rows_beyond_31_bits(device: torch.device) -> None:
-    far = torch.empty(2**31 + 9000, dtype=torch.bfloat16, device=device).as_strided((3, 8200), (2**30, 1))
-    far.copy_(_logits(3, 8200))
+    far = far_apart(_logits(3, 8200, torch.bfloat16).to(device))
     for a, b in zip(_call(far, OFF, 10), _call(far.clone(), OFF, 10), strict=True):
         assert torch.equal(a, b)
 
@@ -269,25 +252,15 @@ def test_kernels_sort(log_n: int, log_k: int, device: torch.device) -> None:
 
 
 def _launch(vocab: int, size: int, top_k: int = 0, dtype: torch.dtype = torch.bfloat16) -> object:
-    logits = torch.empty(64, vocab, dtype=dtype, device="meta")
-    return top_support_triton(logits, torch.empty(3, device="meta"), top_k, size)
+    return top_support_triton(meta(64, vocab, dtype=dtype), meta(3, dtype=torch.float32), top_k, size)
 
 
-LAUNCHES: dict[str, Callable[[], object]] = {
+LAUNCHES = {
     "bfloat16, V 128256, K 1": lambda: _launch(128_256, 1),
     "bfloat16, V 128256, K 16, top-k": lambda: _launch(128_256, 16, 16),
     "bfloat16, V 128256, K 64": lambda: _launch(128_256, 64),
     "float32, V 50257, K 64": lambda: _launch(50_257, 64, dtype=torch.float32),
     "bfloat16, V 262144, K 256": lambda: _launch(262_144, 256),
 }
-SLOW = ("bfloat16, V 262144, K 256",)
-CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in LAUNCHES]
 
-
-@pytest.mark.aot
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("case", CASES)
-def test_compiles_without_spilling(case: str, arch: int, compiled_table: list[Any]) -> None:
-    for kernel in compile_launches(LAUNCHES[case], arch):
-        compiled_table.append((case, arch, kernel))
-        assert kernel.stack == 0
+test_compiles_without_spilling = compiles_without_spilling(LAUNCHES, slow=["bfloat16, V 262144, K 256"])

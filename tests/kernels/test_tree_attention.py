@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from aot import ARCHITECTURES, compile_launches
+from aot import compiles_without_spilling, meta
 from torch import Tensor
 
 from specdec.kernels import tree_attention as module
 from specdec.kernels.tree_attention import tree_attention, tree_attention_triton
 from specdec.kernels.tree_mask import ancestor_words_reference, n_words
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 
 NAN = float("nan")
 TREES = {
@@ -114,18 +111,6 @@ class Case:
         out = tree_attention(*self.args) if out is None else out
         assert out.dtype == self.args[0].dtype
         torch.testing.assert_close(out.double(), self.expected, atol=self.tolerance, rtol=self.tolerance)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is full of NaN, so that an element nobody writes, or reads too early, shows."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(NAN) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def split_into(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
@@ -390,19 +375,16 @@ def launch(
     n_batch: int, n: int, n_heads: int, n_groups: int, dim: int, n_slots: int, dtype: torch.dtype = torch.bfloat16,
     is_tree: bool = True, window: int = 0, softcap: float = 0.0, sinks: bool = False,
 ) -> Tensor:  # fmt: skip
-    def make(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty_strided(shape, torch.empty(shape, device="meta").stride(), dtype=dtype, device="meta")
-
-    q = make(n_batch * n, n_heads, dim, dtype=dtype)
-    cache = make(n_groups, n_batch, n_slots, dim, dtype=dtype)
-    bits, depths = (make(1, n, n_words(n)), make(1, n)) if is_tree else (None, None)
+    q = meta(n_batch * n, n_heads, dim, dtype=dtype)
+    cache = meta(n_groups, n_batch, n_slots, dim, dtype=dtype)
+    bits, depths = (meta(1, n, n_words(n)), meta(1, n)) if is_tree else (None, None)
     return tree_attention_triton(
-        q, cache, cache, make(n_batch + 1), make(n_batch), make(n_batch * n), bits, depths, window, dim**-0.5, softcap,
-        make(n_heads, dtype=dtype) if sinks else None,
+        q, cache, cache, meta(n_batch + 1), meta(n_batch), meta(n_batch * n), bits, depths, window, dim**-0.5, softcap,
+        meta(n_heads, dtype=dtype) if sinks else None,
     )  # fmt: skip
 
 
-LAUNCHES: dict[str, Callable[[], Any]] = {
+LAUNCHES = {
     "bf16 D128 one token": lambda: launch(32, 1, 32, 8, 128, 8192, is_tree=False),
     "bf16 D128 tree of 16": lambda: launch(8, 16, 32, 8, 128, 32768),
     "bf16 D128 tree of 64, window": lambda: launch(8, 64, 32, 8, 128, 8192, window=4096),
@@ -416,11 +398,4 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "fp32 D128 tree of 16": lambda: launch(1, 16, 32, 8, 128, 2048, torch.float32),
 }
 
-
-@pytest.mark.aot
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_compiles_without_spilling(case, arch, compiled_table):
-    for kernel in compile_launches(LAUNCHES[case], arch):
-        compiled_table.append((case, arch, kernel))
-        assert kernel.stack == 0
+test_compiles_without_spilling = compiles_without_spilling(LAUNCHES)

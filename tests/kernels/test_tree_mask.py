@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from aot import ARCHITECTURES, compile_launches
+from aot import compiles_without_spilling, meta
 from torch import Tensor
 
 from specdec.kernels.tree_mask import (
@@ -42,13 +40,6 @@ def _assert_is_walk(bits: Tensor, trees: list[list[int]]) -> None:
         for node, ancestors in enumerate(_ancestors(parents)):
             words = [w % 2**64 for w in bits[tree, node].tolist()]
             assert {64 * i + b for i, w in enumerate(words) for b in range(64) if w >> b & 1} == ancestors
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is allocated without being written holds ones."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(-1))
 
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 63, 64, 65, 127, 128, 129])
@@ -105,21 +96,10 @@ def test_is_a_well_formed_op_and_traces(device: torch.device) -> None:
     assert torch.equal(traced(parents), ancestor_words(parents))
 
 
-def _meta(*shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.int64, device="meta")
-
-
-LAUNCHES: dict[str, Callable[[], object]] = {
-    "tree of 16": lambda: ancestor_words_triton(_meta(8, 16)),
-    "tree of 128": lambda: ancestor_words_triton(_meta(32, 128)),
-    "beams, 1000 nodes": lambda: ancestor_words_triton(_meta(1, 1000)),
+LAUNCHES = {
+    "tree of 16": lambda: ancestor_words_triton(meta(8, 16)),
+    "tree of 128": lambda: ancestor_words_triton(meta(32, 128)),
+    "beams, 1000 nodes": lambda: ancestor_words_triton(meta(1, 1000)),
 }
 
-
-@pytest.mark.aot
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_compiles_without_spilling(case: str, arch: int, compiled_table: list[Any]) -> None:
-    for kernel in compile_launches(LAUNCHES[case], arch):
-        compiled_table.append((case, arch, kernel))
-        assert kernel.stack == 0
+test_compiles_without_spilling = compiles_without_spilling(LAUNCHES)

@@ -1,0 +1,142 @@
+"""Draws follow the laws they are draws from: frequencies on the real noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import permutations
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from frequencies import N_DRAWS, P_VALUE, distinct_keys, in_bulk, p_value
+from rows import random_laws
+from torch import Tensor
+
+from specdec.kernels import draw as draw_module
+from specdec.kernels.draw import DRAW_BLOCK, draw, draw_distinct, draw_reference
+from specdec.kernels.noise import BONUS, DRAFT
+from specdec.kernels.top_support import top_support
+
+pytestmark = pytest.mark.kernels
+
+
+@in_bulk
+def test_draw_frequencies(device: torch.device) -> None:
+    law = torch.tensor([0.4, 0.0, 0.3, 0.05, 0.0, 0.2, 0.049, 0.001])
+    rows, keys = law.to(device).expand(N_DRAWS, -1), distinct_keys(N_DRAWS, device)
+    counts = draw(rows, *keys, DRAFT).bincount(minlength=len(law)).cpu()
+    assert p_value(counts, law) > P_VALUE
+    unnormalised = draw(rows * 1e-6, *keys, DRAFT).bincount(minlength=len(law)).cpu()
+    assert torch.equal(counts, unnormalised)
+
+
+@in_bulk
+def test_draw_never_draws_what_is_impossible(device: torch.device) -> None:
+    """One possible token of a tiny weight among a thousand impossible ones, and one of weight zero among many."""
+    law = torch.zeros(2000, 1001, device=device)
+    law[:, 517] = 1e-30
+    assert (draw(law, *distinct_keys(2000, device), DRAFT) == 517).all()
+    law = torch.full((2000, 1001), 1e-3, device=device)
+    law[:, ::2] = 0
+    assert (draw(law, *distinct_keys(2000, device), DRAFT) % 2 == 1).all()
+
+
+def _sigmas_off_the_tail(race: Callable[..., Tensor], n_draws: int, device: torch.device) -> float:
+    """How far the draws of rank 1000 and above are from their share under Zipf(1.2) over 32k tokens."""
+    weights = torch.arange(1, 32_001, dtype=torch.float64) ** -1.2
+    law = weights / weights.sum()
+    hits = 0
+    for start in range(0, n_draws, 250):
+        row = torch.arange(start, start + 250, device=device)
+        hits += int((race(law.float().to(device).expand(250, -1), row, row * 3, row % 5, DRAFT) >= 1000).sum())
+    share = law[1000:].sum().item()
+    return abs(hits - n_draws * share) / (n_draws * share * (1 - share)) ** 0.5
+
+
+@in_bulk
+def test_the_tail_of_a_large_vocabulary_is_drawn(device: torch.device) -> None:
+    assert _sigmas_off_the_tail(draw, 2000, device) < 3
+
+
+def test_the_tail_test_sees_noise_of_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = draw_module.exponential
+
+    def rounded(*args: Any, **kwargs: Any) -> Tensor:
+        return -torch.exp(-exact(*args, **kwargs)).half().float().log()
+
+    monkeypatch.setattr(draw_module, "exponential", rounded)
+    assert _sigmas_off_the_tail(draw_reference, 2000, torch.device("cpu")) > 4
+
+
+@in_bulk
+def test_top_support_then_draw_follows_the_truncated_law(device: torch.device) -> None:
+    law = torch.tensor([0.05, 0.3, 0.0, 0.25, 0.2, 0.15, 0.05])
+    rows, neutral = law.log().to(device).expand(N_DRAWS, -1), torch.tensor([1.0, 1.0, 0.0], device=device)
+    ids, support = top_support(rows, neutral, 0, 4)
+    assert torch.equal(ids[0].cpu(), torch.tensor([1, 3, 4, 5]))
+    assert torch.allclose(support.sum(-1), torch.ones(N_DRAWS, device=device), atol=1e-6)
+    pick = draw(support, *distinct_keys(N_DRAWS, device), DRAFT)
+    counts = ids.gather(1, pick[:, None])[:, 0].bincount(minlength=7).cpu()
+    assert p_value(counts, torch.tensor([0.0, 0.3, 0.0, 0.25, 0.2, 0.15, 0.0])) > P_VALUE
+
+
+def _long_law() -> Tensor:
+    """A law over many blocks: some all zeros, masses from 1e-3 to 0.5, and weight where both races' noise has low
+    indices, which would show if they shared it."""
+    size = 6 * DRAW_BLOCK + 300
+    probs = torch.zeros(size, dtype=torch.float64)
+    probs[:6] = torch.tensor([5, 1, 3, 1, 2, 4])
+    probs[DRAW_BLOCK : 2 * DRAW_BLOCK : 97] = 0.3
+    probs[2 * DRAW_BLOCK + 5] = 0.1
+    probs[4 * DRAW_BLOCK - 1], probs[4 * DRAW_BLOCK] = 2, 7
+    probs[6 * DRAW_BLOCK :: 3] = torch.arange(1, 101) / 200
+    return probs / probs.sum()
+
+
+def _assert_law(drawn: Tensor, probs: Tensor) -> None:
+    """By chi-square, over single indices and then over blocks."""
+    counts, law = torch.bincount(drawn, minlength=len(probs)), probs.double() / probs.double().sum()
+    assert law[law > 0].min() * len(drawn) > 10
+    assert p_value(counts, law) > P_VALUE
+    by_block = [torch.stack([part.sum() for part in x.split(DRAW_BLOCK)]) for x in (counts, law)]
+    assert len(probs) <= DRAW_BLOCK or p_value(*by_block) > P_VALUE
+
+
+@in_bulk
+def test_long_rows_are_drawn_from_their_law(device: torch.device) -> None:
+    probs = _long_law()
+    n = 250_000
+    position = torch.arange(n, device=device)
+    seed, node = torch.full_like(position, 11), torch.zeros_like(position)
+    rows = probs.float().to(device).expand(n, -1)
+    _assert_law(draw(rows, seed, position, node, DRAFT).cpu(), probs)
+    some = rows[:99], seed[:99], position[:99], node[:99]
+    assert not torch.equal(draw(*some, BONUS), draw(*some, DRAFT))
+
+
+@in_bulk
+@pytest.mark.parametrize("size", [2, 7, 97])
+def test_short_rows_are_drawn_from_their_law(size: int, device: torch.device) -> None:
+    probs = random_laws(1, size, seed=3)[0].clamp(0.05, 20) * (torch.arange(size) % 5 != 2)
+    n = 200_000
+    seed = torch.arange(n, device=device) * 2**20
+    zeros = torch.zeros_like(seed)
+    _assert_law(draw(probs.to(device).expand(n, -1), seed, zeros, zeros + 3, DRAFT).cpu(), probs)
+
+
+@in_bulk
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_distinct_draws_follow_the_law_without_replacement(count: int, device: torch.device) -> None:
+    """Every ordered outcome, against the product of the laws renormalised without what was drawn before."""
+    law = [0.55, 0.05, 0.3, 0.1]
+    n = 300_000
+    position = torch.arange(n, device=device)
+    probs = torch.tensor(law, device=device).mul(3).expand(n, -1)
+    seed, node = torch.full_like(position, -5), torch.full_like(position, 2)
+    drawn = draw_distinct(probs, seed, position, node, DRAFT, count).cpu()
+    outcome_law = torch.zeros((4,) * count)
+    for o in permutations(range(4), count):
+        outcome_law[o] = prod(law[i] / (1 - sum(law[j] for j in o[:k])) for k, i in enumerate(o))
+    counts = torch.bincount((drawn * 4 ** torch.arange(count - 1, -1, -1)).sum(1), minlength=4**count)
+    assert p_value(counts, outcome_law.flatten()) > P_VALUE
