@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
-from specdec.request import Request, Unsupported, moving_rope
+from specdec.request import Request, Unsupported, check_model, moving_rope
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
 from specdec.view import SUPPORTED_MODEL_TYPES, ModelView
@@ -90,7 +91,7 @@ class Handle:
         decoder = self._decoder(self._draft)
         law = SamplingLaw.from_processors(LogitsProcessorList(), do_sample, self._model.device)
         prompts = [torch.zeros(8, dtype=torch.int64)] * batch_size
-        with torch.inference_mode(False), torch.no_grad():
+        with _current(self._model.device), torch.inference_mode(False), torch.no_grad():
             steps = decoder.run(prompts, law, 64, torch.zeros(batch_size, dtype=torch.int64), _NO_EOS)
             for _ in zip(range(2), steps, strict=False):
                 pass
@@ -115,7 +116,7 @@ class Handle:
             return self._fall_back("another generate() of this model is running", parents_loop)
         try:
             try:
-                self._check_model(model)
+                check_model(model)
                 if synced_gpus:
                     raise Unsupported("synced_gpus")
                 if streamer is not None and input_ids.shape[0] > 1:
@@ -124,7 +125,7 @@ class Handle:
                 decoder = self._decoder(self._draft if draft is None else draft)
             except Unsupported as reason:
                 return self._fall_back(str(reason), parents_loop)
-            with torch.inference_mode(False), torch.no_grad():
+            with _current(model.device), torch.inference_mode(False), torch.no_grad():
                 texts = self._run(decoder, request, streamer)
         finally:
             self._running.release()
@@ -160,10 +161,6 @@ class Handle:
             warnings.warn(f"specdec runs transformers' own loop: {reason}", stacklevel=5)
         self.stats.fallbacks[reason] += 1
         return parents_loop()
-
-    def _check_model(self, model: PreTrainedModel) -> None:
-        if model.config.model_type not in SUPPORTED_MODEL_TYPES:
-            raise Unsupported(f"models of type {model.config.model_type}")
 
     def _check_draft(self, draft: PreTrainedModel | Drafter | str | None) -> None:
         if isinstance(draft, PreTrainedModel):
@@ -208,6 +205,11 @@ class Handle:
 
 
 _NO_EOS = torch.empty(0, dtype=torch.int64)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a model's GPU the current one, which is where kernels are started and graphs recorded."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _assemble(input_ids: Tensor, texts: list[list[int]], pad: Tensor | None) -> Tensor:

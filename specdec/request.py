@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from specdec.kernels.library import triton
 from specdec.sampling import SamplingLaw
+from specdec.view import SUPPORTED_MODEL_TYPES
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
 _PLAIN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
@@ -84,6 +88,34 @@ class Request:
             raise Unsupported("no room for a new token")
         _check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
         return cls(prompts, law, max_length - input_ids.shape[1], eos_ids, deadline)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Whether specdec decodes with this model as it is now, to the tokens that its own forward gives.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    if model.config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise Unsupported(f"models of type {model.config.model_type}")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise Unsupported("weights that accelerate's hooks move: offloaded, or spread over several devices")
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        raise Unsupported(f"weights on several devices: {', '.join(devices)}")
+    if model.device.type not in ("cpu", "cuda"):
+        raise Unsupported(f"models on {model.device.type}")
+    if model.device.type == "cuda" and triton is None:
+        raise Unsupported("CUDA without Triton")
+    if _ignores_softcap(model.config):
+        raise Unsupported(f"{model.config._attn_implementation} attention, which ignores this model's softcap")
+
+
+def _ignores_softcap(config: Any) -> bool:
+    """Whether the model's attention drops the softcap of its configuration, as some versions' sdpa does for Gemma 2."""
+    attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # None for "eager", the model's own
+    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    return has_softcap and attend is not None and "softcap" not in inspect.signature(attend).parameters
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
