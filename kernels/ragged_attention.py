@@ -1,15 +1,16 @@
-"""The step's attention on a CPU: append keys and values, then attend over what is really there.
+"""The step's attention: append keys and values, then attend over what is really there.
 
-The same attention as `specdec.kernels.tree_attention`: a token sees the committed slots of its own sample and the
-uncommitted ones of its ancestors and itself, as far back as the window reaches.
-One task per (sample, key/value head) writes its own new entries and reads each key and value once for all query rows
-of the group: no mask tensor, no unused capacity, no padding between samples.
+The same attention as `specdec.kernels.tree_attention`, of a tree that all samples share: a token sees the committed
+slots of its own sample and the uncommitted ones of its ancestors and itself, as far back as the window reaches.
+On a CPU one task per (sample, key/value head) writes its own new entries and reads each key and value once for all
+query rows of the group: no mask tensor, no unused capacity, no padding between samples. On a GPU one kernel writes,
+and those of `tree_attention` read.
 
 The cache is handed over as a table of addresses, because a graph that owns a tensor copies it before a write it
-cannot prove safe; addresses also let the cache grow without a new graph.
+cannot prove safe, and layers are compiled once for all only if they mutate nothing that they are given.
 
 Source: EMS-SD, arXiv 2405.07542 (ragged lengths); SpecInfer, arXiv 2305.09781 (ancestor mask).
-Letters: B samples, T tokens, H query heads, G key/value heads, D head dim, N nodes, W words.
+Letters: B samples, T tokens, H query heads, G key/value heads, S slots, D head dim, N nodes, W words.
 """
 
 from __future__ import annotations
@@ -21,7 +22,22 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import build
-from specdec.kernels.library import register
+from specdec.kernels.kv_cache import _alignment, kv_append_reference_
+from specdec.kernels.library import jit, register, tl, triton
+from specdec.kernels.tree_attention import start_kernels, tree_attention_reference
+
+
+def ragged_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, starts: Tensor, lengths: Tensor,
+    node: Tensor, bits: Tensor, depths: Tensor, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """By definition, with the caches themselves, [G, B, S, D], in place of their addresses; they are mutated."""
+    n_text = int(starts[-1])
+    kv_append_reference_(k_cache, v_cache, k[:n_text].transpose(0, 1), v[:n_text].transpose(0, 1), slot[:n_text])
+    return tree_attention_reference(
+        q, k_cache, v_cache, starts, lengths, node, bits[None], depths[None], window, scale, softcap, None
+    )
+
 
 _SOURCE = r"""
 static inline vec exponential(vec x) {  // x <= 0; relative error below 2e-7
@@ -105,11 +121,11 @@ static inline void weigh_rows(const float* p, const float* v, float* out, int64_
 extern "C" void ragged_attention(
     const float* q, const float* k, const float* v, float* out, const int64_t* table, const int64_t* slot,
     const int64_t* starts, const int64_t* lengths, const int64_t* node, const int64_t* bits, const int64_t* depths,
-    int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t W, int64_t window, float scale, float softcap,
-    int64_t threads) {
+    int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t W, int64_t S, int64_t window, float scale,
+    float softcap, int64_t threads) {
   float* const k_cache = reinterpret_cast<float*>(table[0]);
   float* const v_cache = reinterpret_cast<float*>(table[1]);
-  const int64_t S = table[2], group = H / G;
+  const int64_t group = H / G;
   int64_t work = 0;
   for (int64_t b = 0; b < B; b++) work += (starts[b + 1] - starts[b]) * group * D * lengths[b];
   const bool parallel = B * G > 1 && work > 65536 * B;
@@ -163,11 +179,16 @@ extern "C" void ragged_attention(
 """
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not all(x.dtype == q.dtype and x.is_contiguous() for x in (q, k, v)):
+        raise ValueError("ragged_attention: q, k and v are contiguous, and of one dtype")
+
+
 @cache
 def _kernel() -> ctypes._NamedFuncPointer:
     function = build(_SOURCE).ragged_attention
     number, real = ctypes.c_int64, ctypes.c_float
-    function.argtypes = [ctypes.c_void_p] * 11 + [number] * 7 + [real, real, number]
+    function.argtypes = [ctypes.c_void_p] * 11 + [number] * 8 + [real, real, number]
     function.restype = None
     return function
 
@@ -183,6 +204,7 @@ def ragged_attention_cpu(
     node: Tensor,
     bits: Tensor,
     depths: Tensor,
+    n_slots: int,
     window: int,
     scale: float,
     softcap: float,
@@ -190,23 +212,69 @@ def ragged_attention_cpu(
     """Write the new keys and values into the cache behind `table`, and attend.
 
     Args:
-        q: [T, H, D]; k, v: [T, G, D]; float32, contiguous.
-        table: [3] int64: addresses of the contiguous float32 [G, B, S, D] keys and values, and S.
+        q: [T, H, D]; k, v: [T, G, D]; of one dtype, contiguous; on a CPU float32.
+        table: [3] int64, see `cache_table`: addresses of the keys and values, [G, B, S, D] of the same dtype.
         slot: [T] int64, flat slot of each new token. lengths: [B] int64, committed entries.
-        starts: [B + 1] int64, tokens `starts[b] .. starts[b + 1] - 1` are sample b's; those past the last are nobody's.
+        starts: [B + 1] int64, tokens `starts[b] .. starts[b + 1] - 1` are sample b's; those past the last are nobody's
+            and write nothing.
         node: [T] int64, the node of each token. bits: [N, W], depths: [N] int64, of the tree.
+        n_slots: S, for the host, which cannot read the table: how a GPU shares out the work depends on it.
         window: keys farther back than this are not seen; 0 for no limit. softcap: 0 for none.
 
     Returns:
-        [T, H, D] float32; zeros for tokens of no sample.
+        [T, H, D] of q's dtype; zeros for tokens of no sample.
     """
+    _check(q, k, v)
+    if q.dtype != torch.float32:
+        raise ValueError(f"ragged_attention: on a CPU float32 only, not {q.dtype}")
     out = torch.empty_like(q)
     tensors = (q, k, v, out, table, slot, starts, lengths, node, bits, depths)
     _kernel()(
-        *(t.data_ptr() for t in tensors), len(lengths), *q.shape[:2], k.shape[1], q.shape[2], bits.shape[1], window,
-        scale, softcap, torch.get_num_threads(),
+        *(t.data_ptr() for t in tensors), len(lengths), *q.shape[:2], k.shape[1], q.shape[2], bits.shape[1], n_slots,
+        window, scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+@jit
+def _append_kernel(
+    table_ptr, k_ptr, v_ptr, slot_ptr, starts_ptr, n_batch, n_groups, n_slots,
+    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R rows (token, key/value head) of the new keys and values."""
+    p_keys = tl.multiple_of(tl.load(table_ptr).to(k_ptr.dtype), ALIGN)
+    p_values = tl.multiple_of(tl.load(table_ptr + 1).to(k_ptr.dtype), ALIGN)
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    i_token, i_group = o_row // n_groups, o_row % n_groups
+    is_text = i_token < tl.load(starts_ptr + n_batch)
+    place = i_group * n_batch * n_slots + tl.load(slot_ptr + i_token, mask=is_text, other=0)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    own = is_text[:, None] & (o_d < D)
+    k = tl.load(k_ptr + (o_row[:, None] * D + o_d), mask=own)
+    v = tl.load(v_ptr + (o_row[:, None] * D + o_d), mask=own)
+    tl.store(p_keys + (place[:, None] * D + o_d), k, mask=own)
+    tl.store(p_values + (place[:, None] * D + o_d), v, mask=own)
+
+
+def ragged_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, slot: Tensor, starts: Tensor, lengths: Tensor, node: Tensor,
+    bits: Tensor, depths: Tensor, n_slots: int, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    _check(q, k, v)
+    n_tokens, n_groups, dim = k.shape
+    n_batch, align = lengths.shape[0], _alignment(dim * k.itemsize)
+    slot, starts = slot.contiguous(), starts.contiguous()
+    block_d = triton.next_power_of_2(dim)
+    block_r = max(1, 2048 // (block_d * k.itemsize))  # 16 bytes a thread
+    _append_kernel[(triton.cdiv(n_tokens * n_groups, block_r),)](
+        table, k, v, slot, starts, n_batch, n_groups, n_slots,
+        D=dim, ALIGN=align, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    strides = n_batch * n_slots * dim, n_slots * dim, dim
+    return start_kernels(
+        q, (table, table), (n_groups, n_batch, n_slots, dim), strides * 2, align, starts, lengths, node,
+        bits[None], depths[None], window, scale, softcap, None,
+    )  # fmt: skip
 
 
 def _fake(q: Tensor, *args: object) -> Tensor:
@@ -215,9 +283,9 @@ def _fake(q: Tensor, *args: object) -> Tensor:
 
 ragged_attention = register(
     "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor slot, Tensor starts, Tensor lengths, "
-    "Tensor node, Tensor bits, Tensor depths, int window, float scale, float softcap) -> Tensor",
+    "Tensor node, Tensor bits, Tensor depths, SymInt n_slots, int window, float scale, float softcap) -> Tensor",
     cpu=ragged_attention_cpu,
-    launcher=None,
+    launcher=ragged_attention_triton,
     fake=_fake,
     inline=False,
 )

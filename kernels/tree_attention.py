@@ -19,6 +19,8 @@ Letters: T tokens, B samples, H query heads, G key/value heads, S slots, D head 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -97,11 +99,14 @@ def _tree_attention_kernel(
     GROUP: tl.constexpr, HEAD_D: tl.constexpr, HEAD_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_DENSE: tl.constexpr, IS_TREE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Grid (T // BLOCK_Q + B + 1, G, splits). To the output, or if `IS_SPLIT` partial results and their log-sum-exp.
     Scores are powers of two: `scale` and `cap` come with log2(e) in them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    if TABLE_ALIGN:  # `k_ptr` is a table of addresses; loads of 16 bytes at once need to know how these are aligned
+        v_ptr = tl.multiple_of(tl.load(k_ptr + 1).to(q_ptr.dtype), TABLE_ALIGN)
+        k_ptr = tl.multiple_of(tl.load(k_ptr).to(q_ptr.dtype), TABLE_ALIGN)
     if IS_DENSE:  # neighbouring slots are neighbours in memory: offsets in a block are constants
         stride_ks = HEAD_D
         stride_vs = HEAD_DV
@@ -304,13 +309,32 @@ def tree_attention_triton(
     depths: Tensor | None, window: int, scale: float, softcap: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Start the kernels (arguments as in `tree_attention_reference`)."""
-    n_tokens, n_heads, head_d = q.shape
-    n_groups, n_batch, n_slots, head_dv = v_cache.shape
-    group = n_heads // n_groups
     if any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (q, k_cache, v_cache)):
         raise ValueError("q, k_cache and v_cache must be contiguous in their last dimension")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q, k_cache and v_cache differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    return start_kernels(
+        q, (k_cache, v_cache), v_cache.shape, (*k_cache.stride()[:3], *v_cache.stride()[:3]), 0, starts, lengths, node,
+        bits, depths, window, scale, softcap, sinks,
+    )  # fmt: skip
+
+
+def start_kernels(
+    q: Tensor, caches: tuple[Tensor, Tensor], shape: Sequence[int], strides: tuple[int, ...], table_align: int,
+    starts: Tensor, lengths: Tensor, node: Tensor, bits: Tensor | None, depths: Tensor | None, window: int,
+    scale: float, softcap: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attend over caches that are tensors, or memory that only a table on the device knows.
+
+    Args:
+        caches: keys and values, or twice the table of their addresses. shape: G, B, S, Dv of the values.
+        strides: of heads, samples and slots, of the keys and then of the values.
+        table_align: bytes that rows behind a table are aligned to; 0 for tensors.
+        Others as in `tree_attention_reference`.
+    """
+    n_tokens, n_heads, head_d = q.shape
+    n_groups, n_batch, n_slots, head_dv = shape
+    group = n_heads // n_groups
     per_sample = triton.cdiv(n_tokens, max(n_batch, 1))
     n_rows = per_sample * group
     if bits is not None and window > 0:  # both masks at once leave no registers for more rows
@@ -332,12 +356,12 @@ def tree_attention_triton(
     depths_strides = (0, 0) if depths is None else (depths.stride(0) if len(depths) > 1 else 0, depths.stride(1))
     # maxnreg: left alone, ptxas spills some bytes in order to fit one more program on a multiprocessor.
     _tree_attention_kernel[(n_tokens // block_q + n_batch + 1, n_groups, splits)](
-        q, k_cache, v_cache, part, lse, starts.contiguous(), lengths.contiguous(), node.contiguous(), bits, depths,
-        sinks, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *bits_strides, *depths_strides,
+        q, *caches, part, lse, starts.contiguous(), lengths.contiguous(), node.contiguous(), bits, depths,
+        sinks, *q.stride()[:2], *strides, *bits_strides, *depths_strides,
         n_tokens, n_heads, n_batch, n_slots, n_nodes, n_words, window, factor, cap, group, head_d, head_dv, block_m,
-        block_n, block_d, block_dv, k_cache.stride(2) == head_d and v_cache.stride(2) == head_dv, bits is not None,
+        block_n, block_d, block_dv, strides[2] == head_d and strides[5] == head_dv, bits is not None,
         window > 0, softcap > 0, sinks is not None, splits > 1, "ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=warps, num_stages=stages, maxnreg=255,
+        table_align, num_warps=warps, num_stages=stages, maxnreg=255,
     )  # fmt: skip
     if splits > 1:
         block_split = triton.next_power_of_2(splits)

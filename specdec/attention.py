@@ -1,8 +1,8 @@
 """The "specdec" entry in transformers' attention registry, and the mask hook that goes with it.
 
 Both read the forward's `Nodes` from the cache that hangs on the (private) configuration of the running view. Three
-ways to attend: the Triton kernel wherever Triton runs; the C++ kernel for tree nodes in float32 on a CPU; and dense
-PyTorch under a mask for the rest (prefill and half precision on a CPU).
+ways to attend: the fused op for a step's tree nodes, wherever it has a kernel; the Triton kernel for a prompt's text,
+wherever Triton runs; and dense PyTorch under a mask for the rest (prefill and half precision on a CPU).
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ def attention_forward(
     cache: RaggedCache = config.specdec_cache
     nodes = cache.nodes
     assert nodes is not None
+    assert s_aux is None  # no supported family has attention sinks
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache.is_fused:
         layer: Any = module
         assert nodes.bits is not None and nodes.depths is not None
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         out = ragged_attention(
-            q, k, v, cache.layers[layer.layer_idx].table, nodes.slot, nodes.starts, nodes.lengths,
-            nodes.node, nodes.bits, nodes.depths, sliding_window or 0, scale, softcap or 0.0,
+            q, k, v, cache.layers[layer.layer_idx].table, nodes.slot, nodes.starts, nodes.lengths, nodes.node,
+            nodes.bits, nodes.depths, cache.n_slots, sliding_window or 0, scale, softcap or 0.0,
         )  # fmt: skip
         return out[None], None
     q = query[0].transpose(0, 1)
     if runs_triton(q):
-        bits, depths = (None if x is None else x[None] for x in (nodes.bits, nodes.depths))
         out = tree_attention(
-            q, key, value, nodes.starts, nodes.lengths, nodes.node, bits, depths, sliding_window or 0, scale,
-            softcap or 0.0, s_aux,
+            q, key, value, nodes.starts, nodes.lengths, nodes.node, None, None, sliding_window or 0, scale,
+            softcap or 0.0, None,
         )  # fmt: skip
         return out[None], None
     assert attention_mask is not None

@@ -23,7 +23,7 @@ class RaggedLayer:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        # The fused CPU attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
+        # The fused attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
         self.table = cache_table([(keys, values)])[0]
         for tensor in (keys, values):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
@@ -35,7 +35,7 @@ class RaggedCache(Cache):
     """A cache whose samples grow at their own pace. The current forward's `Nodes` say where new entries go.
 
     Args:
-        can_fuse: run tree nodes through the fused CPU attention: for float32 on a CPU with a C++ compiler.
+        can_fuse: the fused attention has a C++ kernel here: for float32 on a CPU with a compiler.
 
     `nodes` is the metadata of the forward in flight: it travels on the cache, which every model passes along,
     because models drop keyword arguments they do not know. `generation` changes when the memory moves.
@@ -49,9 +49,9 @@ class RaggedCache(Cache):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the forward in flight runs the fused CPU attention."""
+        """Whether the forward in flight is a step's, and runs the fused attention."""
         assert self.nodes is not None
-        return self.can_fuse and self.nodes.bits is not None
+        return self.nodes.bits is not None and (self.can_fuse or runs_triton(self.nodes.slot))
 
     def allocate(self, shapes: list[tuple[int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
         """An empty cache for `shapes[layer] = (G, D)`, dtype and device as `like`.

@@ -1,14 +1,20 @@
-"""The two attentions of a step, fused on a CPU and dense anywhere, against the definition."""
+"""Attention of the flat tokens: which way a forward goes, and the dense way against the definition."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from specdec import attention
 from specdec.attention import masked_attention
-from specdec.kernels.ragged_attention import ragged_attention
+from specdec.kernels.library import runs_triton
+from specdec.kernels.tree_attention import tree_attention_reference
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
+from specdec.view import ModelView
 
 TREES = {
     "chain": TokenTree.chain(5),
@@ -29,23 +35,18 @@ def windowed(window):
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize(("n_heads", "n_groups", "head_dim"), [(4, 2, 16), (3, 1, 24), (2, 2, 64), (6, 2, 80)])
 @pytest.mark.parametrize(("window", "softcap"), [(0, None), (7, None), (0, 5.0), (3, 2.0)])
-def test_both_attentions_agree_with_the_definition(tree, n_heads, n_groups, head_dim, window, softcap):
+def test_agrees_with_the_definition(tree, n_heads, n_groups, head_dim, window, softcap):
     torch.manual_seed(0)
     shape = TREES[tree]
     bits, depths = shape.tensors(torch.device("cpu"))
     lengths, n_nodes = torch.tensor([0, 1, 30, 77]), len(shape)
     n_slots, scale = 77 + n_nodes + 9, head_dim**-0.5
     q = torch.randn(4 * n_nodes, n_heads, head_dim)
-    k, v = torch.randn(2, 4 * n_nodes, n_groups, head_dim)
     k_cache, v_cache = (torch.randn(n_groups, 4, n_slots, head_dim) for _ in range(2))
     nodes = Nodes.packed(lengths, torch.full((4,), n_nodes), torch.arange(4 * n_nodes), n_nodes, n_slots, bits, depths)
     mask = nodes.mask(windowed(window) if window else causal, n_slots, torch.float32)[:, 0]
 
     # By definition: every visible key of every query, one at a time.
-    expected_k, expected_v = k_cache.clone(), v_cache.clone()
-    for cache, new in ((expected_k, k), (expected_v, v)):
-        for b, length in enumerate(lengths.tolist()):
-            cache[:, b, length : length + n_nodes] = new.view(4, n_nodes, n_groups, head_dim)[b].transpose(0, 1)
     expected = torch.empty_like(q)
     for b, length in enumerate(lengths.tolist()):
         for n in range(n_nodes):
@@ -57,41 +58,14 @@ def test_both_attentions_agree_with_the_definition(tree, n_heads, n_groups, head
             slots = [s for s, p in seen if not window or length + shape.depths[n] - p < window]
             for h in range(n_heads):
                 g = h // (n_heads // n_groups)
-                scores = expected_k[g, b, slots].double() @ q[b * n_nodes + n, h].double() * scale
+                scores = k_cache[g, b, slots].double() @ q[b * n_nodes + n, h].double() * scale
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
-                expected[b * n_nodes + n, h] = scores.softmax(-1) @ expected_v[g, b, slots].double()
+                expected[b * n_nodes + n, h] = scores.softmax(-1) @ v_cache[g, b, slots].double()
 
     grid = q.view(4, n_nodes, n_heads, head_dim)
-    dense = masked_attention(grid, expected_k, expected_v, mask, scale, softcap)
+    dense = masked_attention(grid, k_cache, v_cache, mask, scale, softcap)
     torch.testing.assert_close(dense.flatten(0, 1), expected, atol=2e-6, rtol=1e-5)
-
-    table = torch.tensor([k_cache.data_ptr(), v_cache.data_ptr(), n_slots])
-    fused = ragged_attention(
-        q, k, v, table, nodes.slot, nodes.starts, lengths, nodes.node, bits, depths, window, scale, softcap or 0.0,
-    )  # fmt: skip
-    torch.testing.assert_close(fused, expected, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(k_cache, expected_k, atol=0, rtol=0)
-    torch.testing.assert_close(v_cache, expected_v, atol=0, rtol=0)
-
-
-def test_large_scores_neither_overflow_nor_lose_the_small():
-    """exp() of the fused attention over its whole range, against float64."""
-    keys = torch.linspace(-200, 90, 600)
-    k_cache = torch.zeros(1, 1, 601, 16)
-    v_cache = torch.zeros(1, 1, 601, 16)
-    k_cache[0, 0, :600, 0], v_cache[0, 0, :600, 0] = keys, torch.linspace(1, 2, 600)
-    q = torch.zeros(1, 1, 16)
-    q[..., 0] = 1
-    bits, depths = TokenTree.chain(0).tensors(torch.device("cpu"))
-    nodes = Nodes.packed(torch.tensor([600]), torch.tensor([1]), torch.arange(1), 1, 601, bits, depths)
-    table = torch.tensor([k_cache.data_ptr(), v_cache.data_ptr(), 601])
-    out = ragged_attention(
-        q, torch.full((1, 1, 16), -300.0), torch.zeros(1, 1, 16), table, nodes.slot, nodes.starts, nodes.lengths,
-        nodes.node, bits, depths, 0, 1.0, 0.0,
-    )  # fmt: skip
-    expected = (keys.double().softmax(-1) * torch.linspace(1, 2, 600).double()).sum()
-    assert abs(out[0, 0, 0].item() - expected.item()) < 1e-6
 
 
 def test_text_packed_without_padding_attends_like_each_text_alone():
@@ -114,28 +88,33 @@ def test_each_sample_brings_as_many_nodes_as_it_likes():
     lengths, counts, n_slots, n_tokens = torch.tensor([3, 9, 0, 20]), [4, 0, 10, 1], 40, 18  # 3 tokens are nobody's
     nodes = Nodes.packed(lengths, torch.tensor(counts), torch.arange(n_tokens), 10, n_slots, bits, depths)
     keys, values = torch.randn(2, 2, 4, n_slots, 16)
-    alone_keys, alone_values = keys.clone(), values.clone()
-    q, k, v = torch.randn(n_tokens, 4, 16), *torch.randn(2, n_tokens, 2, 16)
-
-    def attend(q, k, v, keys, values, nodes):
-        table = torch.tensor([keys.data_ptr(), values.data_ptr(), n_slots])
-        where = (nodes.slot, nodes.starts, nodes.lengths, nodes.node, bits, depths)
-        return ragged_attention(q, k, v, table, *where, 4, 0.3, 0.0)
-
-    out = attend(q, k, v, keys, values, nodes)
-    assert (out[sum(counts) :] == 0).all()
-    dense = masked_attention(
-        nodes.to_grid(q), keys, values, nodes.mask(windowed(4), n_slots, torch.float32)[:, 0], 0.3, None
+    q = torch.randn(n_tokens, 4, 16)
+    mask = nodes.mask(windowed(4), n_slots, torch.float32)[:, 0]
+    dense = nodes.from_grid(masked_attention(nodes.to_grid(q), keys, values, mask, 0.3, None))
+    expected = tree_attention_reference(
+        q, keys, values, nodes.starts, lengths, nodes.node, bits[None], depths[None], 4, 0.3, 0.0, None
     )
-    torch.testing.assert_close(nodes.from_grid(dense)[: sum(counts)], out[: sum(counts)], atol=2e-6, rtol=1e-5)
-    start = 0
-    for b, count in enumerate(counts):
-        own = slice(start, start + count)
-        one = Nodes.packed(lengths[b : b + 1], torch.tensor([count]), torch.arange(count), 10, n_slots, bits, depths)
-        cache = [x[:, b : b + 1].contiguous() for x in (alone_keys, alone_values)]
-        if count:
-            alone = attend(q[own].contiguous(), k[own].contiguous(), v[own].contiguous(), *cache, one)
-            assert torch.equal(alone, out[own])
-        for mine, together in zip(cache, (keys, values), strict=True):
-            assert torch.equal(mine[:, 0], together[:, b])
-        start += count
+    torch.testing.assert_close(dense[: sum(counts)], expected[: sum(counts)], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_takes_the_fused_op_and_a_prompt_does_not(
+    dtype: torch.dtype, device: torch.device, fresh: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it has a kernel: half precision on a CPU has none."""
+    took = []
+    fused = attention.ragged_attention
+    monkeypatch.setattr(attention, "ragged_attention", lambda *args: took.append("fused") or fused(*args))
+    view = ModelView(fresh("llama", num_hidden_layers=3).to(device, dtype))
+    bits, depths = TREES["chain"].tensors(device)
+    lengths, counts = torch.tensor([[5, 3], [6, 6]], device=device)
+    with torch.no_grad():
+        view.allocate(2, 64)
+        view.prefill([torch.arange(1, 6), torch.arange(1, 4)])
+        assert not took
+        nodes = Nodes.packed(lengths, counts, torch.arange(12, device=device), 6, 64, bits, depths)
+        logits = view.forward(torch.arange(12, device=device), nodes)
+    assert logits.isfinite().all()
+    has_kernel = dtype == torch.float32 or runs_triton(logits)
+    assert took == ["fused"] * (3 if has_kernel else 0)
