@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from specdec.graphs import backend
 from specdec.kernels.cpu import has_compiler
 
 
@@ -31,9 +32,6 @@ def _own_code(method: Any) -> Any:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     return types.MethodType(own, method.__self__)
-
-
-_OPTIONS: dict[str, Any] = {"guard_filter_fn": _needed_guards}
 
 
 class CompiledSteps:
@@ -68,7 +66,9 @@ class CompiledSteps:
         self.was_compiling = key not in self._functions
         if not self.was_compiling:
             return self._functions[key]
-        compiled = self._functions[key] = torch.compile(_own_code(function), fullgraph=True, options=_OPTIONS)
+        compiled = self._functions[key] = torch.compile(
+            _own_code(function), fullgraph=True, backend=backend.specdec, options={"guard_filter_fn": _needed_guards}
+        )
 
         def first_call(*arguments: Any) -> Any:
             # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.

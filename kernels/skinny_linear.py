@@ -17,6 +17,7 @@ import ctypes
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.cpu import build
@@ -24,6 +25,8 @@ from specdec.kernels.library import register
 
 MAX_ROWS = 16
 """Above this the product is bound by arithmetic and the library is faster."""
+MIN_WEIGHTS = 2**18
+"""Below this (1 MiB) weights stay in the cache, and the library is as fast."""
 
 _SOURCE = r"""
 extern "C" void skinny_linear(
@@ -47,27 +50,31 @@ def _kernel() -> ctypes._NamedFuncPointer:
 
 
 def skinny_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` of x [T, K] and weight [N, K]."""
-    return x @ weight.T
+    """`x @ weight.T` of x [..., K] and weight [N, K]."""
+    return F.linear(x, weight)
 
 
 def skinny_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`, reading the weights once.
+    """`x @ weight.T`, reading the weights once where x has few rows; the library's product where it has not.
 
     Args:
-        x: [T, K] float32, contiguous. weight: [N, K] float32, contiguous.
+        x: [..., K] float32. weight: [N, K] float32, contiguous.
 
     Returns:
-        [T, N] float32.
+        [..., N] float32.
     """
-    n_rows, n_in = x.shape
-    out = x.new_empty(n_rows, weight.shape[0])
-    _kernel()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_rows, weight.shape[0], n_in, torch.get_num_threads())
+    n_out, n_in = weight.shape
+    n_rows = x.numel() // n_in
+    if not 2 < n_rows <= MAX_ROWS:
+        return F.linear(x, weight)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], n_out)
+    _kernel()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_rows, n_out, n_in, torch.get_num_threads())
     return out
 
 
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 skinny_linear = register(

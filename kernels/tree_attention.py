@@ -364,13 +364,25 @@ def start_kernels(
         table_align, num_warps=warps, num_stages=stages, maxnreg=255,
     )  # fmt: skip
     if splits > 1:
-        block_split = triton.next_power_of_2(splits)
-        block_r = max(1, 4096 // (block_split * block_dv))
-        _combine_kernel[(triton.cdiv(n_tokens * n_heads, block_r),)](
-            part, lse, sinks, out, n_tokens * n_heads, n_heads, splits, head_dv, sinks is not None, block_r,
-            block_split, block_dv, num_warps=4 if block_split * block_dv <= 4096 else 8,
-        )  # fmt: skip
+        combine(part, lse, sinks, out)
     return out
+
+
+def combine(part: Tensor, lse: Tensor, sinks: Tensor | None, out: Tensor) -> None:
+    """Join what the splits found.
+
+    Args:
+        part: [splits, ..., H, Dv] float32, each split's result; anything where lse is -inf.
+        lse: [splits, ..., H] float32, base-2 logarithm of each split's total weight.
+        sinks: [H] or None. out: [..., H, Dv], written.
+    """
+    splits, n_rows, dim = len(part), lse[0].numel(), part.shape[-1]
+    block_split, block_d = triton.next_power_of_2(splits), max(16, triton.next_power_of_2(dim))
+    block_r = max(1, 4096 // (block_split * block_d))
+    _combine_kernel[(triton.cdiv(n_rows, block_r),)](
+        part, lse, sinks, out, n_rows, part.shape[-2], splits, dim, sinks is not None, block_r, block_split, block_d,
+        num_warps=4 if block_split * block_d <= 4096 else 8,
+    )  # fmt: skip
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> Tensor:

@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +21,6 @@ from specdec import attention
 from specdec.cache import RaggedCache
 from specdec.kernels.cpu import has_compiler
 from specdec.kernels.library import INTERPRETED
-from specdec.kernels.skinny_linear import MAX_ROWS, skinny_linear
 from specdec.nodes import Nodes
 
 # Families whose ragged forward is tested token by token against transformers.
@@ -54,20 +52,6 @@ def _as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
     return layer_forward
 
 
-def _pays(weight: Tensor) -> bool:
-    """Whether streaming a weight once is faster than the library's product: measured, from 1 MiB on."""
-    return weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= 2**18 and has_compiler()
-
-
-def _skinny_forward(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer's forward that streams the weights once when there are few rows."""
-    n_rows = x.shape[:-1].numel()
-    if not 2 < n_rows <= MAX_ROWS:
-        return F.linear(x, linear.weight, linear.bias)
-    out = skinny_linear(x.reshape(n_rows, -1), linear.weight).view(*x.shape[:-1], -1)
-    return out if linear.bias is None else out + linear.bias
-
-
 class ModelView:
     """A decoder-only model running flat tokens over a `RaggedCache`.
 
@@ -84,9 +68,6 @@ class ModelView:
         self.module.config._attn_implementation = attention.NAME
         for layer in _decoder_layers(self.module):
             vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
-        for module in self.module.modules():
-            if type(module) is nn.Linear and _pays(module.weight):
-                vars(module)["forward"] = types.MethodType(_skinny_forward, module)
         can_fuse = model.device.type == "cpu" and model.dtype == torch.float32 and has_compiler() and not INTERPRETED
         self.cache = RaggedCache(can_fuse)
         self.module.config.specdec_cache = self.cache

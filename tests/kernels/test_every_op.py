@@ -28,13 +28,15 @@ _ALIVE: list[Any] = []  # caches that ops know by their addresses only
 
 
 def _ragged_attention(device: torch.device) -> tuple[Any, ...]:
-    keys, values = (torch.randn(2, 3, 40, 24) for _ in "kv")
+    keys, values = (torch.randn(2, 3, 40, 24, device=device) for _ in "kv")
     _ALIVE.append((keys, values))
     bits, depths = TokenTree((-1, 0, 0, 1, 2)).tensors(device)
-    lengths, node = torch.tensor([0, 7, 30]), torch.arange(5).repeat(3)
-    slot = torch.arange(3).repeat_interleave(5) * 40 + lengths.repeat_interleave(5) + node
-    new = [torch.randn(15, heads, 24) for heads in (4, 2, 2)]
-    return *new, cache_table([(keys, values)])[0], slot, torch.arange(4) * 5, lengths, node, bits, depths, 4, 0.3, 2.0
+    lengths, node = torch.tensor([0, 7, 30], device=device), torch.arange(5, device=device).repeat(3)
+    starts = torch.arange(4, device=device) * 5
+    slot = torch.arange(3, device=device).repeat_interleave(5) * 40 + lengths.repeat_interleave(5) + node
+    new = [torch.randn(15, heads, 24, device=device) for heads in (4, 2, 2)]
+    table = cache_table([(keys, values)])[0]
+    return *new, table, slot, starts, lengths, node, bits, depths, 40, 4, 0.3, 2.0
 
 
 def _tree_attention(device: torch.device) -> tuple[Any, ...]:
@@ -89,9 +91,13 @@ CASES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
         torch.tensor([0, 9, 5], device=d),
     ),
     "kv_commit_": _commit,
-    "skinny_linear": lambda d: (torch.randn(3, 17), torch.randn(5, 17)),
+    "skinny_linear": lambda d: (torch.randn(1, 3, 17), torch.randn(5, 17)),
     "tree_attention": _tree_attention,
     "ragged_attention": _ragged_attention,
+    "masked_attention": lambda d: (
+        torch.randn(2, 3, 4, 8, device=d).transpose(1, 2), *(torch.randn(2, 2, 9, 8, device=d) for _ in "kv"),
+        torch.rand(2, 1, 3, 9, device=d) > 0.3, 0.4,
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,247 @@
+"""Attention of a few queries over a padded cache, reading only what the mask lets through.
+
+    out[h, i] = sum_s softmax_s(scale * q[h, i] . k[g, s] + mask[i, s]) v[g, s],        g = h // (H / G)
+
+A static cache is as long as the longest text it may ever hold, and its mask hides what is not written yet. Here a
+block of keys that no query sees costs nothing, the heads that share keys read them once, and nothing is expanded. The
+result is the dense formula's for any mask, because a hidden key has weight zero.
+
+Source: Shazeer, arXiv 1911.02150 (shared keys); Dao, arXiv 2307.08691, and "Flash-Decoding", 2023 (split keys).
+Letters: B samples, H query heads, G key/value heads, Q queries, S slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdec.kernels import cpu_attention
+from specdec.kernels.cpu import build
+from specdec.kernels.library import jit, register, tl, triton
+from specdec.kernels.tree_attention import blocks, combine, n_splits
+
+MAX_QUERIES = 32
+"""Above this attention is no longer bound by reading keys, and the library's blocked product is the better one."""
+
+_SOURCE = r"""
+// Widens [first, end) to all slots that any of the rows sees.
+template <typename M, typename Seen>
+static void find_range(
+    const M* mask, int64_t rows, int64_t stride, int64_t S, Seen seen, int64_t& first, int64_t& end) {
+  for (int64_t r = 0; r < rows; r++) {
+    const M* const m = mask + r * stride;
+    int64_t s = 0;
+    while (s < first && !seen(m[s])) s++;
+    first = s;
+    s = S;
+    while (s > end && !seen(m[s - 1])) s--;
+    end = s;
+  }
+}
+
+template <typename M>
+static void attend(
+    const float* q, const float* k, const float* v, const M* mask, float* out, const int64_t* strides, int64_t B,
+    int64_t H, int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, float scale, int64_t threads) {
+  const int64_t group = H / G, rows = group * Q;
+  const int64_t k_sample = strides[0], k_head = strides[1], v_sample = strides[2], v_head = strides[3];
+  const int64_t m_sample = strides[4], m_head = strides[5], m_query = strides[6];
+  const auto seen = [](M m) { return sizeof(M) == 1 ? m != 0 : m > -INFINITY; };
+  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && B * G * rows * S * D > 1 << 20)
+  for (int64_t task = 0; task < B * G; task++) {
+    const int64_t b = task / G, g = task % G;
+    const M* const own = mask + b * m_sample + g * group * m_head;
+    int64_t first = S, end = 0;
+    for (int64_t h = 0; h < (m_head ? group : 1); h++)
+      find_range(own + h * m_head, m_query ? Q : 1, m_query, S, seen, first, end);
+    const int64_t n = end > first ? end - first : 0;
+    const float* const keys = k + b * k_sample + g * k_head + first * D;
+    const float* const values = v + b * v_sample + g * v_head + first * DV;
+    std::vector<float> buffer(rows * (D + DV + n));
+    float* const x = buffer.data();      // [rows, D], row = head * Q + query
+    float* const y = x + rows * D;       // [rows, DV]
+    float* const p = y + rows * DV;      // [rows, n]
+    for (int64_t i = 0; i < rows * D; i++) x[i] = scale * q[(b * H + g * group) * Q * D + i];
+    int64_t s = 0;
+    for (; s + 4 <= n; s += 4) columns<4>(x, keys + s * D, p + s, rows, n, D);
+    for (; s < n; s++) columns<1>(x, keys + s * D, p + s, rows, n, D);
+    for (int64_t row = 0; row < rows; row++) {
+      float* const score = p + row * n;
+      const M* const m = own + (row / Q) * m_head + (row % Q) * m_query + first;
+      for (int64_t i = 0; i < n; i++)
+        score[i] = sizeof(M) == 1 ? (m[i] ? score[i] : -INFINITY) : score[i] + float(m[i]);
+      const float sum = exponentials(score, n);
+      for (int64_t i = 0; i < n; i++) score[i] /= sum;
+    }
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) weigh_rows<4>(p + row * n, values, y + row * DV, n, n, DV);
+    for (; row < rows; row++) weigh_rows<1>(p + row * n, values, y + row * DV, n, n, DV);
+    for (row = 0; row < rows; row++)
+      std::memcpy(out + ((b * Q + row % Q) * H + g * group + row / Q) * DV, y + row * DV, DV * sizeof(float));
+  }
+}
+
+#define ENTRY(NAME, M)                                                                                               \
+  extern "C" void NAME(                                                                                              \
+      const float* q, const float* k, const float* v, const M* mask, float* out, const int64_t* strides, int64_t B,  \
+      int64_t H, int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, float scale, int64_t threads) {             \
+    attend<M>(q, k, v, mask, out, strides, B, H, G, Q, S, D, DV, scale, threads);                                    \
+  }
+ENTRY(attend_bool, uint8_t)
+ENTRY(attend_float, float)
+"""
+
+
+@cache
+def _kernel(name: str) -> ctypes._NamedFuncPointer:
+    function = getattr(build(cpu_attention.SOURCE + _SOURCE), name)
+    number = ctypes.c_int64
+    function.argtypes = [ctypes.c_void_p] * 6 + [number] * 7 + [ctypes.c_float, number]
+    function.restype = None
+    return function
+
+
+def masked_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """PyTorch's attention over all slots; arguments as for `masked_attention_cpu`."""
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
+def masked_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of Q queries a sample over the slots their mask lets through.
+
+    Args:
+        q: [B, H, Q, D] float32. k: [B, G, S, D], v: [B, G, S, Dv] float32, heads of any strides, G divides H.
+        mask: [B, H, Q, S] or broadcast to it; bool, True where visible, or float32, added to the scores.
+        scale: factor on the products.
+
+    Returns:
+        [B, H, Q, Dv] float32, in memory as [B, Q, H, Dv]. A query that sees nothing gives 0.
+    """
+    n_batch, n_heads, n_queries, dim = q.shape
+    n_groups, n_slots, dim_v = k.shape[1], k.shape[2], v.shape[3]
+    out = q.new_empty(n_batch, n_queries, n_heads, dim_v)
+    # What is kept densely is the slots of a head: a cache may be a slice of a larger one.
+    k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
+    mask = mask.expand(n_batch, n_heads, n_queries, n_slots)
+    mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    strides = (ctypes.c_int64 * 7)(*k.stride()[:2], *v.stride()[:2], *mask.stride()[:3])
+    q = q.contiguous()
+    _kernel("attend_bool" if mask.dtype == torch.bool else "attend_float")(
+        *(x.data_ptr() for x in (q, k, v, mask, out)), ctypes.addressof(strides), n_batch, n_heads, n_groups,
+        n_queries, n_slots, dim, dim_v, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+@jit
+def _masked_attention_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
+    stride_mb, stride_mh, stride_mq, stride_ms,
+    n_batch, n_heads, n_queries, n_slots, n_tiles, scale,
+    GROUP: tl.constexpr, HEAD_D: tl.constexpr, HEAD_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_BOOL: tl.constexpr, IS_SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * tiles, G, splits): a tile of queries with all heads of a group, over a share of the slots.
+    Scores are powers of two: `scale` comes with log2(e) in it."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    i_sample = tl.program_id(0) // n_tiles
+    i_group, i_split = tl.program_id(1), tl.program_id(2)
+    o_row = tl.arange(0, BLOCK_M)
+    o_query = tl.program_id(0) % n_tiles * BLOCK_Q + o_row // GROUP
+    o_head = i_group * GROUP + o_row % GROUP
+    own = (o_row < BLOCK_Q * GROUP) & (o_query < n_queries)
+    o_d, o_dv, o_in_block = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
+    sample, group = i_sample.to(tl.int64), i_group.to(tl.int64)
+    p_q = q_ptr + sample * stride_qb + o_head.to(tl.int64) * stride_qh + o_query.to(tl.int64) * stride_qq
+    q = tl.load(p_q[:, None] + o_d[None, :], mask=own[:, None] & (o_d < HEAD_D)[None, :], other=0.0)
+    k_base = k_ptr + sample * stride_kb + group * stride_kg
+    v_base = v_ptr + sample * stride_vb + group * stride_vg
+    p_mask = mask_ptr + sample * stride_mb + o_head.to(tl.int64) * stride_mh + o_query.to(tl.int64) * stride_mq
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: rows that see nothing yet need no special case
+    total = tl.zeros([BLOCK_M], tl.float32)
+    n_blocks = tl.cdiv(n_slots, BLOCK_N)
+    share = tl.cdiv(n_blocks, tl.num_programs(2))
+    begin = i_split * share
+    for i_block in range(begin, tl.minimum(begin + share, n_blocks)):
+        o_key = (i_block * BLOCK_N + o_in_block).to(tl.int64)
+        is_there = own[:, None] & (o_key < n_slots)[None, :]
+        if IS_BOOL:
+            bias = tl.where(tl.load(p_mask[:, None] + o_key[None, :] * stride_ms, mask=is_there, other=0) != 0, 0.0,
+                            float("-inf"))  # fmt: skip
+        else:
+            bias = tl.load(p_mask[:, None] + o_key[None, :] * stride_ms, mask=is_there, other=float("-inf"))
+            bias = bias.to(tl.float32) * 1.4426950408889634
+        if tl.max(tl.max(bias, 1), 0) > float("-inf"):  # else nobody sees these keys, and nothing reads them
+            own_k = (o_key < n_slots)[:, None] & (o_d < HEAD_D)[None, :]
+            own_v = (o_key < n_slots)[:, None] & (o_dv < HEAD_DV)[None, :]
+            k = tl.load(k_base + o_key[:, None] * stride_ks + o_d[None, :], mask=own_k, other=0.0)
+            v = tl.load(v_base + o_key[:, None] * stride_vs + o_dv[None, :], mask=own_v, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            probs = tl.exp2(scores - new_top[:, None])
+            fade = tl.exp2(top - new_top)
+            total = total * fade + tl.sum(probs, 1)
+            acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+            top = new_top
+    is_empty = total == 0
+    total = tl.where(is_empty, 1.0, total)
+    n_rows = n_batch * n_queries * n_heads
+    o_out = (sample * n_queries + o_query) * n_heads + o_head
+    if IS_SPLIT:
+        o_out += i_split.to(tl.int64) * n_rows
+        tl.store(lse_ptr + o_out, tl.where(is_empty, float("-inf"), top + tl.log2(total)), mask=own)
+        own = own & (is_empty == 0)  # nobody reads what has no weight
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    p_out = out_ptr + o_out[:, None] * HEAD_DV + o_dv[None, :]
+    tl.store(p_out, out, mask=own[:, None] & (o_dv < HEAD_DV)[None, :])
+
+
+def masked_attention_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Start the kernels (arguments as for `masked_attention_cpu`, in any floating dtype)."""
+    n_batch, n_heads, n_queries, head_d = q.shape
+    n_groups, n_slots, head_dv = v.shape[1:]
+    group = n_heads // n_groups
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    is_bool = mask.dtype == torch.bool
+    mask = mask.expand(n_batch, n_heads, n_queries, n_slots)
+    block_m, block_n, warps, _ = blocks(n_queries * group, max(head_d, head_dv), q.element_size())
+    block_m = max(block_m, triton.next_power_of_2(group))
+    block_q = block_m // group
+    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_d, head_dv))
+    n_tiles = triton.cdiv(n_queries, block_q)
+    splits = n_splits(n_batch * n_queries, n_batch, n_groups, n_slots, block_q)
+    out = torch.empty((n_batch, n_queries, n_heads, head_dv), dtype=q.dtype, device=q.device)
+    part, lse = out, out
+    if splits > 1:
+        part = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
+        lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    _masked_attention_kernel[(n_batch * n_tiles, n_groups, splits)](
+        q, k, v, mask.view(torch.uint8) if is_bool else mask, part, lse, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *mask.stride(), n_batch, n_heads, n_queries, n_slots, n_tiles, scale * 1.4426950408889634,
+        group, head_d, head_dv, block_m, block_n, block_d, block_dv, is_bool, splits > 1,
+        "ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        combine(part, lse, None, out)
+    return out.transpose(1, 2)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    n_batch, n_heads, n_queries, _ = q.shape
+    return q.new_empty(n_batch, n_queries, n_heads, v.shape[3]).transpose(1, 2)
+
+
+masked_attention = register(
+    "masked_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor",
+    cpu=masked_attention_cpu,
+    launcher=masked_attention_triton,
+    fake=_fake,
+    inline=False,
+)
