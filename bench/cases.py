@@ -107,7 +107,7 @@ def _attention(size: str, batch: int, n_nodes: int, n_slots: int, dtype: torch.d
             found["reference"] = partial(tree_attention_reference, *args)
             new, layer = torch.randn(batch * n_nodes, groups, dim), RaggedLayer(keys, values)
             where = (nodes.slot, nodes.starts, lengths, nodes.node, bits, depths)
-            found["fused op"] = partial(ragged_attention, q, new, new, layer.table, *where, 0, dim**-0.5, 0.0)
+            found["fused op"] = partial(ragged_attention, q, new, new, layer.table, *where, n_slots, 0, dim**-0.5, 0.0)
         return found
 
     tokens = batch * n_nodes

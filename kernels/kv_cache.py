@@ -41,7 +41,7 @@ def kv_append_reference_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor,
     v_cache.flatten(1, 2).index_copy_(1, slot, v)
 
 
-def _alignment(n_bytes: int) -> int:
+def alignment(n_bytes: int) -> int:
     """What every row of `n_bytes` in a cache is aligned to, at most 16 bytes."""
     return min(n_bytes & -n_bytes, 16)
 
@@ -56,7 +56,7 @@ def cache_table(caches: list[tuple[Tensor, Tensor]]) -> Tensor:
         [L, 3] int64: address of the keys, address of the values, S. It holds as long as the tensors are not moved.
     """
     for tensor in (tensor for pair in caches for tensor in pair):
-        if not tensor.is_contiguous() or tensor.data_ptr() % _alignment(tensor.shape[3] * tensor.itemsize):
+        if not tensor.is_contiguous() or tensor.data_ptr() % alignment(tensor.shape[3] * tensor.itemsize):
             raise ValueError("cache_table: keys and values must be contiguous, and their addresses aligned like rows")
     rows = [(keys.data_ptr(), values.data_ptr(), keys.shape[2]) for keys, values in caches]
     return torch.tensor(rows, dtype=torch.int64, device=caches[0][0].device if caches else None).view(-1, 3)
@@ -239,7 +239,7 @@ def _kv_commit_kernel(
 
 def _units(n_bytes: int) -> tuple[object, int]:
     """How rows of `n_bytes` are moved: the type of a unit, and how many are in a row."""
-    size = min(_alignment(n_bytes), 4)
+    size = min(alignment(n_bytes), 4)
     return {1: tl.int8, 2: tl.int16, 4: tl.int32}[size], n_bytes // size
 
 
@@ -258,7 +258,7 @@ def kv_commit_triton_(
     _kv_commit_kernel[(n_batch, triton.cdiv(n_groups, block_g), len(table))](
         table.contiguous(), lengths, path, n_path, n_batch, n_groups,
         lengths.stride(0), *path.stride(), n_path.stride(0),
-        K_TYPE=k_type, V_TYPE=v_type, K_ALIGN=_alignment(k_bytes), V_ALIGN=_alignment(v_bytes),
+        K_TYPE=k_type, V_TYPE=v_type, K_ALIGN=alignment(k_bytes), V_ALIGN=alignment(v_bytes),
         K_UNITS=k_units, V_UNITS=v_units,
         BLOCK_K=triton.next_power_of_2(k_units), BLOCK_V=triton.next_power_of_2(v_units),
         BLOCK_J=block_j, BLOCK_G=block_g, num_warps=4,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specdec.kernels import cpu_attention
 from specdec.kernels.cpu import build
-from specdec.kernels.kv_cache import _alignment, kv_append_reference_
+from specdec.kernels.kv_cache import alignment, kv_append_reference_
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.tree_attention import start_kernels, tree_attention_reference
 
@@ -185,7 +185,7 @@ def ragged_attention_triton(
 ) -> Tensor:  # fmt: skip
     _check(q, k, v)
     n_tokens, n_groups, dim = k.shape
-    n_batch, align = lengths.shape[0], _alignment(dim * k.itemsize)
+    n_batch, align = lengths.shape[0], alignment(dim * k.itemsize)
     slot, starts = slot.contiguous(), starts.contiguous()
     block_d = triton.next_power_of_2(dim)
     block_r = max(1, 2048 // (block_d * k.itemsize))  # 16 bytes a thread
