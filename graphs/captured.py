@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: one replay a step, captured once per shape and kept for the life of the buffers.
 
-The first call of a shape runs the step as it is: that compiles its kernels and warms the libraries up. The second call
-records it, and from then on it is replayed. A recording holds addresses, so everything a step reads or writes stays
-where it was: state and caches are buffers that calls of `generate()` share, and a law's numbers are copied into those
-of the law that was recorded.
+The first call of a shape runs the step, compiled by Inductor: that compiles what it needs and warms the libraries up.
+The second call records it, and from then on it is replayed. A recording holds addresses, so everything a step reads or
+writes stays where it was: state and caches are buffers that calls of `generate()` share, and a law's numbers are copied
+into those of the law that was recorded.
 
 Graphs share one memory pool and are replayed one after the other on one stream, so what one leaves in the pool the
 next may overwrite: a step's report is copied out before the next step.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from specdec.graphs.compiled import CompiledSteps
     from specdec.sampling import SamplingLaw
     from specdec.state import BatchState
 
@@ -41,9 +42,10 @@ class Recording:
         """The step as a call without arguments."""
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile; only this thread's calls must be of the kind that can be recorded.
-        # The outer context brings the stream back where recording fails.
+        # The outer context brings the stream back where recording fails. Nothing may compile while it records.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
+            torch.compiler.set_stance("fail_on_recompile"),
             torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
         ):
             report = step(*self.arguments)
@@ -63,11 +65,14 @@ class Recording:
 
 
 class CapturedSteps:
-    """Runs steps as CUDA graphs, one per key.
+    """Runs steps as CUDA graphs, one per key and size.
+
+    Args:
+        compiled: compiles the steps that are recorded.
 
     Attributes:
         was_compiling: whether the latest call runs or records a new shape; its time is not decoding time.
-        recordings: what has been recorded, by key.
+        recordings: what has been recorded, by key and size.
         lag: reports are read this many steps late, so that the device never waits for the host.
         keeps_buffers: state and caches must stay where they are from call to call; `reset` when they move.
     """
@@ -75,8 +80,9 @@ class CapturedSteps:
     lag = 1
     keeps_buffers = True
 
-    def __init__(self, recording: type[Recording] = Recording) -> None:
+    def __init__(self, compiled: CompiledSteps, recording: type[Recording] = Recording) -> None:
         self.was_compiling = False
+        self._compiled = compiled
         self._recording = recording
         self.reset()
 
@@ -87,21 +93,22 @@ class CapturedSteps:
         self.recordings: dict[Hashable, Recording] = {}
         self._is_full = False
 
-    def get(self, step: Callable[..., Tensor], key: Hashable) -> Callable[..., Tensor]:
-        """`step` for shapes of this key."""
-        if key in self._seen and key not in self.recordings and not self._is_full:
+    def get(self, step: Callable[..., Tensor], key: Hashable, size: int) -> Callable[..., Tensor]:
+        """`step` for laws and batches of this key, and this many samples alive at most."""
+        run, shape = self._compiled.get(step, key, size), (key, size)
+        if shape in self._seen and shape not in self.recordings and not self._is_full:
             self.was_compiling = True
-            return partial(self._record, step, key)
-        self.was_compiling = key not in self._seen
-        self._seen.add(key)
-        return self.recordings.get(key, step)
+            return partial(self._record, run, shape)
+        self.was_compiling = shape not in self._seen
+        self._seen.add(shape)
+        return self.recordings.get(shape, run)
 
-    def _record(self, step: Callable[..., Tensor], key: Hashable, *arguments: Any) -> Tensor:
+    def _record(self, step: Callable[..., Tensor], shape: Hashable, *arguments: Any) -> Tensor:
         """Record, then run what was recorded; where that can't be, just run: recording changes nothing by itself."""
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            recording = self.recordings[key] = self._recording(step, arguments, self._pool)
+            recording = self.recordings[shape] = self._recording(step, arguments, self._pool)
         except RuntimeError as error:  # no memory, or something in the step that can't be recorded
             self._is_full = True
             warnings.warn(

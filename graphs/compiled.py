@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from specdec.graphs import backend
 from specdec.kernels.cpu import has_compiler
@@ -32,6 +33,15 @@ def _own_code(method: Any) -> Any:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     return types.MethodType(own, method.__self__)
+
+
+# Of the kernels around the matrix products none is worth a second thread until it is large: waking one costs more, and
+# much more where other programs keep the cores busy. CUDA graphs are recorded around whole steps, not by Inductor.
+_OPTIONS: dict[str, Any] = {
+    "guard_filter_fn": _needed_guards,
+    "cpp.min_chunk_size": 16384,
+    "triton.cudagraphs": False,
+}
 
 
 class CompiledSteps:
@@ -59,20 +69,27 @@ class CompiledSteps:
     def reset(self) -> None:
         """Nothing to forget: compiled functions know no addresses."""
 
-    def get(self, function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
-        """`function`, compiled under `key`."""
+    def get(self, function: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
+        """`function`, compiled under `key`; one compiled function serves all sizes."""
         if not self.enabled:
             return function
         self.was_compiling = key not in self._functions
         if not self.was_compiling:
             return self._functions[key]
-        compiled = self._functions[key] = torch.compile(
-            _own_code(function), fullgraph=True, backend=backend.specdec, options={"guard_filter_fn": _needed_guards}
-        )
+        compiled = torch.compile(_own_code(function), fullgraph=True, backend=backend.specdec, options=dict(_OPTIONS))
+        self._functions[key] = compiled
 
         def first_call(*arguments: Any) -> Any:
-            # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
-            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                return compiled(*arguments)
+            try:
+                # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
+                with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                    return compiled(*arguments)
+            except TorchDynamoException as error:  # nothing has run yet
+                warnings.warn(
+                    f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {error}",
+                    stacklevel=2,
+                )
+                self._functions[key] = function
+                return function(*arguments)
 
         return first_call

@@ -186,10 +186,9 @@ class Handle:
         decoder = self._decoders.get(key)
         if decoder is None or not decoder.drafter.is_current:
             self._check_draft(draft)
-            on_gpu = self._target.device.type == "cuda"
-            steps = (
-                CapturedSteps() if self.config.compile and on_gpu else CompiledSteps(self.config.compile and not on_gpu)
-            )
+            compiled = CompiledSteps(self.config.compile)
+            records = self.config.compile and self._target.device.type == "cuda"
+            steps = CapturedSteps(compiled) if records else compiled
             decoder = self._decoders[key] = Decoder(self._target, self._drafter(draft), steps, self.stats)
         return decoder
 

@@ -188,7 +188,7 @@ class Decoder:
 
     def _step_for(self, law: SamplingLaw, n_batch: int, n_live: int) -> Callable[..., Tensor]:
         """The step for shapes like these: a recording serves one size, a compiled function any but one."""
-        return self.steps.get(self.step, (law.key, n_live if self.steps.keeps_buffers else n_batch == 1))
+        return self.steps.get(self.step, (law.key, n_batch == 1), n_live)
 
     def _slots_for(self, length: int) -> int:
         """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""

@@ -10,7 +10,7 @@ Letters: T tokens in this forward, B samples, R query rows a sample at most, N u
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,11 @@ class Nodes:
         slot = sample * n_slots + torch.where(valid & (offset >= 0), offset, n_slots - 1)
         position = offset if depths is None else length + depths[node]
         return cls(slot, position.clamp(min=0), lengths, starts, sample, node, rows, bits, depths)
+
+    def next_level(self) -> Nodes:
+        """The same samples' tokens one node further down a chain."""
+        own = torch.arange(len(self.slot), device=self.slot.device) < self.starts[-1]  # the others stay in scratch
+        return replace(self, slot=self.slot + own, position=self.position + 1, node=self.node + 1)
 
     def to_grid(self, x: Tensor) -> Tensor:
         """[T, ...] to [B, R, ...]; places without a token hold some other token's values."""

@@ -118,3 +118,17 @@ def test_a_step_takes_the_fused_op_and_a_prompt_does_not(
     assert logits.isfinite().all()
     has_kernel = dtype == torch.float32 or runs_triton(logits)
     assert took == ["fused"] * (3 if has_kernel else 0)
+
+
+def test_the_next_level_of_a_chain_is_one_node_further() -> None:
+    """As if packed anew: for samples that are there, finished, or without a root; nobody's stay in scratch."""
+    bits, depths = TokenTree.chain(6).tensors(torch.device("cpu"))
+    lengths, counts = torch.tensor([4, 0, -1, 9]), torch.tensor([1, 0, 1, 1])
+    nodes = Nodes.packed(lengths, counts, torch.arange(5), 1, 32, bits, depths, 2)
+    for first in (3, 4, 5):
+        nodes = nodes.next_level()
+        again = Nodes.packed(lengths, counts, torch.arange(5), 1, 32, bits, depths, first)
+        for name in ("slot", "starts", "lengths", "sample"):
+            assert torch.equal(getattr(nodes, name), getattr(again, name)), name
+        for name in ("position", "node"):
+            assert torch.equal(getattr(nodes, name)[:3], getattr(again, name)[:3]), name

@@ -59,7 +59,7 @@ def decoders(tiny: Tiny) -> Callable[[str], tuple[Decoder, Decoder]]:
             return ModelDrafter(tiny("llama", seed=1), 2) if kind == "model" else NgramDrafter(3)
 
         target = tiny("llama")
-        recorded = Decoder(ModelView(target), drafter(), CapturedSteps(Rerun), Stats())
+        recorded = Decoder(ModelView(target), drafter(), CapturedSteps(CompiledSteps(False), Rerun), Stats())
         return recorded, Decoder(ModelView(target), drafter(), CompiledSteps(False), Stats())
 
     return make
@@ -119,7 +119,7 @@ def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[[str], tu
 def test_two_decoders_of_one_target_do_not_trust_each_others_buffers(tiny: Tiny) -> None:
     """A larger batch of one moves the cache that the other's recordings know."""
     view = ModelView(tiny("llama"))
-    one, other = (Decoder(view, NgramDrafter(3), CapturedSteps(Rerun), Stats()) for _ in range(2))
+    one, other = (Decoder(view, NgramDrafter(3), CapturedSteps(CompiledSteps(False), Rerun), Stats()) for _ in range(2))
     plain = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CompiledSteps(False), Stats())
     expected = _texts(plain, [6], _law(None), 16, NO_EOS, 3)
     assert _texts(one, [6], _law(None), 16, NO_EOS, 3) == expected
@@ -139,7 +139,7 @@ def test_what_can_not_be_recorded_runs_as_it_is(
             raise error("not this")
 
     _, plain = decoders("ngram")
-    decoder = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CapturedSteps(Full), Stats())
+    decoder = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CapturedSteps(CompiledSteps(False), Full), Stats())
     with pytest.warns(UserWarning, match="could not record another CUDA graph"):
         texts = _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0)
     assert texts == _texts(plain, [5, 3], _law(None), 12, NO_EOS, 0)
@@ -154,3 +154,21 @@ def test_a_long_text_moves_no_buffer(decoders: Callable[[str], tuple[Decoder, De
     text = _texts(recorded, [5], _law(None), 240, NO_EOS, 0)
     assert recorded.target.cache.generation == 1
     assert text == _texts(plain, [5], _law(None), 240, NO_EOS, 0)
+
+
+def test_what_can_not_be_compiled_runs_as_it_is(tiny: Tiny, decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+    class Asking(NgramDrafter):
+        """Reads a number on the host, so that its step does not trace."""
+
+        def draft(self, state: Any, law: SamplingLaw, live: Tensor) -> Any:
+            assert state.lengths.sum().item() > 0
+            return super().draft(state, law, live)
+
+    _, plain = decoders("ngram")
+    decoder = Decoder(ModelView(tiny("llama")), Asking(3), CompiledSteps(True), Stats())
+    with pytest.warns(UserWarning, match="could not compile a step"):
+        texts = _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0)
+    assert texts == _texts(plain, [5, 3], _law(None), 12, NO_EOS, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0) == texts

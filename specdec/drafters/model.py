@@ -53,20 +53,20 @@ class ModelDrafter:
         root, alive = state.lengths - 1, (~state.finished).long()
         # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.
         before = state.tokens.gather(1, root.clamp(min=0)[:, None])[:, 0]
-        pair = torch.arange(2 * len(live), device=live.device)
-        nodes = self._nodes(root, 2 * alive, pair, 2, 0)
-        sample = nodes.sample[2 * live]
-        row = (nodes.starts[:-1] // 2).clamp(max=len(live) - 1)  # of each sample in what follows
-        fed = torch.where(nodes.node == 0, before[nodes.sample], state.pending[nodes.sample])
-        logits = self.view.forward(fed, nodes, 1 + 2 * live)
+        pairs = self._nodes(root, 2 * alive, torch.arange(2 * len(live), device=live.device), 2, 0)
+        fed = torch.where(pairs.node == 0, before[pairs.sample], state.pending[pairs.sample])
+        logits = self.view.forward(fed, pairs, 1 + 2 * live)
+        nodes = self._nodes(root, alive, live, 1, 1)  # the pending tokens
         tokens, ids, probs = [], [], []
         for level in range(1, self.depth + 1):
-            chosen, support_ids, support_probs = self._choose(logits, law, state, sample, level)
+            chosen, support_ids, support_probs = self._choose(logits, law, state, nodes.sample, level)
             tokens.append(chosen)
             ids.append(support_ids)
             probs.append(support_probs)
             if level < self.depth:
-                logits = self.view.forward(chosen, self._nodes(root, alive, live, 1, level + 1))
+                nodes = nodes.next_level()
+                logits = self.view.forward(chosen, nodes)
+        row = nodes.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
         drafted, support_ids, support_probs = (torch.stack(x, 1)[row] for x in (tokens, ids, probs))
         return Draft(drafted, torch.full_like(root, self.depth), support_ids, support_probs)
 

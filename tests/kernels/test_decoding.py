@@ -34,6 +34,23 @@ def test_greedy_texts_are_transformers_own(
     assert model.specdec.stats.steps > 0
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="compiles a step around interpreted kernels")
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_a_step_compiles_around_the_kernels(
+    do_sample: bool, tiny: Callable[..., PreTrainedModel], prompts: Callable[..., dict[str, Any]]
+) -> None:
+    """As on a GPU, where the compiled step is what is recorded: same tokens as kernel by kernel."""
+    target, draft = tiny("llama"), tiny("llama", seed=1, num_hidden_layers=1)
+    texts = []
+    for compiled in (False, True):
+        model = specdec.compile(target, draft, depth=2, compile=compiled)
+        model.specdec.seeds = [5, 6]
+        texts.append(model.generate(**prompts(LENGTHS), max_new_tokens=6, do_sample=do_sample, top_k=0))
+        assert not model.specdec.stats.fallbacks
+    assert model.specdec.stats.seconds["compile"] > 0
+    assert torch.equal(*texts)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="compares the interpreted kernels with the CPU's implementations")
 def test_equal_seeds_draw_equal_texts_on_either_path() -> None:
     here, there = (_sampled_elsewhere(interpret) for interpret in ("1", "0"))
