@@ -64,6 +64,20 @@ class Decoder:
         self.target.prefill([prompt[:-1] for prompt in prompts])
         self.drafter.begin(prompts, n_slots)
 
+    def admit(self, state: BatchState, row: int, prompt: Tensor, max_new_tokens: int, seed: Tensor) -> None:
+        """Begin another text, between two steps, in a row whose own has ended.
+
+        Args:
+            prompt: [length] int64, at least one token. seed: [] int64.
+
+        Raises:
+            ValueError: the row has no room for prompt and new tokens.
+        """
+        state.admit(row, prompt, max_new_tokens, seed)
+        self._make_room(len(prompt))
+        self.target.prefill([prompt[:-1] if i == row else prompt[:0] for i in range(len(state.lengths))])
+        self.drafter.admit(row, prompt)
+
     def step(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Tensor:
         """Draft, verify, accept and commit, on the device.
 
@@ -133,6 +147,18 @@ class Decoder:
                     start = time.perf_counter()  # what the caller does is not decoding
         finally:  # also when the caller has had enough
             self.stats.count_positions(state)
+
+    def warm_up(self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int) -> None:
+        """Run every step once, or as often as recording it takes, that a batch like this comes to."""
+        seeds, no_ends = (torch.zeros(n, dtype=torch.int64) for n in (len(prompts), 0))
+        state = self._begin(prompts, max_new_tokens, seeds, no_ends)
+        n_batch = len(state.lengths)
+        sizes = {n_batch, *range(1, len(prompts) + 1)} if self.steps.keeps_buffers else {n_batch}
+        shapes = {len(live): live for live in (self.live_for(n, n_batch) for n in sizes)}
+        for size in sorted(shapes, reverse=True):  # what is recorded first makes the pool: the largest
+            for _ in range(3 if self.steps.keeps_buffers else 1):
+                state.finished.copy_(torch.arange(n_batch) >= size)
+                self._step_for(law, n_batch, size)(state, law, shapes[size])
 
     @staticmethod
     def _emitted(report: list[list[int]], ended: list[bool]) -> list[Emitted]:

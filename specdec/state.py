@@ -82,6 +82,24 @@ class BatchState:
         self.proposed.zero_()
         self.accepted.zero_()
 
+    def admit(self, row: int, prompt: Tensor, max_new_tokens: int, seed: Tensor) -> None:
+        """Begin another text in a row whose own has ended; the other rows go on.
+
+        Args:
+            prompt: [length] int64, at least one token. seed: [] int64.
+
+        Raises:
+            ValueError: the row has no room for prompt and new tokens.
+        """
+        length, n_columns = len(prompt), self.tokens.shape[1]
+        if length + max_new_tokens + 1 > n_columns:
+            raise ValueError(f"{length} tokens and {max_new_tokens} new ones do not fit into {n_columns} columns")
+        self.tokens[row].zero_()
+        self.tokens[row, :length] = prompt
+        self.lengths[row], self.limits[row] = length - 1, length + max_new_tokens
+        self.seeds[row] = seed
+        self.finished[row] = self.broken[row] = False
+
     def _mark_dynamic(self) -> None:
         """One compiled step serves texts of any length, and one serves all batches of several samples."""
         torch._dynamo.maybe_mark_dynamic(self.tokens, 1)

@@ -197,9 +197,8 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     return devices
 
 
-@pytest.mark.parametrize("call", ["generate", "warmup"])
 def test_the_models_gpu_is_the_current_one(
-    call: str, current: list[torch.device], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    current: list[torch.device], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran_on = []
 
@@ -210,13 +209,9 @@ def test_the_models_gpu_is_the_current_one(
         yield [Emitted(0, [8], True)]
 
     monkeypatch.setattr(Decoder, "run", run)
-    monkeypatch.setattr(specdec.api.Handle, "_decoder", lambda *_: object.__new__(Decoder))
-    monkeypatch.setattr(specdec.api.SamplingLaw, "from_processors", lambda *_: None)
-    wrapped = _wrap(model)
-    if call == "warmup":
-        wrapped.specdec.warmup()
-    else:
-        assert wrapped.generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
+    monkeypatch.setattr(specdec.handle.Handle, "_decoder", lambda *_: object.__new__(Decoder))
+    monkeypatch.setattr(specdec.sampling.SamplingLaw, "from_processors", lambda *_: None)
+    assert _wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
     assert ran_on == [1, 1]
     assert [device.index for device in current] == [0]
 
@@ -441,3 +436,17 @@ def test_a_vocabulary_resized_after_compile(fresh: Tiny, prompts: Prompts) -> No
     draft.resize_token_embeddings(101)
     expected = model.generate(**prompts([6]), max_new_tokens=8)
     assert torch.equal(wrapped.generate(**prompts([6]), max_new_tokens=8), expected)
+
+
+@pytest.mark.parametrize("given", [{"batch_sizes": ()}, {"batch_sizes": (2, 0)}, {"max_length": 1}])
+def test_a_warmup_of_nothing_is_named(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        _wrap(model).specdec.warmup(**given)
+
+
+def test_a_warmup_takes_what_generate_takes(model: PreTrainedModel) -> None:
+    wrapped = _wrap(model)
+    with pytest.raises(ValueError, match="do_smaple"):
+        wrapped.specdec.warmup(do_smaple=True)
+    wrapped.generate(IDS, max_new_tokens=2)  # and is over
+    assert wrapped.specdec.stats.tokens == 4

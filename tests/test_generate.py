@@ -84,7 +84,7 @@ def test_max_time_stops_early_with_a_true_beginning(tiny: Tiny, model: PreTraine
         depth = 1
 
         def __init__(self) -> None:
-            self.inner = specdec.api.NgramDrafter(1)
+            self.inner = specdec.drafters.ngram.NgramDrafter(1)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.inner, name)
@@ -206,7 +206,9 @@ def test_stats_add_up(do_sample: bool, wrapped: PreTrainedModel, prompts: Prompt
 
 
 def test_warmup_leaves_no_trace(wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts) -> None:
-    for do_sample in (False, True):
-        wrapped.specdec.warmup(batch_size=2, do_sample=do_sample)
+    seeds = wrapped.specdec.seeds = torch.arange(len(RAGGED))
+    for settings in ({}, {"do_sample": True, "top_p": 0.9}):
+        wrapped.specdec.warmup(batch_sizes=(2, 3), max_length=40, **settings)
     assert wrapped.specdec.stats.to_dict() == specdec.stats.Stats().to_dict()
+    assert torch.equal(wrapped.specdec.seeds, seeds)
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)

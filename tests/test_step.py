@@ -119,8 +119,7 @@ def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
     """200 compiled steps of ragged batches that join, finish at different times and outgrow their cache."""
     model = specdec.compile(target, draft, depth=2)
     eager = specdec.compile(target, draft, depth=2, compile=False)
-    for n_batch in (1, 2):
-        model.specdec.warmup(batch_size=n_batch, do_sample=do_sample)
+    model.specdec.warmup(batch_sizes=(1, 2), do_sample=do_sample)
     torch.manual_seed(0)
     settings = {"do_sample": do_sample, "eos_token_id": [5, 6, 7], "pad_token_id": 0}
     if do_sample:

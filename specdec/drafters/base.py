@@ -46,6 +46,9 @@ class Drafter(Protocol):
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
         """A new batch of prompts, [length] int64 each; caches need `n_slots` slots a sample."""
 
+    def admit(self, row: int, prompt: Tensor) -> None:
+        """Another prompt, [length] int64, in a row whose text has ended."""
+
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
         """Candidates for what follows each sample's pending token.
 

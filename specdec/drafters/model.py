@@ -49,6 +49,10 @@ class ModelDrafter:
         self.view.allocate(len(prompts), n_slots)
         self.view.prefill([prompt[:-2] for prompt in prompts])
 
+    def admit(self, row: int, prompt: Tensor) -> None:
+        n_batch = self.view.cache.layers[0].keys.shape[1]
+        self.view.prefill([prompt[:-2] if i == row else prompt[:0] for i in range(n_batch)])
+
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
         root, alive = state.lengths - 1, (~state.finished).long()
         # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.

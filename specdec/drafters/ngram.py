@@ -37,6 +37,9 @@ class NgramDrafter:
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
         pass
 
+    def admit(self, row: int, prompt: Tensor) -> None:
+        pass
+
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
         tokens, last = state.tokens, state.lengths[:, None]  # `last` is the pending token's place
         place = torch.arange(tokens.shape[1], device=tokens.device)

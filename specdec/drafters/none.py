@@ -26,6 +26,9 @@ class NoDrafter:
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
         pass
 
+    def admit(self, row: int, prompt: Tensor) -> None:
+        pass
+
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
         tokens = state.tokens[:, :0]
         support = tokens[..., None]
