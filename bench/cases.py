@@ -1,68 +1,26 @@
 """What the micro-benchmarks run: every op at decoding shapes, beside its reference and PyTorch as one would write it.
 
-A case states the fewest bytes and operations its op can do with: each input read once, each output written once.
-
-Letters: B samples, N nodes a tree, T = B * N tokens, G key/value heads, S slots, V vocabulary, L layers.
+Letters: B samples, N nodes a tree, T = B * N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.cache import RaggedLayer
+from bench.cache_cases import append, attention, commit, masked
+from bench.case import Case, Ways, head_shape
 from specdec.kernels.draw import draw, draw_reference
-from specdec.kernels.kv_cache import (
-    cache_table,
-    kv_append_,
-    kv_append_reference_,
-    kv_commit_,
-    kv_commit_reference_,
-)
-from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.row_law import row_law, row_law_reference
 from specdec.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from specdec.kernels.top_support import top_support, top_support_reference
-from specdec.kernels.tree_attention import tree_attention, tree_attention_reference
 from specdec.kernels.tree_mask import ancestor_words, ancestor_words_reference
 from specdec.kernels.verify import verify_chain, verify_chain_reference, verify_greedy, verify_greedy_reference
-from specdec.nodes import Nodes
-from specdec.tree import TokenTree
 from specdec.zoo import SIZES
-
-Ways = dict[str, "partial[Any]"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape.
-
-    Attributes:
-        op: the op's name. shape: the shape in words.
-        ways: from a device, the calls to compare: "op", "reference", "pytorch", ... with arguments of their own.
-        bytes, flops: what the op can't do without.
-    """
-
-    op: str
-    shape: str
-    ways: Callable[[torch.device], Ways]
-    bytes: int
-    flops: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.shape}"
-
-
-def _shape(size: str) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head dim of a model size."""
-    shape = SIZES[size]
-    return shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
 
 
 def _linear(size: str, rows: int) -> Case:
@@ -79,105 +37,22 @@ def _linear(size: str, rows: int) -> Case:
     return Case("skinny_linear", f"{size} {rows} rows", ways, 4 * (n_in * n_out), 2 * rows * n_in * n_out)
 
 
-def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """q [B, H, N, D], keys and values [B, G, S, D], additive mask [B, 1, N, S]."""
-    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
-
-
-def _attention(size: str, batch: int, n_nodes: int, n_slots: int, dtype: torch.dtype) -> Case:
-    """One layer's attention of a step over full caches. Making PyTorch's mask is not part of it."""
-    heads, groups, dim = _shape(size)
-    length = n_slots - n_nodes - 1
+def _joined_linear(size: str, part: str, rows: int) -> Case:
+    """PyTorch only: one product over weights laid end to end, beside one for each of them."""
+    heads, groups, dim = head_shape(size)
+    n_in, inner = SIZES[size]["hidden_size"], SIZES[size]["intermediate_size"]
+    outs = {"qkv": [heads * dim, groups * dim, groups * dim], "gate, up": [inner, inner]}[part]
 
     def ways(device: torch.device) -> Ways:
-        bits, depths = TokenTree.chain(n_nodes - 1).tensors(device)
-        lengths = torch.full((batch,), length, device=device)
-        counts, token = torch.full_like(lengths, n_nodes), torch.arange(batch * n_nodes, device=device)
-        nodes = Nodes.packed(lengths, counts, token, n_nodes, n_slots, bits, depths)
-        keys, values = (torch.randn(groups, batch, n_slots, dim, dtype=dtype, device=device) for _ in "kv")
-        q = torch.randn(batch * n_nodes, heads, dim, dtype=dtype, device=device)
-        args = q, keys, values, nodes.starts, lengths, nodes.node, bits[None], depths[None], 0, dim**-0.5, 0.0, None
-        mask = nodes.mask(lambda b, h, query, key: key <= query, n_slots, dtype)
-        grid = q.view(batch, n_nodes, heads, dim).transpose(1, 2)
-        found: Ways = {
-            "op": partial(tree_attention, *args),
-            "pytorch": partial(_sdpa, grid, keys.transpose(0, 1), values.transpose(0, 1), mask),
-        }
-        if device.type == "cpu":
-            found["reference"] = partial(tree_attention_reference, *args)
-            new, layer = torch.randn(batch * n_nodes, groups, dim), RaggedLayer(keys, values)
-            where = (nodes.slot, nodes.starts, lengths, nodes.node, bits, depths)
-            found["fused op"] = partial(ragged_attention, q, new, new, layer.table, *where, n_slots, 0, dim**-0.5, 0.0)
-        return found
+        x, weight = (torch.randn(n, n_in, dtype=torch.bfloat16, device=device) for n in (rows, sum(outs)))
+        return {"op": partial(F.linear, x, weight), "pytorch": partial(_linears, x, weight.split(outs))}
 
-    tokens = batch * n_nodes
-    moved = 2 * groups * batch * (length + n_nodes) * dim + 2 * tokens * heads * dim
-    flops = 4 * tokens * heads * dim * (length + n_nodes)
-    return Case("tree_attention", f"{size} B {batch} S {n_slots} N {n_nodes}", ways, dtype.itemsize * moved, flops)
+    moved = 2 * (n_in * sum(outs) + rows * (n_in + sum(outs)))
+    return Case("joined linear", f"{size} {part} T {rows}", ways, moved, 2 * rows * n_in * sum(outs))
 
 
-def _put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
-    keys.flatten(1, 2)[:, slot] = k
-    values.flatten(1, 2)[:, slot] = v
-
-
-def _append(size: str, batch: int, n_nodes: int, n_slots: int, dtype: torch.dtype) -> Case:
-    _, groups, dim = _shape(size)
-    tokens = batch * n_nodes
-
-    def ways(device: torch.device) -> Ways:
-        caches = [torch.zeros(groups, batch, n_slots, dim, dtype=dtype, device=device) for _ in "kv"]
-        new = [torch.randn(tokens, groups, dim, dtype=dtype, device=device).transpose(0, 1) for _ in "kv"]
-        slot = (torch.arange(batch)[:, None] * n_slots + n_slots // 2 + torch.arange(n_nodes)).flatten().to(device)
-        args = (*caches, *new, slot)
-        return {
-            "op": partial(kv_append_, *args),
-            "reference": partial(kv_append_reference_, *args),
-            "pytorch": partial(_put, *args),
-        }
-
-    return Case("kv_append_", f"{size} T {tokens}", ways, 4 * tokens * groups * dim * dtype.itemsize)
-
-
-def _gather(caches: list[tuple[Tensor, Tensor]], lengths: Tensor, path: Tensor) -> None:
-    places = torch.arange(path.shape[1], device=path.device)
-    for pair in caches:
-        for cache in pair:
-            source = (lengths[:, None] + path)[None, ..., None].expand(len(cache), -1, -1, cache.shape[-1])
-            target = (lengths[:, None] + places)[None, ..., None].expand_as(source)
-            cache.scatter_(2, target, cache.gather(2, source))
-
-
-def _commit(size: str, batch: int, n_path: int, n_slots: int, dtype: torch.dtype) -> Case:
-    """All layers; every accepted node but the root moves."""
-    _, groups, dim = _shape(size)
-    layers = SIZES[size]["num_hidden_layers"]
-
-    def ways(device: torch.device) -> Ways:
-        caches = [
-            tuple(torch.zeros(groups, batch, n_slots, dim, dtype=dtype, device=device) for _ in "kv")
-            for _ in range(layers)
-        ]
-        path = torch.tensor([0, *range(2, n_path + 1)], device=device).expand(batch, -1).contiguous()
-        lengths, counts = (torch.full((batch,), n, device=device) for n in (n_slots // 2, n_path))
-        row = dim * dtype.itemsize
-        return {
-            "op": partial(_keep(kv_commit_, caches), cache_table(caches), lengths, path, counts, groups, row, row),
-            "reference": partial(kv_commit_reference_, caches, lengths, path, counts),
-            "pytorch": partial(_gather, caches, lengths, path),
-        }
-
-    moved = layers * 4 * batch * (n_path - 1) * groups * dim * dtype.itemsize
-    return Case("kv_commit_", f"{size} B {batch} P {n_path}", ways, moved)
-
-
-def _keep(function: Callable[..., Any], alive: object) -> Callable[..., Any]:
-    """A function that keeps what it knows only by its address alive."""
-
-    def call(*args: Any) -> Any:
-        return function(*args) if alive else None
-
-    return call
+def _linears(x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
+    return [F.linear(x, weight) for weight in weights]
 
 
 def _logits(rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -329,10 +204,12 @@ def cpu_cases() -> Iterator[Case]:
         for rows in (3, 6, 16):
             yield _linear(size, rows)
         for batch in (1, 4):
-            yield _attention(size, batch, 6, 512, f32)
+            yield attention("ragged_attention", size, batch, 6, 512, f32)
+        for n_queries in (1, 8):
+            yield masked(size, 1, n_queries, 4096, f32)
     for size in ("25m", "300m"):
-        yield _append(size, 4, 6, 512, f32)
-        yield _commit(size, 4, 4, 512, f32)
+        yield append(size, 4, 6, 512, f32)
+        yield commit(size, 4, 4, 512, f32)
     for vocabulary in (4096, 128256):
         yield _top_support(4, vocabulary, f32)
         yield _row_law(4, vocabulary, f32)
@@ -350,13 +227,16 @@ def gpu_cases() -> Iterator[Case]:
     """Llama-3.1-8B shapes in bfloat16. Caches well below the L2's size are there to be seen, not to be judged."""
     bf16, vocabulary = torch.bfloat16, SIZES["8b"]["vocab_size"]
     for batch, n_slots in ((32, 8192), (8, 32768), (1, 131072), (32, 2048), (8, 2048), (1, 8192), (1, 2048)):
-        yield _attention("8b", batch, 16, n_slots, bf16)
+        yield attention("ragged_attention", "8b", batch, 16, n_slots, bf16)
     for batch in (1, 8, 32):
-        yield _attention("8b", batch, 1, 8192, bf16)
+        yield attention("ragged_attention", "8b", batch, 1, 8192, bf16)
+    yield attention("tree_attention", "8b", 32, 16, 8192, bf16)
+    for batch, n_queries in ((1, 1), (8, 1), (32, 1), (1, 8), (8, 8)):
+        yield masked("8b", batch, n_queries, 4096, bf16)
     for batch in (1, 32, 64):
-        yield _append("8b", batch, 16, 1024, bf16)
+        yield append("8b", batch, 16, 1024, bf16)
     for batch in (1, 8, 32):
-        yield _commit("8b", batch, 6, 512, bf16)
+        yield commit("8b", batch, 6, 512, bf16)
     for rows in (1, 16, 256):
         yield _top_support(rows, vocabulary, bf16)
     for rows in (16, 256, 512):
@@ -368,3 +248,6 @@ def gpu_cases() -> Iterator[Case]:
         yield _verify_chain(batch, 5, vocabulary, bf16)
     yield _verify_greedy(32, 15)
     yield _ancestor_words(32, 64)
+    for part in ("qkv", "gate, up"):
+        for rows in (1, 6, 48):
+            yield _joined_linear("8b", part, rows)

@@ -88,10 +88,8 @@ def main(
     out: Annotated[Path, Option(help="Folder of end_to_end.json, .md and .png.")] = Path("bench/results"),
 ) -> None:
     """Measure, print, and write a table, a plot and the raw seconds. Exits with 1 if any specdec text differs."""
-    chosen = _words(sizes, SIZES)
-    batch_sizes = [int(word) if word.isdigit() else 0 for word in batches.split(",")]
-    bad = [n for n in batch_sizes if n < 1 or (prompts % n and n <= prompts)]
-    if bad:
+    chosen, batch_sizes = words(sizes, SIZES), numbers(batches)
+    if any(prompts % n and n <= prompts for n in batch_sizes):
         raise typer.BadParameter(f"--batches {batches}: numbers that divide --prompts {prompts}, or exceed it")
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
@@ -113,7 +111,7 @@ def main(
         target, draft, tokenizer = measure.load_pair(size)
         ids = zoo.held_out_prompts(tokenizer, max(prompts, *batch_sizes), prompt_tokens)
         ways = measure.all_paths(target, draft, compiled=compile)
-        wanted = ["transformers", *(_words(paths, list(ways)) if paths else ways)]
+        wanted = ["transformers", *(words(paths, list(ways)) if paths else ways)]
         for batch in batch_sizes:
             able = {n: p for n, p in ways.items() if n in wanted and (p.max_batch is None or batch <= p.max_batch)}
             pieces = list(ids[: max(prompts, batch)].split(batch))
@@ -132,12 +130,20 @@ def main(
         raise typer.Exit(1)
 
 
-def _words(text: str, allowed: list[str] | tuple[str, ...]) -> list[str]:
-    words = text.split(",")
-    unknown = [word for word in words if word not in allowed]
-    if unknown:
+def words(text: str, allowed: list[str] | tuple[str, ...]) -> list[str]:
+    """An option's words, all of them allowed ones."""
+    found = text.split(",")
+    if unknown := [word for word in found if word not in allowed]:
         raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(allowed)}")
-    return words
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """An option's numbers, from 1 on."""
+    found = [int(word) if word.isdigit() else 0 for word in text.split(",")]
+    if min(found) < 1:
+        raise typer.BadParameter(f"{text}: numbers from 1 on, with commas between")
+    return found
 
 
 if __name__ == "__main__":

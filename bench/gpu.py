@@ -6,6 +6,7 @@ Sections, each of which can run alone (`--sections kernels,decode`); a later run
     kernels  every op against PyTorch, and against what this GPU copies and multiplies in the same run
     decode   whole `generate()` calls at Llama-3.1-8B shape in bfloat16
     steps    launches, synchronisations and device time of one decoding step, and a profiler trace
+    backend  torch.compile's backends on a static-cache loop of one's own, as `bench.backend` measures them
 
 Writes gpu.json, gpu.md, kernels.png and trace.json.gz. Large weights are made on the GPU. Exits with 1 if a test fails
 or the tests take more than half of the time, with 2 where there is no CUDA device.
@@ -22,6 +23,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,15 +34,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer import Option
 
-from bench import end_to_end, gpu_report, profile
-from bench.cases import Case, gpu_cases
+from bench import backend, end_to_end, gpu_report, profile
+from bench.case import Case
+from bench.cases import gpu_cases
 from bench.device_time import time_call
 from specdec import measure, zoo
 
-SECTIONS = ("tests", "kernels", "decode", "steps")
+SECTIONS = ("tests", "kernels", "decode", "steps", "backend")
 WAYS = ("transformers", "transformers_assisted", "specdec_plain", "specdec")
 SIZE, BATCHES, PROMPT_TOKENS, NEW_TOKENS, REPEATS = "8b", (1, 8, 32), 64, 96, 2
 DEVICE, ROOF_ELEMENTS, ROOF_SIDE = "cuda", 2**30, 8192
+CAPACITY, BACKEND_BATCHES, BACKEND_FED = 2048, (1, 8), (1, 8)
 TESTS = ("-m", "(kernels or gpu) and not aot", "tests")
 
 
@@ -159,6 +164,26 @@ def run_steps(clock: Clock, console: Console, out: Path) -> list[dict[str, Any]]
     return rows
 
 
+def run_backend(clock: Clock, console: Console) -> dict[str, Any]:
+    """One table a batch size and number of tokens fed; as long as the one before it took is taken to be needed."""
+    model, _, tokenizer = measure.load_pair(SIZE, torch.bfloat16, DEVICE)
+    ids = zoo.held_out_prompts(tokenizer, max(BACKEND_BATCHES), PROMPT_TOKENS).to(DEVICE)
+    settings = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": REPEATS, "dtype": "bfloat16"}
+    result: dict[str, Any] = {"settings": settings, "results": []}
+    seconds = 120.0
+    for batch, fed in product(BACKEND_BATCHES, BACKEND_FED):
+        name = f"batch {batch}, {fed} a call"
+        if not clock.has(seconds):
+            result["results"].append({"error": f"{name}: not run, out of time"})
+            continue
+        left = clock.left
+        shape = partial(backend.measure_shape, SIZE, model, ids[:batch], CAPACITY, fed, settings, console)
+        result["results"].append(_guarded(shape, name))
+        seconds = left - clock.left
+        torch.compiler.reset()  # lets go of the recorded graphs' memory
+    return result
+
+
 def _guarded(work: Any, name: str) -> dict[str, Any]:
     """What `work` returns; a failure becomes part of the result, and the rest still runs."""
     try:
@@ -202,6 +227,7 @@ def main(
         "kernels": lambda: run_kernels(clock, console),
         "decode": lambda: run_decode(clock, console),
         "steps": lambda: run_steps(clock, console, out),
+        "backend": lambda: run_backend(clock, console),
     }
     for section in sections.split(","):
         start = time.monotonic()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import backend_report, report
 
 
 def _row(cells: list[str]) -> str:
@@ -20,7 +20,8 @@ def _kernels(result: dict[str, Any]) -> list[str]:
         f"Roofs measured in this run: copy {roofs['bytes_per_second'] / 1e9:.0f} GB/s, bfloat16 product "
         f"{roofs['flops_per_second'] / 1e12:.0f} TFLOP/s; an empty kernel takes {roofs['launch_seconds'] * 1e6:.1f} µs "
         "by the same clock. *floor*: the fewest bytes or operations, at these roofs. Medians of calls replayed from a "
-        "CUDA graph, each after a buffer larger than the L2 cache was overwritten, which is not timed.", "",
+        "CUDA graph, each after a buffer larger than the L2 cache was overwritten, which is not timed. "
+        "*joined linear*: PyTorch only, one product over weights laid end to end beside one for each.", "",
         _row(["op", "shape", "µs", "floor µs", "of roof", "PyTorch µs", "PyTorch / op"]),
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
@@ -62,6 +63,13 @@ def _decode(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _backend(result: dict[str, Any]) -> list[str]:
+    lines = ["", "## torch.compile backend", "", backend_report.method(result["settings"])]
+    for entry in result["results"]:
+        lines += ["", entry["error"]] if "error" in entry else backend_report.section(entry)
+    return lines
+
+
 def _steps(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "", "## Steps", "",
@@ -86,17 +94,12 @@ def _tests(result: dict[str, Any]) -> list[str]:
     return ["", "## Tests", "", result["summary"], *(f"- {line}" for line in result["failed"])]
 
 
-_SECTIONS = {"tests": _tests, "kernels": _kernels, "decode": _decode, "steps": _steps}
+_SECTIONS = {"tests": _tests, "kernels": _kernels, "decode": _decode, "steps": _steps, "backend": _backend}
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Everything, with the command, the machine and the versions it came from."""
-    machine = result["machine"]
-    lines = [
-        "# On a GPU", "", f"    {result['command']}", "",
-        f"{result['date']}; {machine.get('gpu')}, {machine['cpu']}, {machine['cores']} cores; "
-        + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
-    ]  # fmt: skip
+    lines = report.heading("On a GPU", result)[:-1]
     for name, section in _SECTIONS.items():
         if name in result:
             part = result[name]

@@ -10,11 +10,11 @@ from typing import Any
 from specdec import measure
 
 COMMAND = "python -m pytest bench/test_ops.py --benchmark-only --benchmark-json ops.json"
-HEADER = ("op", "shape", "op µs", "GB/s", "GFLOP/s", "fused op µs", "reference µs", "PyTorch µs", "PyTorch / best")
+HEADER = ("op", "shape", "op µs", "GB/s", "GFLOP/s", "reference µs", "PyTorch µs", "PyTorch / op")
 
 
 def rows(benchmarks: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """One line a case: medians of every way to compute it; the rates are those of the op, or of the fused op."""
+    """One line a case: medians of every way to compute it; the rates are those of the op."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for one in benchmarks:
         cases.setdefault(one["group"], {})[one["params"]["way"]] = one
@@ -22,13 +22,12 @@ def rows(benchmarks: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for case, ways in cases.items():
         op, _, shape = case.partition(" ")
         micro = {way: 1e6 * one["stats"]["median"] for way, one in ways.items()}
-        best = min((way for way in ("op", "fused op") if way in micro), key=lambda way: micro[way])
-        rate = ways[best]["extra_info"]
+        rate = ways["op"]["extra_info"]
         lines.append(
             (
                 op, shape, f"{micro['op']:.1f}", f"{rate['gigabytes_per_second']:.1f}", f"{rate['gigaflops']:.1f}",
-                *(f"{micro[way]:.1f}" if way in micro else "" for way in ("fused op", "reference", "pytorch")),
-                f"{micro['pytorch'] / micro[best]:.2f}×",
+                *(f"{micro[way]:.1f}" if way in micro else "" for way in ("reference", "pytorch")),
+                f"{micro['pytorch'] / micro['op']:.2f}×",
             )
         )  # fmt: skip
     return lines
@@ -43,8 +42,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['datetime'][:10]}; {hardware}; " + ", ".join(f"{k} {v}" for k, v in measure.versions().items()) + ".",
         "",
         "Medians of 50 rounds. On a CPU an op made of PyTorch operations runs compiled, as inside a step. *PyTorch*: "
-        "the same work as one would write it. *fused op*: `ragged_attention`, which also writes the new keys and "
-        "values. Rates count the fewest bytes and operations the work can do with.", "",
+        "the same work as one would write it. Rates count the fewest bytes and operations the work can do with.", "",
         "| " + " | ".join(HEADER) + " |", "| --- | --- |" + " ---: |" * (len(HEADER) - 2),
     ]  # fmt: skip
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(result["benchmarks"])), ""])

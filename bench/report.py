@@ -1,4 +1,4 @@
-"""The result of `bench.end_to_end` as a terminal table, Markdown, JSON and a plot."""
+"""The result of `bench.end_to_end` as a terminal table, Markdown, JSON and a plot, and what other reports share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 HEADER = ("", "tokens/s", "vs transformers", "tokens/step", "text", "first call")
+LEFT = ("", "text")  # columns of words; the others hold numbers
 COLORS = {
     "transformers_compiled": "0.45",
     "transformers_lookup": "0.62",
@@ -22,11 +23,15 @@ COLORS = {
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One way's line of the table."""
     per_step = f"{row['tokens_per_step']:.2f}" if "tokens_per_step" in row else ""
-    same = "identical" if row["identical"] else f"first {row['common']:.0%}"
     return (
-        row["label"], f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}×", per_step, same,
+        row["label"], f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}×", per_step, same_text(row),
         f"{row['first_call_seconds']:.1f} s",
     )  # fmt: skip
+
+
+def same_text(row: dict[str, Any]) -> str:
+    """Whether a way wrote the expected tokens, or the share of them before the first that differs."""
+    return "identical" if row["identical"] else f"first {row['common']:.0%}"
 
 
 def title(entry: dict[str, Any]) -> str:
@@ -37,27 +42,40 @@ def title(entry: dict[str, Any]) -> str:
 
 def table(entry: dict[str, Any]) -> Table:
     """One size and batch, for a terminal."""
-    out = Table(title=f"\n{title(entry)}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    return terminal_table(title(entry), HEADER, {cells(row): row["identical"] for row in entry["paths"]})
+
+
+def terminal_table(title: str, header: tuple[str, ...], rows: dict[tuple[str, ...], bool]) -> Table:
+    """A table for a terminal; rows of which something is wrong, marked False, are red."""
+    out = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     out.header_style = "dim"
-    for column in HEADER:
-        out.add_column(column, justify="left" if column in ("", "text") else "right")
-    for row in entry["paths"]:
-        out.add_row(*cells(row), style="" if row["identical"] else "red")
+    for column in header:
+        out.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
+    for row, is_right in rows.items():
+        out.add_row(*row, style="" if is_right else "red")
     return out
+
+
+def markdown_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A table under a title of its own, in Markdown."""
+    marks = ["---" if column in LEFT else "---:" for column in header]
+    return ["", f"## {title}", "", *("| " + " | ".join(row) + " |" for row in (header, marks, *rows))]
+
+
+def heading(name: str, result: dict[str, Any]) -> list[str]:
+    """A report's title, and the command, the machine and the versions it came from."""
+    machine = result["machine"]
+    hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    hardware += f", {machine['gpu']}" if "gpu" in machine else ""
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return [f"# {name}", "", f"    {result['command']}", "", f"{result['date']}; {hardware}; {versions}.", ""]
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Everything, with the command, the machine and the versions it came from."""
-    settings, machine = result["settings"], dict(result["machine"])
-    hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    hardware += f", {machine['gpu']}" if "gpu" in machine else ""
+    settings = result["settings"]
     lines = [
-        "# End to end",
-        "",
-        f"    {result['command']}",
-        "",
-        f"{result['date']}; {hardware}; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
-        "",
+        *heading("End to end", result),
         f"Greedy, float32, {settings['prompts']} held-out prompts of {settings['prompt_tokens']} tokens, "
         f"{settings['new_tokens']} new tokens each, end of text switched off. Medians of {settings['repeats']} "
         "interleaved rounds; the first call of each way, which compiles where there is something to compile, is "
@@ -73,14 +91,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def section(entry: dict[str, Any]) -> list[str]:
     """One size and batch, in Markdown."""
-    lines = [
-        "",
-        f"## {title(entry)}",
-        "",
-        "| " + " | ".join(HEADER) + " |",
-        "| --- | ---: | ---: | ---: | --- | ---: |",
-    ]
-    return lines + ["| " + " | ".join(cells(row)) + " |" for row in entry["paths"]]
+    return markdown_table(title(entry), HEADER, [cells(row) for row in entry["paths"]])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Case, cpu_cases, gpu_cases
+from bench.case import Case
+from bench.cases import cpu_cases, gpu_cases
 from specdec.kernels.library import OPS
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 CASES = list(gpu_cases() if GPU else cpu_cases())
-WAYS = ("op", "fused op", "reference", "pytorch")
+WAYS = ("op", "reference", "pytorch")
 COPIES = 4
 
 
 def ready(calls: list[partial[Any]], op: str, way: str) -> Callable[[], object]:
     """One call after the other, in a circle; compiled where a step would compile."""
     functions: list[Callable[[], object]] = list(calls)
-    if way == "op" and OPS[op].inline and not GPU:
+    if way == "op" and not GPU and OPS[op].inline:
         torch._dynamo.reset()
         compiled = torch.compile(calls[0].func, fullgraph=True)
         functions = [partial(compiled, *call.args) for call in calls]

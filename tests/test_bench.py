@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 import triton
+import typer
 from rich.console import Console
+from torch import Tensor
 
-from bench import cases, device_time, gpu, gpu_report
+from bench import backend, cache_cases, cases, device_time, gpu, gpu_report
+from bench.case import Case
 from bench.device_time import Timing
-from specdec import measure
+from specdec import measure, zoo
+from specdec.graphs.passes import PASSES
 
 
 def _time_call(call: Callable[[], object]) -> Timing:
@@ -28,14 +32,50 @@ def _time_call(call: Callable[[], object]) -> Timing:
     return Timing(time.perf_counter() - start)
 
 
-def _small_cases() -> list[cases.Case]:
+def _small_cases() -> list[Case]:
     bf16 = torch.bfloat16
     return [
-        cases._attention("25m", 2, 4, 64, torch.float32), cases._append("25m", 2, 4, 64, bf16),
-        cases._commit("25m", 2, 3, 64, bf16), cases._top_support(2, 300, bf16), cases._row_law(2, 300, bf16, 50, 0.9),
-        cases._row_law(2, 300, bf16), cases._draw(2, 300), cases._verify_chain(2, 3, 300, bf16),
-        cases._verify_greedy(2, 3), cases._ancestor_words(2, 5),
+        *_small_attention(), cache_cases.append("25m", 2, 4, 64, bf16), cache_cases.commit("25m", 2, 3, 64, bf16),
+        cases._top_support(2, 300, bf16), cases._row_law(2, 300, bf16, 50, 0.9), cases._row_law(2, 300, bf16),
+        cases._draw(2, 300), cases._verify_chain(2, 3, 300, bf16), cases._verify_greedy(2, 3),
+        cases._ancestor_words(2, 5), cases._joined_linear("25m", "qkv", 3),
     ]  # fmt: skip
+
+
+def _small_attention() -> list[Case]:
+    return [
+        cache_cases.attention("ragged_attention", "25m", 2, 4, 64, torch.float32),
+        cache_cases.attention("tree_attention", "25m", 2, 4, 64, torch.float32),
+        cache_cases.masked("25m", 2, 4, 64, torch.float32),
+    ]
+
+
+@pytest.mark.parametrize("case", _small_attention(), ids=str)
+def test_ways_of_attention_compute_the_same(case: Case) -> None:
+    """What is compared by the clock is the same work, in layouts of its own."""
+    ways = case.ways(torch.device("cpu"))
+    out = ways["op"]()
+    torch.testing.assert_close(ways["reference"](), out)
+    if case.op != "masked_attention":  # [T, H, D], beside PyTorch's [B, H, N, D]
+        out = out.view(2, 4, *out.shape[1:]).transpose(1, 2)
+    torch.testing.assert_close(ways["pytorch"](), out)
+
+
+def test_joined_products_hold_the_separate_ones() -> None:
+    for part, n_parts in (("qkv", 3), ("gate, up", 2)):
+        ways = cases._joined_linear("25m", part, 3).ways(torch.device("cpu"))
+        separate = ways["pytorch"]()
+        assert len(separate) == n_parts
+        torch.testing.assert_close(torch.cat(separate, -1), ways["op"]())
+
+
+def test_only_visible_keys_are_counted() -> None:
+    """25m: 8 query heads over 4 of keys and values, 64 numbers each, float32."""
+    ragged, tree, masked = _small_attention()
+    entry, rows = 2 * 4 * 64 * 4, 2 * 2 * 4 * 8 * 64 * 4  # keys and values of a slot; queries and results
+    assert tree.bytes == 2 * 63 * entry + rows
+    assert ragged.bytes == tree.bytes + 2 * 4 * entry
+    assert masked.bytes == 2 * 16 * entry + rows + 2 * 4 * 64
 
 
 @pytest.fixture
@@ -43,9 +83,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {
         "SIZE": "bundled", "BATCHES": (1, 2), "PROMPT_TOKENS": 8, "NEW_TOKENS": 4, "REPEATS": 1, "DEVICE": "cpu",
         "ROOF_ELEMENTS": 2**12, "ROOF_SIDE": 32, "time_call": _time_call, "gpu_cases": _small_cases,
+        "CAPACITY": 64, "BACKEND_BATCHES": (2,), "BACKEND_FED": (2,),
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(backend, "all_ways", lambda device: {"transformers": None, "inductor": {"backend": "eager"}})
     all_paths = measure.all_paths
     monkeypatch.setattr(measure, "all_paths", lambda target, draft: all_paths(target, draft, compiled=False))
 
@@ -56,7 +98,7 @@ def test_every_section_runs_and_is_reported(small: None, tmp_path: Path) -> None
         "command": "x", "date": measure.today(), "versions": measure.versions(), "machine": measure.machine(),
         "tests": {"exit_code": 1, "summary": "1 failed, 2 passed", "failed": ["FAILED tests/a.py::b"], "tail": []},
         "kernels": gpu.run_kernels(clock, console), "decode": gpu.run_decode(clock, console),
-        "steps": gpu.run_steps(clock, console, tmp_path),
+        "steps": gpu.run_steps(clock, console, tmp_path), "backend": gpu.run_backend(clock, console),
     }  # fmt: skip
     assert "error" not in json.dumps(result)
     assert [c["op"] for c in result["kernels"]["cases"]] == [c.op for c in _small_cases()]
@@ -66,10 +108,20 @@ def test_every_section_runs_and_is_reported(small: None, tmp_path: Path) -> None
     ]  # fmt: skip
     assert len(result["steps"]) == 6
     assert all(row["milliseconds"] > 0 for row in result["steps"])
+    (shape,) = result["backend"]["results"]
+    assert (shape["batch"], shape["capacity"], shape["fed"]) == (2, 64, 2)
+    assert [(row["way"], row["identical"]) for row in shape["ways"]] == [("transformers", True), ("inductor", True)]
     gpu_report.write(result, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "kernels.png", "trace.json.gz"}
     text = (tmp_path / "gpu.md").read_text()
-    for words in ("1 failed, 2 passed", "tree_attention", "batch 2", "transformers, assisted", "graph launches"):
+    for words in (
+        "1 failed, 2 passed",
+        "tree_attention",
+        "batch 2",
+        "transformers, assisted",
+        "graph launches",
+        "2 tokens a call",
+    ):
         assert words in text
     assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(result))
 
@@ -81,13 +133,74 @@ def test_what_fails_or_does_not_fit_is_said(small: None, tmp_path: Path, monkeyp
     monkeypatch.setattr(gpu, "time_case", fail)
     kernels = gpu.run_kernels(gpu.Clock(9), Console(quiet=True))
     assert len(kernels["cases"]) == len(_small_cases())
-    decode = gpu.run_decode(gpu.Clock(0.1), Console(quiet=True))
+    clock = gpu.Clock(0.1)
+    decode, loops = (run(clock, Console(quiet=True)) for run in (gpu.run_decode, gpu.run_backend))
     result = {"command": "x", "date": "", "versions": {}, "machine": measure.machine()}
-    gpu_report.write(result | {"kernels": kernels, "decode": decode, "steps": {"error": "steps: broken"}}, tmp_path)
+    gpu_report.write(
+        result | {"kernels": kernels, "decode": decode, "steps": {"error": "steps: broken"}, "backend": loops}, tmp_path
+    )
     text = (tmp_path / "gpu.md").read_text()
     assert "tree_attention 25m B 2 S 64 N 4: ValueError: no such kernel" in text
     assert "batch 1: not run, out of time" in text
+    assert "batch 2, 2 a call: not run, out of time" in text
     assert "steps: broken" in text
+
+
+@torch.no_grad()
+def test_a_loop_feeds_its_own_token_and_the_known_ones() -> None:
+    model, _, tokenizer = measure.load_pair("bundled")
+    prompts = zoo.held_out_prompts(tokenizer, 2, 8)
+    fed: list[Tensor] = []
+
+    def forward(input_ids: Tensor, **given: Any) -> Any:
+        fed.append(input_ids)
+        return model(input_ids=input_ids, **given)
+
+    loop = backend.Loop(model, forward, prompts, 64)
+    expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=7, do_sample=False)[
+        :, 8:
+    ]
+    text = loop(torch.empty(2, 6, dtype=torch.long), 1)
+    assert torch.equal(torch.cat([loop.first, text], 1), expected)
+    assert torch.equal(torch.cat(fed, 1), expected[:, :-1])
+    fed.clear()
+    assert torch.equal(loop(text, 3), text)  # from the prompt's end again
+    assert [tuple(tokens.shape) for tokens in fed] == [(2, 3), (2, 3)]
+    wrong = text.clone()
+    wrong[:, 1] = 0
+    assert torch.equal(loop(wrong, 3)[:, :2], text[:, :2])  # what follows the first token and the first draft
+    assert not torch.equal(loop(wrong, 3), text)
+
+
+def test_every_pass_is_measured_alone_and_recordings_on_a_gpu() -> None:
+    assert list(backend.all_ways("cpu")) == ["transformers", "inductor", "specdec", *(f"only {p}" for p in PASSES)]
+    more = set(backend.all_ways("cuda")) - set(backend.all_ways("cpu"))
+    assert more == {"inductor, reduce-overhead", "specdec, reduce-overhead"}
+
+
+def test_backends_that_write_other_tokens_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return lambda *given: [x.flip(-1) for x in gm(*given)]
+
+    ways = {"transformers": None, "inductor": {"backend": "eager"}, "specdec": {"backend": wrong}}
+    monkeypatch.setattr(backend, "all_ways", lambda device: ways)
+    monkeypatch.setattr(backend, "FED", (1, 2))
+    with pytest.raises(typer.Exit) as exit:
+        backend.main("bundled", "1", "80", new_tokens=3, repeats=2, out=tmp_path)
+    assert exit.value.exit_code == 1
+    result = json.loads((tmp_path / "backend.json").read_text())
+    assert result["settings"]["new_tokens"] == 4
+    assert [entry["fed"] for entry in result["results"]] == [1, 2]
+    for entry in result["results"]:
+        same = {row["way"]: row["identical"] for row in entry["ways"]}
+        assert same == {"transformers": True, "inductor": True, "specdec": False}
+        assert next(row["ratio"] for row in entry["ways"] if row["way"] == "inductor") == 1
+        assert all(len(row["milliseconds"]) == 2 and min(row["milliseconds"]) > 0 for row in entry["ways"])
+    text = (tmp_path / "backend.md").read_text()
+    for words in ("capacity 80, 1 token a call", "2 tokens a call", "| specdec |", "first 0%", "identical"):
+        assert words in text
+    with pytest.raises(typer.BadParameter, match="68 tokens do not fit"):
+        backend.main("bundled", "1", "67", new_tokens=3, repeats=2, out=tmp_path)
 
 
 @pytest.mark.parametrize(
