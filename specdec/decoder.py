@@ -127,22 +127,24 @@ class Decoder:
         state = self._begin(prompts, max_new_tokens, seeds, eos_ids)
         self.stats.seconds["prefill"] += time.perf_counter() - start
 
-        ended, longest = [False] * len(prompts), max(len(p) for p in prompts)
-        limit = longest + max_new_tokens  # room for which is all that buffers that stay in place ever need
+        ended, lengths = [False] * len(prompts), [len(p) for p in prompts]
+        limit = max(lengths) + max_new_tokens  # room for which is all that buffers that stay in place ever need
         on_the_way: deque[Readback] = deque()
         start = time.perf_counter()
         try:
             while not all(ended):
-                self._make_room(longest)
+                unread = len(on_the_way) * (self.drafter.depth + 1)  # at most; what came of them is not known yet
+                self._make_room(min(max(lengths) + unread, limit))
                 live = self.live_for(ended.count(False), len(state.lengths))
                 step = self._step_for(law, len(state.lengths), len(live))
                 on_the_way.append(Readback(step(state, law, live)))
-                longest = min(longest + self.drafter.depth + 1, limit)
                 if len(on_the_way) > self.steps.lag:
                     # The one host read, between two steps: what was added decides which samples go on.
                     emitted = self._emitted(on_the_way.popleft().wait(), ended)
                     seconds = time.perf_counter() - start
                     self.stats.count_step(len(emitted), seconds, compiling=self.steps.was_compiling)
+                    for piece in emitted:
+                        lengths[piece.row] += len(piece.tokens)
                     yield emitted
                     start = time.perf_counter()  # what the caller does is not decoding
         finally:  # also when the caller has had enough

@@ -117,13 +117,13 @@ class Handle:
                     raise Unsupported("a streamer with a batch of several samples")
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 decoder = self._decoder(self._draft if draft is None else draft)
+                with _current(model.device), torch.inference_mode(False), torch.no_grad():
+                    if self._is_warming_up:
+                        decoder.warm_up(request.prompts, request.law, request.max_new_tokens)
+                        return input_ids
+                    texts = self._run(decoder, request, streamer)
             except Unsupported as reason:
                 return self._fall_back(str(reason), parents_loop)
-            with _current(model.device), torch.inference_mode(False), torch.no_grad():
-                if self._is_warming_up:
-                    decoder.warm_up(request.prompts, request.law, request.max_new_tokens)
-                    return input_ids
-                texts = self._run(decoder, request, streamer)
         finally:
             self._running.release()
         return _assemble(input_ids, texts, generation_config._pad_token_tensor)
@@ -137,18 +137,25 @@ class Handle:
         texts: list[list[int]] = [[] for _ in range(n_batch)]
         ended = [False] * n_batch
         prompts = [p.clone() for p in request.prompts]
-        for emitted in decoder.run(prompts, request.law, request.max_new_tokens, seeds, request.eos_ids):
-            for piece in emitted:
-                texts[piece.row] += piece.tokens
-                ended[piece.row] = piece.finished
-                self.stats.tokens += len(piece.tokens)
-                if streamer is not None:
-                    for token in piece.tokens:
-                        streamer.put(torch.tensor([token]))
-            if request.deadline is not None and time.time() > request.deadline:
-                shortest = min((len(t) for t, e in zip(texts, ended, strict=True) if not e), default=None)
-                texts = [t if e else t[:shortest] for t, e in zip(texts, ended, strict=True)]
-                break
+        try:
+            for emitted in decoder.run(prompts, request.law, request.max_new_tokens, seeds, request.eos_ids):
+                for piece in emitted:
+                    texts[piece.row] += piece.tokens
+                    ended[piece.row] = piece.finished
+                    self.stats.tokens += len(piece.tokens)
+                    if streamer is not None:
+                        for token in piece.tokens:
+                            streamer.put(torch.tensor([token]))
+                if request.deadline is not None and time.time() > request.deadline:
+                    shortest = min((len(t) for t, e in zip(texts, ended, strict=True) if not e), default=None)
+                    texts = [t if e else t[:shortest] for t, e in zip(texts, ended, strict=True)]
+                    break
+        except torch.OutOfMemoryError:
+            self._decoders, self._target = {}, None  # with their buffers
+            if streamer is not None and any(texts):  # another loop would hand these tokens out again
+                raise
+            longest = max(map(len, prompts)) + request.max_new_tokens
+            raise Unsupported(f"out of memory for {n_batch} texts of {longest} tokens") from None
         if streamer is not None:
             streamer.end()
         return texts

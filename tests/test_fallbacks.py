@@ -17,6 +17,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from specdec.cache import RaggedCache
+
 
 def _same_by_falling_back(wrapped: PreTrainedModel, model: PreTrainedModel, reason: str, **arguments: Any) -> Any:
     torch.manual_seed(3)
@@ -116,3 +118,49 @@ def test_an_assistant_that_does_not_fit_falls_back(model: PreTrainedModel, tiny:
     with pytest.warns(UserWarning, match="specdec runs transformers' own loop: drafts of type opt"):
         out = wrapped.generate(**prompts([9]), max_new_tokens=6, assistant_model=tiny("opt"))
     assert torch.equal(out, expected)
+
+
+def test_out_of_memory_falls_back_and_frees_what_was_made(
+    tiny: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    wrapped = wrap(model, "ngram")
+    same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
+    decoder = wrapped.specdec._decoder("ngram")
+
+    def full(self: RaggedCache, *_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RaggedCache, "allocate", full)
+        longest = max(RAGGED) + 300
+        _same_by_falling_back(
+            wrapped, model, f"out of memory for {len(RAGGED)} texts of {longest} tokens", **prompts(RAGGED),
+            max_new_tokens=300,
+        )  # fmt: skip
+    assert wrapped.specdec._decoder("ngram") is not decoder
+    same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
+
+
+
+def test_out_of_memory_after_tokens_were_streamed_is_raised(
+    tiny: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another loop would hand out the same tokens again."""
+    wrapped = wrap(tiny("llama"), "ngram")
+    put: list[int] = []
+
+    class Streamer:
+        def put(self, value: Tensor) -> None:
+            put.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            pass
+
+    def full(self: RaggedCache, *_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(RaggedCache, "grow", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        wrapped.generate(**prompts([4]), max_new_tokens=400, streamer=Streamer())
+    assert 200 < len(put) < 400

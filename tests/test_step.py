@@ -119,11 +119,11 @@ def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
     """200 compiled steps of ragged batches that join, finish at different times and outgrow their cache."""
     model = specdec.compile(target, draft, depth=2)
     eager = specdec.compile(target, draft, depth=2, compile=False)
-    model.specdec.warmup(batch_sizes=(1, 2), do_sample=do_sample)
     torch.manual_seed(0)
     settings = {"do_sample": do_sample, "eos_token_id": [5, 6, 7], "pad_token_id": 0}
     if do_sample:
         settings |= {"top_k": 0, "temperature": 1.0}
+    model.specdec.warmup(batch_sizes=(1, 2), **settings)
     with torch._dynamo.config.patch(error_on_recompile=True):
         while model.specdec.stats.steps < 200:
             n_batch = int(torch.randint(1, 6, ()))
