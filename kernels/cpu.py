@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections.abc import Callable
 from functools import cache
 
 _PRELUDE = r"""
@@ -17,29 +18,51 @@ _PRELUDE = r"""
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #else
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-constexpr int LANES = 16;
+// A vector is one register of the machine, EACH its lanes; TALL rows by four vectors of sums leave room in them all.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TALL = 6;
+#define EACH(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TALL = 2;
+#define EACH(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)
+#else
+constexpr int LANES = 4, TALL = 2;
+#define EACH(f) f(0), f(1), f(2), f(3)
+#endif
+#if defined(__clang__)
+#define SHUFFLE(x, y, f) __builtin_shufflevector(x, y, EACH(f))
+#else
+#define SHUFFLE(x, y, f) __builtin_shuffle(x, y, ivec{EACH(f)})
+#endif
+
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int ivec __attribute__((vector_size(LANES * sizeof(int))));
 
 static inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof(v)); return v; }
 static inline void store(float* p, const vec& v) { std::memcpy(p, &v, sizeof(v)); }
 
+// x and y are runs of 2 * W lanes: the sums of the two halves of each, those of x before those of y.
+template <int W>
+static inline vec halved(const vec& x, const vec& y) {
+#define FIRST(i) ((i) & -W) + (i)
+#define SECOND(i) FIRST(i) + W
+  return SHUFFLE(x, y, FIRST) + SHUFFLE(x, y, SECOND);
+}
+
+template <int W = LANES / 2>
 static inline float total(const vec& v) {
-  typedef float half __attribute__((vector_size(LANES / 2 * sizeof(float))));
-  typedef float quarter __attribute__((vector_size(LANES / 4 * sizeof(float))));
-  half h[2];
-  quarter q[2];
-  std::memcpy(h, &v, sizeof(v));
-  h[0] += h[1];
-  std::memcpy(q, h, sizeof(h[0]));
-  q[0] += q[1];
-  return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
+  const vec sums = halved<W>(v, v);
+  if constexpr (W > 1) return total<W / 2>(sums);
+  return sums[0];
 }
 
 // out[r, c] = x[r] . w[c] for ROWS rows of x and COLS rows of w: ROWS * COLS accumulators in registers.
@@ -98,3 +121,14 @@ def build(source: str) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(_PRELUDE + source)
+
+
+@cache
+def bind(source: str, types: str) -> Callable[..., None]:
+    """The function `kernel` of `source` with arguments of these types, pointers as tensors, as Inductor calls its own.
+
+    A call by `ctypes` costs five times as much, and knows addresses only: it can't tell a tensor from a number.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    return CppPythonBindingsCodeCache.load_pybinding(types.split(", "), _PRELUDE + source)

@@ -12,7 +12,7 @@ Letters: B samples, H query heads, G key/value heads, Q queries, S slots, D head
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels import cpu_attention
-from specdec.kernels.cpu import build
+from specdec.kernels.cpu import bind
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.tree_attention import blocks, combine, n_splits
 
@@ -45,13 +45,12 @@ static void find_range(
 
 template <typename M>
 static void attend(
-    const float* q, const float* k, const float* v, const M* mask, float* out, const int64_t* strides, int64_t B,
-    int64_t H, int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, float scale, int64_t threads) {
+    const float* q, const float* k, const float* v, const M* mask, float* out, int64_t B, int64_t H, int64_t G,
+    int64_t Q, int64_t S, int64_t D, int64_t DV, int64_t k_sample, int64_t k_head, int64_t v_sample, int64_t v_head,
+    int64_t m_sample, int64_t m_head, int64_t m_query, float scale, int64_t threads) {
   const int64_t group = H / G, rows = group * Q;
-  const int64_t k_sample = strides[0], k_head = strides[1], v_sample = strides[2], v_head = strides[3];
-  const int64_t m_sample = strides[4], m_head = strides[5], m_query = strides[6];
   const auto seen = [](M m) { return sizeof(M) == 1 ? m != 0 : m > -INFINITY; };
-  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && B * G * rows * S * D > 1 << 20)
+  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && B * H * Q * S * D > ENOUGH)
   for (int64_t task = 0; task < B * G; task++) {
     const int64_t b = task / G, g = task % G;
     const M* const own = mask + b * m_sample + g * group * m_head;
@@ -61,48 +60,41 @@ static void attend(
     const int64_t n = end > first ? end - first : 0;
     const float* const keys = k + b * k_sample + g * k_head + first * D;
     const float* const values = v + b * v_sample + g * v_head + first * DV;
-    std::vector<float> buffer(rows * (D + DV + n));
-    float* const x = buffer.data();      // [rows, D], row = head * Q + query
-    float* const y = x + rows * D;       // [rows, DV]
-    float* const p = y + rows * DV;      // [rows, n]
-    for (int64_t i = 0; i < rows * D; i++) x[i] = scale * q[(b * H + g * group) * Q * D + i];
-    int64_t s = 0;
-    for (; s + 4 <= n; s += 4) columns<4>(x, keys + s * D, p + s, rows, n, D);
-    for (; s < n; s++) columns<1>(x, keys + s * D, p + s, rows, n, D);
+    const auto [stride, X, turns, p, x, y, sums] = Rows(rows, n, D, DV);  // row = head * Q + query
+    for (int64_t row = 0; row < rows; row++) scaled(q + ((b * H + g * group) * Q + row) * D, x + row * X, scale, D);
+    products(x, keys, p, turns, rows, stride, n, D);
     for (int64_t row = 0; row < rows; row++) {
-      float* const score = p + row * n;
+      float* const score = p + row * stride;
       const M* const m = own + (row / Q) * m_head + (row % Q) * m_query + first;
       for (int64_t i = 0; i < n; i++)
         score[i] = sizeof(M) == 1 ? (m[i] ? score[i] : -INFINITY) : score[i] + float(m[i]);
-      const float sum = exponentials(score, n);
-      for (int64_t i = 0; i < n; i++) score[i] /= sum;
+      sums[row] = exponentials(score, n);
     }
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) weigh_rows<4>(p + row * n, values, y + row * DV, n, n, DV);
-    for (; row < rows; row++) weigh_rows<1>(p + row * n, values, y + row * DV, n, n, DV);
-    for (row = 0; row < rows; row++)
-      std::memcpy(out + ((b * Q + row % Q) * H + g * group + row / Q) * DV, y + row * DV, DV * sizeof(float));
+    weigh_values<false>(p, values, y, rows, stride, n, DV);
+    for (int64_t row = 0; row < rows; row++)
+      scaled(y + row * DV, out + ((b * Q + row % Q) * H + g * group + row / Q) * DV, 1 / sums[row], DV);
   }
 }
 
-#define ENTRY(NAME, M)                                                                                               \
-  extern "C" void NAME(                                                                                              \
-      const float* q, const float* k, const float* v, const M* mask, float* out, const int64_t* strides, int64_t B,  \
-      int64_t H, int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, float scale, int64_t threads) {             \
-    attend<M>(q, k, v, mask, out, strides, B, H, G, Q, S, D, DV, scale, threads);                                    \
-  }
-ENTRY(attend_bool, uint8_t)
-ENTRY(attend_float, float)
+extern "C" void kernel(
+    const float* q, const float* k, const float* v, const void* mask, float* out, int64_t is_bool, int64_t B,
+    int64_t H, int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, int64_t k_sample, int64_t k_head,
+    int64_t v_sample, int64_t v_head, int64_t m_sample, int64_t m_head, int64_t m_query, float scale,
+    int64_t threads) {
+  const auto call = [&](const auto* own) {
+    attend(q, k, v, own, out, B, H, G, Q, S, D, DV, k_sample, k_head, v_sample, v_head, m_sample, m_head, m_query,
+           scale, threads);
+  };
+  if (is_bool) call(static_cast<const uint8_t*>(mask));
+  else call(static_cast<const float*>(mask));
+}
 """
 
 
 @cache
-def _kernel(name: str) -> ctypes._NamedFuncPointer:
-    function = getattr(build(cpu_attention.SOURCE + _SOURCE), name)
-    number = ctypes.c_int64
-    function.argtypes = [ctypes.c_void_p] * 6 + [number] * 7 + [ctypes.c_float, number]
-    function.restype = None
-    return function
+def _kernel() -> Callable[..., None]:
+    types = ["float*"] * 3 + ["void*", "float*"] + ["int64_t"] * 15 + ["float", "int64_t"]
+    return bind(cpu_attention.SOURCE + _SOURCE, ", ".join(types))
 
 
 def masked_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -128,11 +120,9 @@ def masked_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
     k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
     mask = mask.expand(n_batch, n_heads, n_queries, n_slots)
     mask = mask if mask.stride(3) == 1 else mask.contiguous()
-    strides = (ctypes.c_int64 * 7)(*k.stride()[:2], *v.stride()[:2], *mask.stride()[:3])
-    q = q.contiguous()
-    _kernel("attend_bool" if mask.dtype == torch.bool else "attend_float")(
-        *(x.data_ptr() for x in (q, k, v, mask, out)), ctypes.addressof(strides), n_batch, n_heads, n_groups,
-        n_queries, n_slots, dim, dim_v, scale, torch.get_num_threads(),
+    _kernel()(
+        q.contiguous(), k, v, mask, out, mask.dtype == torch.bool, n_batch, n_heads, n_groups, n_queries, n_slots, dim,
+        dim_v, *k.stride()[:2], *v.stride()[:2], *mask.stride()[:3], scale, torch.get_num_threads(),
     )  # fmt: skip
     return out.transpose(1, 2)
 

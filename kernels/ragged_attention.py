@@ -15,14 +15,14 @@ Letters: B samples, T tokens, H query heads, G key/value heads, S slots, D head 
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from specdec.kernels import cpu_attention
-from specdec.kernels.cpu import build
+from specdec.kernels.cpu import bind
 from specdec.kernels.kv_cache import alignment, kv_append_reference_
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.tree_attention import start_kernels, tree_attention_reference
@@ -41,7 +41,7 @@ def ragged_attention_reference(
 
 
 _SOURCE = r"""
-extern "C" void ragged_attention(
+extern "C" void kernel(
     const float* q, const float* k, const float* v, float* out, const int64_t* table, const int64_t* slot,
     const int64_t* starts, const int64_t* lengths, const int64_t* node, const int64_t* bits, const int64_t* depths,
     int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t W, int64_t S, int64_t window, float scale,
@@ -50,10 +50,9 @@ extern "C" void ragged_attention(
   float* const v_cache = reinterpret_cast<float*>(table[1]);
   const int64_t group = H / G;
   int64_t work = 0;
-  for (int64_t b = 0; b < B; b++) work += (starts[b + 1] - starts[b]) * group * D * lengths[b];
-  const bool parallel = B * G > 1 && work > 65536 * B;
+  for (int64_t b = 0; b < B; b++) work += (starts[b + 1] - starts[b]) * H * D * lengths[b];
   std::memset(out + starts[B] * H * D, 0, (T - starts[B]) * H * D * sizeof(float));  // tokens of no sample
-  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (parallel)
+  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && work > ENOUGH)
   for (int64_t task = 0; task < B * G; task++) {
     const int64_t b = task / G, g = task % G, length = lengths[b], from = starts[b];
     const int64_t R = starts[b + 1] - from, rows = group * R;
@@ -67,17 +66,12 @@ extern "C" void ragged_attention(
       std::memcpy(v_cache + (g * B * S + slot[t]) * D, v + (t * G + g) * D, D * sizeof(float));
       n = end > n ? end : n;
     }
-    std::vector<float> buffer(rows * (2 * D + n));
-    float* const x = buffer.data();      // [rows, D], row = r * group + head
-    float* const y = x + rows * D;       // [rows, D]
-    float* const p = y + rows * D;       // [rows, n]
-    for (int64_t r = 0; r < R; r++)
-      for (int64_t i = 0; i < group * D; i++) x[r * group * D + i] = scale * q[((from + r) * H + g * group) * D + i];
-    int64_t s = 0;
-    for (; s + 4 <= n; s += 4) columns<4>(x, keys + s * D, p + s, rows, n, D);
-    for (; s < n; s++) columns<1>(x, keys + s * D, p + s, rows, n, D);
+    const auto [stride, X, turns, p, x, y, sums] = Rows(rows, n, D, D);  // row = r * group + head
+    for (int64_t row = 0; row < rows; row++)
+      scaled(q + ((from + row / group) * H + g * group + row % group) * D, x + row * X, scale, D);
+    products(x, keys, p, turns, rows, stride, n, D);
     for (int64_t row = 0; row < rows; row++) {
-      float* const score = p + row * n;
+      float* const score = p + row * stride;
       const int64_t own = node[from + row / group], position = length + depths[own];
       if (softcap > 0)
         for (int64_t i = 0; i < n; i++) score[i] = softcap * std::tanh(score[i] / softcap);
@@ -89,31 +83,26 @@ extern "C" void ragged_attention(
         const bool seen = (bits[own * W + other / 64] >> (other % 64)) & 1;
         if (!seen || (window > 0 && position - (length + depths[other]) >= window)) score[i] = -INFINITY;
       }
-      const float sum = exponentials(score + first, n - first);
-      for (int64_t i = first; i < n; i++) score[i] /= sum;
+      sums[row] = exponentials(score + first, n - first);
     }
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) weigh_rows<4>(p + row * n, values, y + row * D, committed, n, D);
-    for (; row < rows; row++) weigh_rows<1>(p + row * n, values, y + row * D, committed, n, D);
-    for (int64_t r = 0; r < R; r++)
-      std::memcpy(out + ((from + r) * H + g * group) * D, y + r * group * D, group * D * sizeof(float));
+    weigh_values<false>(p, values, y, rows, stride, committed, D);
+    weigh_values<true>(p + committed, values + committed * D, y, rows, stride, n - committed, D);  // of own ancestors
+    for (int64_t row = 0; row < rows; row++)
+      scaled(y + row * D, out + ((from + row / group) * H + g * group + row % group) * D, 1 / sums[row], D);
   }
 }
 """
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not all(x.dtype == q.dtype and x.is_contiguous() for x in (q, k, v)):
+    if not (q.dtype == k.dtype == v.dtype and q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
         raise ValueError("ragged_attention: q, k and v are contiguous, and of one dtype")
 
 
 @cache
-def _kernel() -> ctypes._NamedFuncPointer:
-    function = build(cpu_attention.SOURCE + _SOURCE).ragged_attention
-    number, real = ctypes.c_int64, ctypes.c_float
-    function.argtypes = [ctypes.c_void_p] * 11 + [number] * 8 + [real, real, number]
-    function.restype = None
-    return function
+def _kernel() -> Callable[..., None]:
+    types = ["float*"] * 4 + ["int64_t*"] * 7 + ["int64_t"] * 8 + ["float", "float", "int64_t"]
+    return bind(cpu_attention.SOURCE + _SOURCE, ", ".join(types))
 
 
 def ragged_attention_cpu(
@@ -151,10 +140,10 @@ def ragged_attention_cpu(
     if q.dtype != torch.float32:
         raise ValueError(f"ragged_attention: on a CPU float32 only, not {q.dtype}")
     out = torch.empty_like(q)
-    tensors = (q, k, v, out, table, slot, starts, lengths, node, bits, depths)
+    n_tokens, n_heads, dim = q.shape
     _kernel()(
-        *(t.data_ptr() for t in tensors), len(lengths), *q.shape[:2], k.shape[1], q.shape[2], bits.shape[1], n_slots,
-        window, scale, softcap, torch.get_num_threads(),
+        q, k, v, out, table, slot, starts, lengths, node, bits, depths, lengths.shape[0], n_tokens, n_heads,
+        k.shape[1], dim, bits.shape[1], n_slots, window, scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -90,6 +90,17 @@ def test_a_query_that_sees_nothing_gives_zero(device: torch.device) -> None:
     torch.testing.assert_close(out[:, :, 1], v[:, :1, 7].expand(-1, 2, -1))
 
 
+def test_nothing_is_left_over_from_the_call_before(device: torch.device) -> None:
+    """Odd head dims are padded, in memory that is used again."""
+    shape = (1, 4, 2, 3, 40, 33, 33)
+    mask = _holes(shape).to(device)
+    longer = (x.to(device).fill_(torch.nan) for x in _inputs((*shape[:5], 36, 36)))
+    assert masked_attention(*longer, mask, 0.25).isnan().all()
+    q, k, v = _inputs(shape)
+    out = masked_attention(*(x.to(device) for x in (q, k, v)), mask, 0.25)
+    torch.testing.assert_close(out.cpu().double(), _expected(q, k, v, mask.cpu(), 0.25), atol=3e-6, rtol=3e-6)
+
+
 def test_strides_do_not_matter(device: torch.device) -> None:
     """A cache that is a slice of a longer one, or laid out in another order."""
     q, k, v = (x.to(device) for x in _inputs((2, 4, 2, 3, 70, 16, 16)))

@@ -13,7 +13,12 @@ from torch import Tensor
 from specdec.kernels import tree_attention as module
 from specdec.kernels.kv_cache import cache_table
 from specdec.kernels.library import runs_triton
-from specdec.kernels.ragged_attention import ragged_attention, ragged_attention_reference, ragged_attention_triton
+from specdec.kernels.ragged_attention import (
+    ragged_attention,
+    ragged_attention_cpu,
+    ragged_attention_reference,
+    ragged_attention_triton,
+)
 from specdec.kernels.tree_mask import n_words
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
@@ -154,6 +159,52 @@ def test_a_sample_does_not_depend_on_those_beside_it(device):
         for mine, other in zip(alone.caches, together.caches, strict=True):
             torch.testing.assert_close(mine[:, 0], other[:, b, :n_slots], atol=0, rtol=0, equal_nan=True)
         start += count
+
+
+@pytest.mark.parametrize(("n_heads", "n_groups", "dim"), [(1, 1, 64), (3, 1, 32), (4, 2, 24)])
+def test_a_token_does_not_depend_on_those_after_it(device, n_heads, n_groups, dim):
+    """However many rows go through the C++ kernel together, each has its one order of summation."""
+
+    def attend(count):
+        case = Case(device, [count], [37], "chain", n_heads, n_groups, dim, nobody=0)
+        case.q, case.new = whole.q[:count], [x[:count] for x in whole.new]
+        case.caches = [x[:, :, : case.caches[0].shape[2]].clone() for x in whole.caches]
+        return ragged_attention(*case.args)
+
+    whole = Case(device, [6], [37], "chain", n_heads, n_groups, dim, nobody=0)
+    tolerance = whole.tolerance if runs_triton(whole.q) else 0
+    together = attend(6)
+    for count in range(1, 6):
+        torch.testing.assert_close(attend(count), together[:count], atol=tolerance, rtol=tolerance)
+
+
+def test_threads_share_the_work_and_nothing_else():
+    """Enough of it for the C++ kernel to wake them."""
+    case = Case(torch.device("cpu"), [10, 3, 10], [2000, 90, 1500], n_heads=8, n_groups=4)
+    before, outs = torch.get_num_threads(), []
+    for n_threads in (1, 3, 3, 3, before):
+        torch.set_num_threads(n_threads)
+        outs.append(ragged_attention_cpu(*case.args))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_a_nan_stays_in_its_branch():
+    """In C++, where a weight of zero keeps a value out, and a query that is NaN is not one that sees nothing."""
+    case = Case(torch.device("cpu"), [10], [20], nobody=0)
+    clean, sick = ragged_attention_cpu(*case.args), 1
+    for x in case.new:
+        x[sick] = math.nan
+    out = ragged_attention_cpu(*case.args)
+    below = torch.tensor([sick, 4, 5, 7, 8])  # of the bush
+    assert out[below].isnan().all()
+    others = [node for node in range(10) if node not in below]
+    assert torch.equal(out[others], clean[others])
+
+    case = Case(torch.device("cpu"), [10], [20], nobody=0)
+    case.q[3] = math.nan
+    out = ragged_attention_cpu(*case.args)
+    assert out[3].isnan().all()
+    assert torch.equal(out[:3], clean[:3])
 
 
 def test_large_scores_neither_overflow_nor_lose_the_small(device):
