@@ -58,11 +58,19 @@ static inline vec halved(const vec& x, const vec& y) {
   return SHUFFLE(x, y, FIRST) + SHUFFLE(x, y, SECOND);
 }
 
-template <int W = LANES / 2>
-static inline float total(const vec& v) {
-  const vec sums = halved<W>(v, v);
-  if constexpr (W > 1) return total<W / 2>(sums);
-  return sums[0];
+template <int W>
+static inline vec folded(const vec& v) {
+  if constexpr (W > 0) return folded<W / 2>(halved<W>(v, v));
+  return v;
+}
+
+static inline float total(const vec& v) { return folded<LANES / 2>(v)[0]; }
+
+// out[c] = total(v[c]) of four vectors.
+static inline void totals(const vec* v, float* out) {
+  const vec pairs = halved<LANES / 4>(halved<LANES / 2>(v[0], v[1]), halved<LANES / 2>(v[2], v[3]));
+  const vec sums = folded<LANES / 8>(pairs);
+  std::memcpy(out, &sums, 4 * sizeof(float));
 }
 
 // out[r, c] = x[r] . w[c] for ROWS rows of x and COLS rows of w: ROWS * COLS accumulators in registers.
@@ -81,12 +89,13 @@ static inline void tile(const float* x, const float* w, float* out, int64_t stri
       for (int c = 0; c < COLS; c++) acc[r][c] += a * b[c];
     }
   }
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < COLS; c++) {
-      float sum = total(acc[r][c]);
-      for (int64_t j = k; j < K; j++) sum += x[r * K + j] * w[c * K + j];
-      out[r * stride + c] = sum;
-    }
+  for (int r = 0; r < ROWS; r++) {
+    float* const sums = out + r * stride;
+    if constexpr (COLS == 4) totals(acc[r], sums);
+    else for (int c = 0; c < COLS; c++) sums[c] = total(acc[r][c]);
+    for (int c = 0; c < COLS; c++)
+      for (int64_t j = k; j < K; j++) sums[c] += x[r * K + j] * w[c * K + j];
+  }
 }
 
 // out[r, c] for any number of rows of x and COLS rows of w.

@@ -13,14 +13,14 @@ Letters: T rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.cpu import build
+from specdec.kernels.cpu import bind
 from specdec.kernels.library import register
 
 MAX_ROWS = 16
@@ -29,7 +29,7 @@ MIN_WEIGHTS = 2**18
 """Below this (1 MiB) weights stay in the cache, and the library is as fast."""
 
 _SOURCE = r"""
-extern "C" void skinny_linear(
+extern "C" void kernel(
     const float* x, const float* w, float* out, int64_t T, int64_t N, int64_t K, int64_t threads) {
   #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < (N + 3) / 4; block++) {
@@ -42,11 +42,8 @@ extern "C" void skinny_linear(
 
 
 @cache
-def _kernel() -> ctypes._NamedFuncPointer:
-    function = build(_SOURCE).skinny_linear
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
-    function.restype = None
-    return function
+def _kernel() -> Callable[..., None]:
+    return bind(_SOURCE, ", ".join(["float*"] * 3 + ["int64_t"] * 4))
 
 
 def skinny_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ def skinny_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], n_out)
-    _kernel()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_rows, n_out, n_in, torch.get_num_threads())
+    _kernel()(x, weight, out, n_rows, n_out, n_in, torch.get_num_threads())
     return out
 
 
