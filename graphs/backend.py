@@ -60,9 +60,9 @@ def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Sequence[str],
     known = torch._inductor.list_options()
     if strangers := [name for name in theirs if name not in known]:
         raise ValueError(f"neither specdec nor Inductor has an option {strangers[0]!r}; specdec's own is 'passes'")
-    # A decode step is many small kernels: on a GPU they are replayed as one CUDA graph unless the user says otherwise.
-    on_gpu = {"triton.cudagraphs": True} if torch.cuda.is_available() else {}
-    return names, {**on_gpu, **(torch._inductor.list_mode_options(mode) if mode else {}), **theirs}
+    # A decode step is many small kernels: on a GPU one CUDA graph replays them, unless mode or options say otherwise.
+    default = {"triton.cudagraphs": True} if torch.cuda.is_available() else {}
+    return names, {**(torch._inductor.list_mode_options(mode) if mode else default), **theirs}
 
 
 def _unsupported(example_inputs: Sequence[Any]) -> str | None:

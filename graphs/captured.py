@@ -11,6 +11,7 @@ next may overwrite: a step's report is copied out before the next step.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -34,8 +35,9 @@ class Recording:
     """
 
     def __init__(self, step: Callable[..., Tensor], arguments: tuple[Any, ...], pool: Any) -> None:
-        self.arguments = arguments  # kept: their memory must not be used for anything else
-        self._given: SamplingLaw = arguments[1]
+        state, self._given, live = arguments
+        # Kept: their memory must not be used for anything else. The law is a copy, because others' numbers go into it.
+        self.arguments = state, copy.deepcopy(self._given), live
         self._replay = self._record(step, pool)
 
     def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:

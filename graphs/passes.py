@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from specdec.kernels.cpu import has_compiler
+from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import runs_triton
 from specdec.kernels.masked_attention import MAX_QUERIES
 from specdec.kernels.skinny_linear import MAX_ROWS, MIN_WEIGHTS
@@ -31,50 +33,97 @@ def attention_over_a_padded_cache(graph: fx.Graph) -> int:
     """
     n_replaced = 0
     for node in graph.find_nodes(op="call_function", target=torch._C._nn.scaled_dot_product_attention):
-        given = dict(zip(_SDPA, node.args, strict=False)) | node.kwargs
-        if reason := _keeps_sdpa(given):
+        given = _arguments(node, "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        if reason := _keeps_sdpa(node, given):
             log.info("%s stays as it is: %s", node.name, reason)
             continue
-        q = given["query"]
-        scale = given.get("scale")
-        repeated = given["key"], given["value"]
-        k, v = (_before_repeat(x) for x in repeated)
+        q, mask, scale = given["query"], given["attn_mask"], given.get("scale")
+        repeated = [given["key"], given["value"]]
+        sources = [_before_repeat(x, node) for x in repeated]
+        if not _same(_value(sources[0]).shape[1], _value(sources[1]).shape[1]):
+            sources = repeated
         with graph.inserting_before(node):
-            new = graph.call_function(
-                torch.ops.specdec.masked_attention.default,
-                (q, k, v, given["attn_mask"], _value(q).shape[-1] ** -0.5 if scale is None else scale),
-            )
+            scale = _value(q).shape[-1] ** -0.5 if scale is None else scale
+            new = graph.call_function(torch.ops.specdec.masked_attention.default, (q, *sources, mask, scale))
+            if not _same(_value(node).stride(1), _value(node).shape[3]):  # heads are not neighbours there
+                new = graph.call_method("contiguous", (new,))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        for node, source in zip(repeated, (k, v), strict=True):
-            _forget(node, source)
+        for x, source in dict(zip(repeated, sources, strict=True)).items():
+            _forget(x, source)
         n_replaced += 1
     return n_replaced
 
 
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-
-
-def _keeps_sdpa(given: dict[str, Any]) -> str | None:
+def _keeps_sdpa(node: fx.Node, given: dict[str, Any]) -> str | None:
     """Why a call is not ours to replace."""
-    q, k, v, mask = (_value(given[name]) for name in ("query", "key", "value", "attn_mask"))
+    q, k, v, mask = tensors = [_value(given[name]) for name in ("query", "key", "value", "attn_mask")]
     if mask is None:
         return "it has no mask, so there is nothing to skip"
     if given.get("dropout_p", 0) or given.get("is_causal", False):
         return "dropout, or causal on top of a mask"
-    if any(x.ndim != 4 for x in (q, k, v, mask)) or any(x.dtype != q.dtype for x in (k, v)):
-        return "queries, keys, values and mask do not all have four dimensions, or differ in dtype"
-    if mask.dtype not in (torch.bool, q.dtype):
-        return f"a mask of {mask.dtype} on queries of {q.dtype}"
-    if not isinstance(q.shape[2], int) or q.shape[2] > MAX_QUERIES:
-        return f"{q.shape[2]} queries, more than {MAX_QUERIES} or not known beforehand"
-    if not (runs_triton(q) or (q.is_cpu and q.dtype == torch.float32 and has_compiler())):
+    if reason := _is_special(node, q, k, v):
+        return reason
+    if mask.dtype not in (torch.bool, q.dtype) or any(x.ndim != 4 for x in tensors):
+        return f"a mask of {mask.dtype} on queries of {q.dtype}, or other than four dimensions"
+    if not all(isinstance(n, int) for n in (*q.shape[1:], k.shape[1], v.shape[1], v.shape[3])):
+        return "heads, queries or head dim are not known beforehand"
+    if q.shape[2] > MAX_QUERIES:
+        return f"{q.shape[2]} queries, more than {MAX_QUERIES}"
+    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1] or not all(_same(x.shape[0], q.shape[0]) for x in (k, v)):
+        return "queries, keys and values do not have the same batch, or heads that do not fit together"
+    if not (runs_triton(q) or has_kernels(q)):
         return f"no kernel for {q.dtype} on {q.device.type} here"
     return None
 
 
-def _before_repeat(node: fx.Node) -> fx.Node:
-    """The keys [B, G, S, D] that `repeat_kv` made [B, H, S, D] of, or the node itself."""
+def linear_of_few_rows(graph: fx.Graph) -> int:
+    """Linear layers of large float32 weights on a CPU: stream the weights once while the rows are few."""
+    n_replaced = 0
+    for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
+        given = _arguments(node, "input", "weight", "bias")
+        x, weight, bias = given["input"], given["weight"], given.get("bias")
+        if reason := _keeps_linear(node, _value(x), _value(weight)):
+            log.debug("%s stays as it is: %s", node.name, reason)
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(torch.ops.specdec.skinny_linear.default, (x, weight))
+            if bias is not None:
+                new = graph.call_function(operator.add, (new, bias))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        n_replaced += 1
+    return n_replaced
+
+
+def _keeps_linear(node: fx.Node, x: Tensor, weight: Tensor) -> str | None:
+    """Why a call is not ours to replace."""
+    if reason := _is_special(node, x, weight):
+        return reason
+    if not has_kernels(weight):
+        return f"no kernel for {weight.dtype} on {weight.device.type} here"
+    n_weights = math.prod(weight.shape)
+    if not isinstance(n_weights, int) or n_weights < MIN_WEIGHTS or weight.ndim != 2 or not weight.is_contiguous():
+        return f"a weight {list(weight.shape)}, less than {MIN_WEIGHTS} numbers or not contiguous"
+    n_rows = math.prod(x.shape[:-1])  # `Size.numel` would make a constant of a symbol
+    if isinstance(n_rows, int) and not 2 < n_rows <= MAX_ROWS:
+        return f"{n_rows} rows, not 3 to {MAX_ROWS}"
+    return None
+
+
+def _is_special(node: fx.Node, *tensors: Any) -> str | None:
+    """Why a call is more than arithmetic on plain tensors of one dtype."""
+    if any(type(x) is not FakeTensor for x in (_value(node), *tensors)):
+        return "tensors of other classes"
+    if _value(node).requires_grad:
+        return "it may be differentiated"
+    if any(x.dtype != _value(node).dtype for x in tensors):
+        return f"its inputs are {[x.dtype for x in tensors]} and its output {_value(node).dtype}"
+    return None
+
+
+def _before_repeat(node: fx.Node, user: fx.Node) -> fx.Node:
+    """The keys [B, G, S, D] that `repeat_kv` made [B, H, S, D] of for `user`, or the node itself."""
     if not _is_call(node, "call_method", "reshape") or not _is_call(node.args[0], "call_method", "expand"):
         return node
     expanded: Any = node.args[0]
@@ -84,12 +133,26 @@ def _before_repeat(node: fx.Node) -> fx.Node:
     source = indexed.args[0]
     n_batch, n_groups, n_slots, dim = _value(source).shape
     repeats = _value(expanded).shape[2]
-    repeated = (n_batch, n_groups, repeats, n_slots, dim), (n_batch, n_groups * repeats, n_slots, dim)
-    return source if (_value(expanded).shape, _value(node).shape) == repeated else node
+    repeated = n_batch, n_groups, repeats, n_slots, dim, n_batch, n_groups * repeats, n_slots, dim
+    if not all(map(_same, (*_value(expanded).shape, *_value(node).shape), repeated)):
+        return node
+    between = node
+    while between is not user:  # the repeated keys are a copy: what was written into the source since is not in it
+        if _may_write(between):
+            return node
+        between = between.next
+    return source
 
 
 _ALL = slice(None, None, None)
 _NEW_HEADS = (_ALL, _ALL, None, _ALL, _ALL)  # x[:, :, None, :, :]
+
+
+def _may_write(node: fx.Node) -> bool:
+    """Whether a call may change a tensor in place: methods and functions whose names end in _, and assignments."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and (name.endswith("_") or "out" in node.kwargs or node.target is operator.setitem)
 
 
 def _forget(node: fx.Node, source: fx.Node) -> None:
@@ -103,38 +166,18 @@ def _forget(node: fx.Node, source: fx.Node) -> None:
         node = before
 
 
-def linear_of_few_rows(graph: fx.Graph) -> int:
-    """Linear layers of large float32 weights on a CPU: stream the weights once while the rows are few."""
-    n_replaced = 0
-    for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
-        x, weight, bias = (*node.args, node.kwargs.get("bias"))[:3]
-        if reason := _keeps_linear(_value(x), _value(weight)):
-            log.debug("%s stays as it is: %s", node.name, reason)
-            continue
-        with graph.inserting_before(node):
-            new = graph.call_function(torch.ops.specdec.skinny_linear.default, (x, weight))
-            if bias is not None:
-                new = graph.call_function(operator.add, (new, bias))
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        n_replaced += 1
-    return n_replaced
-
-
-def _keeps_linear(x: Tensor, weight: Tensor) -> str | None:
-    """Why a call is not ours to replace."""
-    n_rows = math.prod(x.shape[:-1])  # `Size.numel` would make a constant of a symbol
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not has_compiler():
-        return f"no kernel for {weight.dtype} on {weight.device.type} here"
-    if weight.numel() < MIN_WEIGHTS or not weight.is_contiguous():
-        return f"a weight {list(weight.shape)}, less than {MIN_WEIGHTS} numbers or not contiguous"
-    if isinstance(n_rows, int) and not 2 < n_rows <= MAX_ROWS:
-        return f"{n_rows} rows, not 3 to {MAX_ROWS}"
-    return None
+def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def _is_call(node: object, op: str, target: object) -> bool:
     return isinstance(node, fx.Node) and node.op == op and node.target == target
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for all that is known; asking adds no guard."""
+    return statically_known_true(a == b)
 
 
 def _value(node: Any) -> Any:

@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 
+import torch
+
 _PRELUDE = r"""
 #include <cmath>
 #include <cstdint>
@@ -122,6 +124,11 @@ static inline void columns(const float* x, const float* w, float* out, int64_t r
 def has_compiler() -> bool:
     """Whether a C++ compiler is at hand: Inductor needs one on a CPU, and so do these kernels."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the C++ kernels are for tensors like this one."""
+    return tensor.is_cpu and tensor.dtype == torch.float32 and has_compiler()
 
 
 @cache

@@ -167,7 +167,8 @@ def _masked_attention_kernel(
                             float("-inf"))  # fmt: skip
         else:
             bias = tl.load(p_mask[:, None] + o_key[None, :] * stride_ms, mask=is_there, other=float("-inf"))
-            bias = bias.to(tl.float32) * 1.4426950408889634
+            # The lowest finite number stays finite, and above `top`'s first value: alone, it means an even law.
+            bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias.to(tl.float32) * 1.4426950408889634, -2.9e38))
         if tl.max(tl.max(bias, 1), 0) > float("-inf"):  # else nobody sees these keys, and nothing reads them
             own_k = (o_key < n_slots)[:, None] & (o_d < HEAD_D)[None, :]
             own_v = (o_key < n_slots)[:, None] & (o_dv < HEAD_DV)[None, :]

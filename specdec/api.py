@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import cache
 from typing import Any
 
@@ -38,11 +37,7 @@ def compile(  # the name is the point: specdec.compile
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
-    handle = Handle(model, draft, Config(**options))
-    wrapped = object.__new__(_subclass(type(model)))  # type: ignore[arg-type]
-    wrapped.__dict__ = dict(model.__dict__, specdec=handle)
-    handle.wrapped = weakref.ref(wrapped)
-    return wrapped
+    return Handle(model, draft, Config(**options)).attach(_subclass(type(model)))  # type: ignore[arg-type]
 
 
 def _restore(model: PreTrainedModel, draft: Any, config: Config) -> PreTrainedModel:

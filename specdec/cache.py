@@ -70,6 +70,13 @@ class RaggedCache(Cache):
         self.layers = []  # the memory of the old one may be needed for the new one
         self.layers = [RaggedLayer(*(like.new_zeros(shape) for _ in "kv")) for shape in wanted]
 
+    def clear(self, row: int) -> None:
+        """Zeros for one sample, as `allocate` leaves them for all: what is left there may be NaN."""
+        for layer in self.layers:
+            if not runs_triton(layer.keys):
+                layer.keys[:, row].zero_()
+                layer.values[:, row].zero_()
+
     @property
     def n_slots(self) -> int:
         return self.layers[0].keys.shape[2]

@@ -64,6 +64,7 @@ class Decoder:
         self.target.prefill([prompt[:-1] for prompt in prompts])
         self.drafter.begin(prompts, n_slots)
 
+    @torch.no_grad()
     def admit(self, state: BatchState, row: int, prompt: Tensor, max_new_tokens: int, seed: Tensor) -> None:
         """Begin another text, between two steps, in a row whose own has ended.
 
@@ -75,7 +76,7 @@ class Decoder:
         """
         state.admit(row, prompt, max_new_tokens, seed)
         self._make_room(len(prompt))
-        self.target.prefill([prompt[:-1] if i == row else prompt[:0] for i in range(len(state.lengths))])
+        self.target.admit(row, prompt[:-1])
         self.drafter.admit(row, prompt)
 
     def step(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Tensor:
@@ -150,10 +151,9 @@ class Decoder:
         finally:  # also when the caller has had enough
             self.stats.count_positions(state)
 
-    def warm_up(self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int) -> None:
+    def warm_up(self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, eos_ids: Tensor) -> None:
         """Run every step once, or as often as recording it takes, that a batch like this comes to."""
-        seeds, no_ends = (torch.zeros(n, dtype=torch.int64) for n in (len(prompts), 0))
-        state = self._begin(prompts, max_new_tokens, seeds, no_ends)
+        state = self._begin(prompts, max_new_tokens, torch.zeros(len(prompts), dtype=torch.int64), eos_ids)
         n_batch = len(state.lengths)
         sizes = {n_batch, *range(1, len(prompts) + 1)} if self.steps.keeps_buffers else {n_batch}
         shapes = {len(live): live for live in (self.live_for(n, n_batch) for n in sizes)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,7 +23,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
-from specdec.request import Request, Unsupported, check_model, moving_rope
+from specdec.request import Request, Unsupported, check_model, has_own_forward, moving_rope
 from specdec.stats import Stats
 from specdec.view import SUPPORTED_MODEL_TYPES, ModelView
 
@@ -35,10 +34,7 @@ class Handle:
     Attributes:
         stats: what happened so far (`specdec.stats.Stats`).
         config: the options given to `compile`.
-        wrapped: the model this hangs on.
     """
-
-    wrapped: weakref.ref[PreTrainedModel]
 
     def __init__(self, model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | None, config: Config) -> None:
         self.config, self.stats = config, Stats()
@@ -48,8 +44,15 @@ class Handle:
         self._target: ModelView | None = None
         self._decoders: dict[object, Decoder] = {}
         self._running = threading.Lock()
-        self._is_warming_up = False
+        self._warming_thread: int | None = None
         self._check_draft(draft)
+
+    def attach(self, wrapper: type[PreTrainedModel]) -> PreTrainedModel:
+        """The user's model as an object of this class, with all it holds and this handle."""
+        self._wrapper = wrapper
+        wrapped = object.__new__(wrapper)
+        wrapped.__dict__ = dict(self._model.__dict__, specdec=self)
+        return wrapped
 
     @property
     def seeds(self) -> Tensor | None:
@@ -66,8 +69,8 @@ class Handle:
         """Compile and record the steps that calls of `generate()` will take, with a progress bar.
 
         Args:
-            batch_sizes: samples of the calls, counting `num_return_sequences`. max_length: the longest text, prompt and
-                new tokens; on a GPU buffers are made for it, and longer texts record their steps again.
+            batch_sizes: prompts of the calls. max_length: the longest text, prompt and new tokens; on a GPU buffers are
+                made for it, and longer texts record their steps again. No more than the model has positions.
             settings: of the calls, as for `generate()`: `do_sample=True, top_p=0.9`. Values that are numbers of a law
                 (temperature, top_p, min_p) may change later; `top_k` and which of them there are may not.
 
@@ -76,21 +79,27 @@ class Handle:
         """
         if not batch_sizes or min(batch_sizes) < 1 or max_length < 2:
             raise ValueError(f"batch_sizes {[*batch_sizes]} must be at least 1, and max_length {max_length} at least 2")
-        model = self.wrapped()
-        assert model is not None  # it holds this handle
+        if lengths := {"max_length", "max_new_tokens", "min_length", "min_new_tokens"} & set(settings):
+            raise ValueError(f"warmup() takes max_length for the longest text, and no {lengths.pop()}")
+        model = self.attach(self._wrapper)
+        max_length = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", max_length))
         columns = (SpinnerColumn(), TextColumn("specdec warm-up, batch size {task.description}"), TimeElapsedColumn())
         # The largest first: buffers that the smaller ones' recordings know then stay where they are.
         for size in sorted(set(batch_sizes), reverse=True):
             ids = torch.zeros(size, min(64, max_length // 2), dtype=torch.int64, device=model.device)
+            length = {"max_new_tokens": max_length - ids.shape[1]}
             with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
                 bar.add_task(str(size), total=None)
-                self._is_warming_up = True
+                self._warming_thread = threading.get_ident()
                 try:
-                    model.generate(
-                        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_length - ids.shape[1], **settings
-                    )
+                    model.generate(ids, attention_mask=torch.ones_like(ids), **length, **settings)
                 finally:
-                    self._is_warming_up = False
+                    self._warming_thread = None
+
+    @property
+    def _is_warming_up(self) -> bool:
+        """Whether this call of `generate()` is the warm-up's; another thread's is not."""
+        return self._warming_thread == threading.get_ident()
 
     def generate(
         self,
@@ -106,26 +115,34 @@ class Handle:
         draft: PreTrainedModel | Drafter | str | None = None,
     ) -> Any:
         """Decode one `generate()` call, or run the parent's loop and say why."""
-        if not self._running.acquire(blocking=False):
+        if not self._running.acquire(blocking=self._is_warming_up):
             return self._fall_back("another generate() of this model is running", parents_loop)
+        decoder = reason = None
+        tokens_before = self.stats.tokens
         try:
-            try:
-                check_model(model)
-                if synced_gpus:
-                    raise Unsupported("synced_gpus")
-                if streamer is not None and input_ids.shape[0] > 1:
-                    raise Unsupported("a streamer with a batch of several samples")
-                request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
-                decoder = self._decoder(self._draft if draft is None else draft)
-                with _current(model.device), torch.inference_mode(False), torch.no_grad():
-                    if self._is_warming_up:
-                        decoder.warm_up(request.prompts, request.law, request.max_new_tokens)
-                        return input_ids
-                    texts = self._run(decoder, request, streamer)
-            except Unsupported as reason:
-                return self._fall_back(str(reason), parents_loop)
+            check_model(model)
+            if synced_gpus:
+                raise Unsupported("synced_gpus")
+            if streamer is not None and input_ids.shape[0] > 1:
+                raise Unsupported("a streamer with a batch of several samples")
+            request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
+            decoder = self._decoder(self._draft if draft is None else draft)
+            with _current(model.device), torch.inference_mode(False), torch.no_grad():
+                if self._is_warming_up:
+                    decoder.warm_up(request.prompts, request.law, request.max_new_tokens, request.eos_ids)
+                    return input_ids
+                texts = self._run(decoder, request, streamer)
+        except Unsupported as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            if streamer is not None and self.stats.tokens > tokens_before:  # another loop would hand them out again
+                raise
+            self._decoders, self._target, decoder = {}, None, None  # with their buffers
+            reason = f"out of memory for {len(input_ids)} texts of up to {request.max_length} tokens"
         finally:
             self._running.release()
+        if reason is not None:  # out here, where no exception holds on to buffers
+            return self._fall_back(reason, parents_loop)
         return _assemble(input_ids, texts, generation_config._pad_token_tensor)
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[list[int]]:
@@ -137,25 +154,18 @@ class Handle:
         texts: list[list[int]] = [[] for _ in range(n_batch)]
         ended = [False] * n_batch
         prompts = [p.clone() for p in request.prompts]
-        try:
-            for emitted in decoder.run(prompts, request.law, request.max_new_tokens, seeds, request.eos_ids):
-                for piece in emitted:
-                    texts[piece.row] += piece.tokens
-                    ended[piece.row] = piece.finished
-                    self.stats.tokens += len(piece.tokens)
-                    if streamer is not None:
-                        for token in piece.tokens:
-                            streamer.put(torch.tensor([token]))
-                if request.deadline is not None and time.time() > request.deadline:
-                    shortest = min((len(t) for t, e in zip(texts, ended, strict=True) if not e), default=None)
-                    texts = [t if e else t[:shortest] for t, e in zip(texts, ended, strict=True)]
-                    break
-        except torch.OutOfMemoryError:
-            self._decoders, self._target = {}, None  # with their buffers
-            if streamer is not None and any(texts):  # another loop would hand these tokens out again
-                raise
-            longest = max(map(len, prompts)) + request.max_new_tokens
-            raise Unsupported(f"out of memory for {n_batch} texts of {longest} tokens") from None
+        for emitted in decoder.run(prompts, request.law, request.max_new_tokens, seeds, request.eos_ids):
+            for piece in emitted:
+                texts[piece.row] += piece.tokens
+                ended[piece.row] = piece.finished
+                self.stats.tokens += len(piece.tokens)
+                if streamer is not None:
+                    for token in piece.tokens:
+                        streamer.put(torch.tensor([token]))
+            if request.deadline is not None and time.time() > request.deadline:
+                shortest = min((len(t) for t, e in zip(texts, ended, strict=True) if not e), default=None)
+                texts = [t if e else t[:shortest] for t, e in zip(texts, ended, strict=True)]
+                break
         if streamer is not None:
             streamer.end()
         return texts
@@ -164,7 +174,7 @@ class Handle:
         if reason not in self.stats.fallbacks:
             warnings.warn(f"specdec runs transformers' own loop: {reason}", stacklevel=5)
         self.stats.fallbacks[reason] += 1
-        return parents_loop()
+        return None if self._is_warming_up else parents_loop()
 
     def _check_draft(self, draft: PreTrainedModel | Drafter | str | None) -> None:
         if isinstance(draft, PreTrainedModel):
@@ -175,6 +185,8 @@ class Handle:
                 raise ValueError(f"draft is on {draft.device}, target is on {self._model.device}")
             if draft.config.model_type not in SUPPORTED_MODEL_TYPES:
                 raise ValueError(f"drafts of type {draft.config.model_type} are not supported yet")
+            if has_own_forward(draft):
+                raise ValueError("the draft has a forward of its own; give specdec the model as it was loaded")
             if (rope := moving_rope(draft.config)) is not None:
                 raise ValueError(f"drafts with {rope} rope are not supported")
         elif isinstance(draft, str) and draft != "ngram":

@@ -43,6 +43,11 @@ class Request:
     eos_ids: Tensor
     deadline: float | None
 
+    @property
+    def max_length(self) -> int:
+        """Of the longest text, prompt and new tokens."""
+        return max(map(len, self.prompts)) + self.max_new_tokens
+
     @classmethod
     def parse(
         cls,
@@ -100,6 +105,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise Unsupported(f"models of type {model.config.model_type}")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise Unsupported("weights that accelerate's hooks move: offloaded, or spread over several devices")
+    if has_own_forward(model):
+        raise Unsupported("a model with a forward of its own, as assigning torch.compile(model.forward) gives it")
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise Unsupported(f"weights on several devices: {', '.join(devices)}")
@@ -109,6 +116,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise Unsupported("CUDA without Triton")
     if _ignores_softcap(model.config):
         raise Unsupported(f"{model.config._attn_implementation} attention, which ignores this model's softcap")
+
+
+def has_own_forward(model: PreTrainedModel) -> bool:
+    """Whether a module has been given another forward than its class's: a copy of it would still run the original."""
+    return any("forward" in vars(module) for module in model.modules())
 
 
 def _ignores_softcap(config: Any) -> bool:

@@ -89,9 +89,11 @@ class BatchState:
             prompt: [length] int64, at least one token. seed: [] int64.
 
         Raises:
-            ValueError: the row has no room for prompt and new tokens.
+            ValueError: there is no prompt or nothing to write, or the row has no room for it.
         """
         length, n_columns = len(prompt), self.tokens.shape[1]
+        if length < 1 or max_new_tokens < 1:
+            raise ValueError(f"a prompt of {length} tokens and {max_new_tokens} new ones: both must be at least 1")
         if length + max_new_tokens + 1 > n_columns:
             raise ValueError(f"{length} tokens and {max_new_tokens} new ones do not fit into {n_columns} columns")
         self.tokens[row].zero_()

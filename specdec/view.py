@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from specdec import attention
 from specdec.cache import RaggedCache
-from specdec.kernels.cpu import has_compiler
+from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import INTERPRETED
 from specdec.nodes import Nodes
 
@@ -68,8 +68,7 @@ class ModelView:
         self.module.config._attn_implementation = attention.NAME
         for layer in _decoder_layers(self.module):
             vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
-        can_fuse = model.device.type == "cpu" and model.dtype == torch.float32 and has_compiler() and not INTERPRETED
-        self.cache = RaggedCache(can_fuse)
+        self.cache = RaggedCache(has_kernels(next(model.parameters())) and not INTERPRETED)
         self.module.config.specdec_cache = self.cache
         config = model.config
         # Drafts may reach past a table of learned positions near the end of a text; they are never accepted there.
@@ -99,6 +98,12 @@ class ModelView:
         """An empty cache for `n_batch` samples of `n_slots` slots each."""
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
         self.cache.allocate(self._layer_shapes, n_batch, n_slots, like)
+
+    def admit(self, row: int, text: Tensor) -> None:
+        """Write the keys and values of another text, [length] int64, in place of a row's own."""
+        self.cache.clear(row)
+        n_batch = self.cache.layers[0].keys.shape[1]
+        self.prefill([text if i == row else text[:0] for i in range(n_batch)])
 
     def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
         """Logits of the flat tokens; their keys and values are written to the cache.

@@ -124,6 +124,128 @@ def test_another_reshape_is_not_taken_for_repeated_keys() -> None:
     assert not torch.allclose(out, attend(*args))
 
 
+def test_keys_and_values_repeated_in_different_orders_stay_repeated() -> None:
+    def mixed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        k = k[:, :, None, :, :].expand(2, 2, 2, 40, 16).reshape(2, 4, 40, 16)
+        return F.scaled_dot_product_attention(q, k, v.repeat_interleave(2, 1), mask)
+
+    args = inputs()
+    out, called = run(mixed, *args)
+    assert called == ["specdec::masked_attention"]
+    torch.testing.assert_close(out, mixed(*args))
+
+
+def test_keys_that_changed_since_they_were_repeated_stay_repeated() -> None:
+    def changed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        k = k.clone()
+        repeated = k[:, :, None, :, :].expand(2, 2, 2, 40, 16).reshape(2, 4, 40, 16)
+        v = v[:, :, None, :, :].expand(2, 2, 2, 40, 16).reshape(2, 4, 40, 16)
+        k.mul_(3)
+        return F.scaled_dot_product_attention(q, repeated, v, mask), k
+
+    args = inputs()
+    out, called = run(changed, *args)
+    assert called
+    torch.testing.assert_close(out, changed(*args))
+
+
+def test_keys_that_are_their_own_values() -> None:
+    def tied(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        repeated = k[:, :, None, :, :].expand(2, 2, 2, 40, 16).reshape(2, 4, 40, 16)
+        return F.scaled_dot_product_attention(q, repeated, repeated, mask)
+
+    q, k, _, mask = inputs()
+    out, called = run(tied, q, k, mask)
+    assert called == ["specdec::masked_attention"]
+    torch.testing.assert_close(out, tied(q, k, mask))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 4, 1, 16), (1, 4, 40, 16), (1, 4, 40, 16)), ((2, 4, 1, 16), (2, 4, 40, 16), (2, 1, 40, 16)),
+     ((1, 4, 1, 16), (2, 4, 40, 16), (2, 4, 40, 16)), ((2, 1, 1, 16), (2, 4, 40, 16), (2, 4, 40, 16))],
+    ids=["one text of keys", "one head of values", "one text of queries", "one head of queries"],
+)  # fmt: skip
+def test_what_only_broadcasting_fits_together_is_left_alone(shapes: tuple[tuple[int, ...], ...]) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    mask = torch.rand(2, 1, 1, 40) > 0.3
+    out, called = run(F.scaled_dot_product_attention, q, k, v, mask)
+    assert not called
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask))
+
+
+def test_what_comes_after_finds_the_layout_it_was_traced_with() -> None:
+    """Values of another head dim take PyTorch's other path, whose result is laid out otherwise."""
+
+    def viewed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).view(8, 3, 24)
+
+    q, k, _, mask = inputs(3)
+    v = torch.randn(2, 2, 40, 24)
+    out, called = run(viewed, q, k, v, mask)
+    assert called
+    torch.testing.assert_close(out, viewed(q, k, v, mask))
+
+
+def test_autocast_is_left_alone() -> None:
+    args = inputs()
+    x, weight = torch.randn(5, 640), torch.randn(512, 640)
+    with torch.autocast("cpu", torch.bfloat16):
+        for function, given in ((attend, args), (F.linear, (x, weight))):
+            out, called = run(function, *given)
+            expected = function(*given)
+            assert not called
+            assert out.dtype == expected.dtype == torch.bfloat16
+            torch.testing.assert_close(out, expected)
+
+
+def test_gradients_enabled_inside_are_kept() -> None:
+    weight = torch.randn(512, 640)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return F.linear(x, weight).sum()
+
+    x = torch.randn(5, 640, requires_grad=True)
+    out, called = run(function, x)
+    out.backward()
+    assert not called
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, -1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["weight", "all", "bias"])
+def test_linear_takes_its_arguments_by_name(form: str) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 640), torch.randn(512, 640), torch.randn(512)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "weight": lambda: F.linear(x, weight=weight), "all": lambda: F.linear(input=x, weight=weight, bias=bias),
+        "bias": lambda: F.linear(x, weight, bias=bias),
+    }  # fmt: skip
+    out, called = run(calls[form])
+    assert called == ["specdec::skinny_linear"]
+    torch.testing.assert_close(out, calls[form](), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["weights", "heads"])
+def test_symbolic_sizes_stay_symbolic(what: str) -> None:
+    """As many graphs as plain Inductor needs."""
+    counts = []
+    for backend in (specdec, "eager"):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(backend)
+        for n in (3, 5, 7):
+            if what == "weights":
+                function, args = F.linear, (torch.randn(4, 64), torch.randn(200 * n * n, 64))
+            else:
+                k = torch.randn(2, n, 40, 16)
+                function = F.scaled_dot_product_attention
+                args = (torch.randn(2, n, 1, 16), k, k, torch.rand(2, 1, 1, 40) > 0.3)
+            torch.compile(function, backend=counter, fullgraph=True, dynamic=True)(*args)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [("no mask", "no mask"), ("causal", "causal"), ("queries", "33 queries"), ("half", "no kernel for torch.bfloat16")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -450,3 +451,58 @@ def test_a_warmup_takes_what_generate_takes(model: PreTrainedModel) -> None:
         wrapped.specdec.warmup(do_smaple=True)
     wrapped.generate(IDS, max_new_tokens=2)  # and is over
     assert wrapped.specdec.stats.tokens == 4
+
+
+def test_a_warmup_takes_no_second_length(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="no max_new_tokens"):
+        _wrap(model).specdec.warmup(max_new_tokens=5)
+
+
+def test_a_warmup_that_falls_back_says_so_and_decodes_nothing(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = []
+    monkeypatch.setattr(type(model), "_sample", lambda *_, **__: forwards.append(1))
+    with pytest.warns(UserWarning, match="transformers' own loop: .*RepetitionPenalty"):
+        _wrap(model).specdec.warmup(repetition_penalty=1.5)
+    assert not forwards
+
+
+def test_a_warmup_stays_within_the_models_positions(tiny: Callable[..., PreTrainedModel]) -> None:
+    model = tiny("gpt2")  # 128 positions
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="specdec")
+        _wrap(model).specdec.warmup(max_length=512)
+
+
+def test_a_call_beside_a_warmup_is_not_a_warmup(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's generate() while one warms up: transformers' own loop, or ours, but all its tokens."""
+    wrapped = _wrap(model)
+    expected = model.generate(IDS, max_new_tokens=6)
+    outputs = []
+    warm_up = Decoder.warm_up
+
+    def slow(*arguments: Any) -> None:
+        thread = threading.Thread(target=lambda: outputs.append(wrapped.generate(IDS, max_new_tokens=6)))
+        thread.start()
+        thread.join()
+        warm_up(*arguments)
+
+    monkeypatch.setattr(Decoder, "warm_up", slow)
+    with pytest.warns(UserWarning, match="another generate"):
+        wrapped.specdec.warmup()
+    assert torch.equal(outputs[0], expected)
+
+
+def test_a_replaced_forward_is_not_copied(fresh: Callable[..., PreTrainedModel]) -> None:
+    """A copy of the modules would keep the user's own forward, and with it the user's own cache and attention."""
+    model = fresh("llama")
+    expected = model.generate(IDS, max_new_tokens=6)
+    with pytest.raises(ValueError, match="the draft has a forward of its own"):
+        draft = fresh("llama", seed=1)
+        draft.model.forward = draft.model.forward
+        specdec.compile(model, draft)
+    model.forward = torch.compile(model.forward, backend="eager")
+    wrapped = _wrap(model)
+    with pytest.warns(UserWarning, match="a forward of its own"):
+        assert torch.equal(wrapped.generate(IDS, max_new_tokens=6), expected)

@@ -172,3 +172,12 @@ def test_what_can_not_be_compiled_runs_as_it_is(tiny: Tiny, decoders: Callable[[
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         assert _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0) == texts
+
+
+def test_a_law_given_again_is_still_itself(decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+    """A recording takes over the numbers of every law it is given, but not into the first law's own tensors."""
+    recorded, plain = decoders("ngram")
+    cold, hot = _law(0.2), _law(3.0)
+    for law in (cold, hot, cold):
+        expected = _texts(plain, [5, 3], law, 16, NO_EOS, 0)
+        assert _texts(recorded, [5, 3], law, 16, NO_EOS, 0) == expected

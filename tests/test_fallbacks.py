@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -135,10 +136,13 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
         patch.setattr(RaggedCache, "allocate", full)
         longest = max(RAGGED) + 300
         _same_by_falling_back(
-            wrapped, model, f"out of memory for {len(RAGGED)} texts of {longest} tokens", **prompts(RAGGED),
+            wrapped, model, f"out of memory for {len(RAGGED)} texts of up to {longest} tokens", **prompts(RAGGED),
             max_new_tokens=300,
         )  # fmt: skip
     assert wrapped.specdec._decoder("ngram") is not decoder
+    gone = weakref.ref(decoder)
+    del decoder
+    assert gone() is None
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
 
 

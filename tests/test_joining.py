@@ -117,3 +117,36 @@ def test_a_text_that_does_not_fit_is_refused(tiny: Tiny) -> None:
     state = decoder._begin([torch.ones(4, dtype=torch.int64)], 6, torch.zeros(1, dtype=torch.int64), EOS)
     with pytest.raises(ValueError, match="4 tokens and 7 new ones do not fit into 11 columns"):
         decoder.admit(state, 0, torch.ones(4, dtype=torch.int64), 7, torch.tensor(0))
+
+
+@pytest.mark.parametrize("prompt", [0, 4])
+def test_nothing_to_begin_with_or_to_write_is_refused(tiny: Tiny, prompt: int) -> None:
+    decoder = _decoder(tiny, "ngram", CompiledSteps(False))
+    state = decoder._begin([torch.ones(4, dtype=torch.int64)], 6, torch.zeros(1, dtype=torch.int64), EOS)
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        decoder.admit(state, 0, torch.ones(prompt, dtype=torch.int64), 0 if prompt else 3, torch.tensor(0))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_a_broken_text_left_behind_does_not_spread(tiny: Tiny, fused: bool) -> None:
+    """NaN keys of the row's last text; the dense attention multiplies even hidden values, by zero."""
+    decoder = _decoder(tiny, "model", CompiledSteps(False))
+    views = [decoder.target, decoder.drafter.view]
+    for view in views:
+        view.cache.can_fuse = fused
+    law = SamplingLaw.from_processors(LogitsProcessorList(), False, torch.device("cpu"))
+    text = torch.randint(8, 96, (7,), generator=torch.Generator().manual_seed(3)), 8, torch.tensor(0)
+    expected = _alone(decoder, law, text)
+    with torch.no_grad():
+        state = decoder._begin([text[0]] * 2, 20, torch.zeros(2, dtype=torch.int64), EOS)
+        for view in views:
+            for layer in view.cache.layers:
+                layer.keys[:, 1], layer.values[:, 1] = torch.nan, torch.nan
+        decoder.admit(state, 1, *text)
+        written: list[int] = []
+        while not state.finished[1]:
+            live = decoder.live_for(2, 2)
+            *tokens, n_new, _, broken = Readback(decoder.step(state, law, live)).wait()[1]
+            assert not broken
+            written += tokens[:n_new]
+    assert written == expected

@@ -50,8 +50,7 @@ class ModelDrafter:
         self.view.prefill([prompt[:-2] for prompt in prompts])
 
     def admit(self, row: int, prompt: Tensor) -> None:
-        n_batch = self.view.cache.layers[0].keys.shape[1]
-        self.view.prefill([prompt[:-2] if i == row else prompt[:0] for i in range(n_batch)])
+        self.view.admit(row, prompt[:-2])
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
         root, alive = state.lengths - 1, (~state.finished).long()

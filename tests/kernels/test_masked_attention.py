@@ -101,6 +101,17 @@ def test_nothing_is_left_over_from_the_call_before(device: torch.device) -> None
     torch.testing.assert_close(out.cpu().double(), _expected(q, k, v, mask.cpu(), 0.25), atol=3e-6, rtol=3e-6)
 
 
+def test_a_row_of_the_lowest_numbers_is_even(device: torch.device) -> None:
+    """Masks made with `finfo.min` instead of -inf: where it hides everything, the dense formula weighs all alike."""
+    shape = (2, 4, 2, 3, 90, 16, 16)
+    q, k, v = _inputs(shape)
+    mask = torch.where(_holes(shape), 0.0, torch.finfo(torch.float32).min)
+    mask[0, 0, 1] = torch.finfo(torch.float32).min
+    out = masked_attention(*(x.to(device) for x in (q, k, v, mask)), 0.25)
+    dense = (0.25 * q @ k.repeat_interleave(2, 1).transpose(2, 3) + mask).softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out.cpu(), dense, atol=3e-6, rtol=3e-6)
+
+
 def test_strides_do_not_matter(device: torch.device) -> None:
     """A cache that is a slice of a longer one, or laid out in another order."""
     q, k, v = (x.to(device) for x in _inputs((2, 4, 2, 3, 70, 16, 16)))
