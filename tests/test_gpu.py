@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_backend import static_loop
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import specdec
 from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
+from specdec.graphs.backend import specdec as backend
 from specdec.graphs.compiled import CompiledSteps
 from specdec.kernels.row_law import row_law
 from specdec.sampling import SamplingLaw
@@ -43,26 +46,29 @@ def test_greedy_texts_are_transformers_own(
     drafter = fresh(family, seed=1).cuda() if draft == "model" else draft
     inputs = {name: x.cuda() for name, x in prompts([9, 4, 1]).items()}
     expected = target.generate(**inputs, max_new_tokens=24)
-    model = specdec.compile(target, drafter, depth=3)
+    model = specdec.compile(target, drafter, depth=3, compile=family == "llama")  # Inductor takes half a minute each
     assert torch.equal(model.generate(**inputs, max_new_tokens=24), expected)
     assert not model.specdec.stats.fallbacks
 
 
 @pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_a_step_never_waits_for_the_device(do_sample: bool, warpers: list[Any], fresh: Tiny) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["kernel by kernel", "compiled"])
+def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warpers: list[Any], fresh: Tiny) -> None:
     target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), 3)
-    decoder = Decoder(target, draft, CompiledSteps(False), Stats())
+    decoder = Decoder(target, draft, CompiledSteps(compiled), Stats())
     law = SamplingLaw.from_processors(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
     prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
     state = BatchState.of(prompts, 32, torch.tensor([3, 4], device="cuda"), torch.tensor([5], device="cuda"), 3)
     with torch.no_grad():
         decoder.prefill(prompts, 256)
         live = decoder.live_for(2, 2)
-        decoder.step(state, law, live)  # compiles the kernels
+        decoder._step_for(law, 2, 2)(state, law, live)  # compiles
+        step = decoder._step_for(law, 2, 2)
+        step(state, law, live)
         with no_synchronisation():
             for _ in range(4):
-                report = decoder.step(state, law, live)
+                report = step(state, law, live)
     assert report.shape == (2, 7)
     assert (state.lengths > torch.tensor([8, 3], device="cuda")).all()
 
@@ -77,3 +83,17 @@ def test_a_law_costs_no_copy_of_the_logits() -> None:
     row_law(logits, knobs, 50)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backend_reads_a_static_cache(fresh: Tiny, dtype: torch.dtype) -> None:
+    model = fresh("llama").to("cuda", dtype)
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad():
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(model.forward, backend=counter, fullgraph=True)
+        out = static_loop(compiled, model, ids, 24)
+        if dtype == torch.float32:
+            assert torch.equal(out, static_loop(model.forward, model, ids, 24))
+    ops = [n.target for n in counter.graphs[0].graph.nodes]
+    assert ops.count(torch.ops.specdec.masked_attention.default) == model.config.num_hidden_layers
