@@ -146,7 +146,6 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
 
 
-
 def test_out_of_memory_after_tokens_were_streamed_is_raised(
     tiny: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
