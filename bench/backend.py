@@ -10,9 +10,7 @@ timed. Compiling is not timed either, but the seconds of each way's first call a
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
-import sys
 import time
 import types
 import warnings
@@ -177,8 +175,7 @@ def main(
     warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     result: dict[str, Any] = {
-        "command": "python -m bench.backend " + shlex.join(sys.argv[1:]),
-        "date": measure.today(), "versions": measure.versions(), "machine": measure.machine(),
+        **measure.run_facts("bench.backend"),
         "load": os.getloadavg()[0],
         "settings": {
             "prompt_tokens": PROMPT_TOKENS, "new_tokens": new_tokens, "repeats": repeats, "dtype": "float32",

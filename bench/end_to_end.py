@@ -8,9 +8,7 @@ prompts in turn, and medians are compared. Compiling is not timed, but the secon
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import time
 import warnings
 from functools import partial
@@ -96,10 +94,7 @@ def main(
     warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     result: dict[str, Any] = {
-        "command": "python -m bench.end_to_end " + shlex.join(sys.argv[1:]),
-        "date": measure.today(),
-        "versions": measure.versions(),
-        "machine": measure.machine(),
+        **measure.run_facts("bench.end_to_end"),
         "settings": {
             "prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats,
             "dtype": "float32", "greedy": True, "compiled": compile,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -218,10 +217,7 @@ def main(
     console, clock = Console(), Clock(minutes)
     file = out / "gpu.json"
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    result |= {
-        "command": "python -m bench.gpu " + shlex.join(sys.argv[1:]), "date": measure.today(),
-        "versions": measure.versions(), "machine": measure.machine(),
-    }  # fmt: skip
+    result |= measure.run_facts("bench.gpu")
     runs = {
         "tests": lambda: run_tests(clock, console),
         "kernels": lambda: run_kernels(clock, console),

@@ -60,8 +60,8 @@ def _keeps_sdpa(node: fx.Node, given: dict[str, Any]) -> str | None:
     q, k, v, mask = tensors = [_value(given[name]) for name in ("query", "key", "value", "attn_mask")]
     if mask is None:
         return "it has no mask, so there is nothing to skip"
-    if given.get("dropout_p", 0) or given.get("is_causal", False):
-        return "dropout, or causal on top of a mask"
+    if given.get("dropout_p", 0):
+        return "dropout"
     if reason := _is_special(node, q, k, v):
         return reason
     if mask.dtype not in (torch.bool, q.dtype) or any(x.ndim != 4 for x in tensors):

@@ -71,7 +71,8 @@ def kv_commit_reference_(caches: list[tuple[Tensor, Tensor]], lengths: Tensor, p
         path: [B, P] int64, accepted nodes in ascending order, the root (node 0) first; entries past `n_path` ignored.
         n_path: [B] int64, 0 .. P.
 
-    Sources and targets overlap; every source is read before any target is written.
+    Sources and targets overlap; every source is read before any target is written. Reads its numbers on the host: a
+    definition to test against, which no step runs.
     """
     for tensor in (tensor for pair in caches for tensor in pair):
         for b, (length, n) in enumerate(zip(lengths.tolist(), n_path.tolist(), strict=True)):

@@ -22,7 +22,7 @@ from torch import Tensor
 from specdec.kernels import cpu_attention
 from specdec.kernels.cpu import bind
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.tree_attention import blocks, combine, n_splits
+from specdec.kernels.tree_attention import absorb, blocks, combine, n_splits, partials
 
 MAX_QUERIES = 32
 """Above this attention is no longer bound by reading keys, and the library's blocked product is the better one."""
@@ -175,12 +175,7 @@ def _masked_attention_kernel(
             k = tl.load(k_base + o_key[:, None] * stride_ks + o_d[None, :], mask=own_k, other=0.0)
             v = tl.load(v_base + o_key[:, None] * stride_vs + o_dv[None, :], mask=own_v, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            probs = tl.exp2(scores - new_top[:, None])
-            fade = tl.exp2(top - new_top)
-            total = total * fade + tl.sum(probs, 1)
-            acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-            top = new_top
+            acc, top, total = absorb(scores, v, acc, top, total, PRECISION)
     is_empty = total == 0
     total = tl.where(is_empty, 1.0, total)
     n_rows = n_batch * n_queries * n_heads
@@ -209,10 +204,7 @@ def masked_attention_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale
     n_tiles = triton.cdiv(n_queries, block_q)
     splits = n_splits(n_batch * n_queries, n_batch, n_groups, n_slots, block_q)
     out = torch.empty((n_batch, n_queries, n_heads, head_dv), dtype=q.dtype, device=q.device)
-    part, lse = out, out
-    if splits > 1:
-        part = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
-        lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    part, lse = partials(out, splits)
     _masked_attention_kernel[(n_batch * n_tiles, n_groups, splits)](
         q, k, v, mask.view(torch.uint8) if is_bool else mask, part, lse, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *mask.stride(), n_batch, n_heads, n_queries, n_slots, n_tiles, scale * 1.4426950408889634,

@@ -91,6 +91,18 @@ def tree_attention_reference(
 
 
 @jit
+def absorb(scores, v, acc, top, total, PRECISION: tl.constexpr):
+    """Online softmax: a block's scores [M, N], powers of two, and values [N, Dv] join what earlier blocks came to:
+    acc [M, Dv] weighted values, top [M] largest score, total [M] weight, both relative to exp2(top)."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    probs = tl.exp2(scores - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    total = total * fade + tl.sum(probs, 1)
+    acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@jit
 def _tree_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, lengths_ptr, node_ptr, bits_ptr, depths_ptr, sinks_ptr,
     stride_qt, stride_qh, stride_kg, stride_kb, stride_ks, stride_vg, stride_vb, stride_vs,
@@ -223,12 +235,7 @@ def _tree_attention_kernel(
                     depth = tl.load(p_depths + (o_key - length) * stride_dn, mask=is_node, other=0).to(tl.int32)
                     key_place = tl.where(is_node, length + depth, o_key)
                 scores = tl.where(key_place[None, :] >= earliest[:, None], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            probs = tl.exp2(scores - new_top[:, None])
-            fade = tl.exp2(top - new_top)
-            total = total * fade + tl.sum(probs, 1)
-            acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-            top = new_top
+            acc, top, total = absorb(scores, v, acc, top, total, PRECISION)
 
     if HAS_SINKS and not IS_SPLIT:
         sink = tl.load(sinks_ptr + o_head, mask=own, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -345,10 +352,7 @@ def start_kernels(
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_d, head_dv))
     splits = n_splits(n_tokens, n_batch, n_groups, min(n_slots, window + per_sample) if window else n_slots, block_q)
     out = torch.empty((n_tokens, n_heads, head_dv), dtype=q.dtype, device=q.device)
-    part, lse = out, out
-    if splits > 1:
-        part = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
-        lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    part, lse = partials(out, splits)
     log2e = 1.4426950408889634  # tanh(x) = 1 - 2 / (exp(2 x) + 1), and exp(x) = exp2(x * log2e)
     factor, cap = (scale / softcap * 2 * log2e, softcap * log2e) if softcap > 0 else (scale * log2e, 0.0)
     n_nodes, n_words = (0, 0) if bits is None else bits.shape[1:]
@@ -366,6 +370,14 @@ def start_kernels(
     if splits > 1:
         combine(part, lse, sinks, out)
     return out
+
+
+def partials(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where the splits leave what they find, for `combine`; without splits the output itself, twice."""
+    if splits == 1:
+        return out, out
+    part = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+    return part, torch.empty(part.shape[:-1], dtype=torch.float32, device=out.device)
 
 
 def combine(part: Tensor, lse: Tensor, sinks: Tensor | None, out: Tensor) -> None:

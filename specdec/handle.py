@@ -44,7 +44,7 @@ class Handle:
         self._target: ModelView | None = None
         self._decoders: dict[object, Decoder] = {}
         self._running = threading.Lock()
-        self._warming_thread: int | None = None
+        self._here = threading.local()  # whether this thread's call of generate() is a warm-up
         self._check_draft(draft)
 
     def attach(self, wrapper: type[PreTrainedModel]) -> PreTrainedModel:
@@ -90,16 +90,15 @@ class Handle:
             length = {"max_new_tokens": max_length - ids.shape[1]}
             with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
                 bar.add_task(str(size), total=None)
-                self._warming_thread = threading.get_ident()
+                self._here.is_warming_up = True
                 try:
                     model.generate(ids, attention_mask=torch.ones_like(ids), **length, **settings)
                 finally:
-                    self._warming_thread = None
+                    self._here.is_warming_up = False
 
     @property
     def _is_warming_up(self) -> bool:
-        """Whether this call of `generate()` is the warm-up's; another thread's is not."""
-        return self._warming_thread == threading.get_ident()
+        return getattr(self._here, "is_warming_up", False)
 
     def generate(
         self,
@@ -138,7 +137,7 @@ class Handle:
             if streamer is not None and self.stats.tokens > tokens_before:  # another loop would hand them out again
                 raise
             self._decoders, self._target, decoder = {}, None, None  # with their buffers
-            reason = f"out of memory for {len(input_ids)} texts of up to {request.max_length} tokens"
+            reason = f"out of memory for a batch of {len(input_ids)}"
         finally:
             self._running.release()
         if reason is not None:  # out here, where no exception holds on to buffers

@@ -6,6 +6,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -151,6 +153,12 @@ def machine() -> dict[str, Any]:
     """The hardware: `cpu`, `cores`, `threads` (torch's), and `gpu` where there is one."""
     found = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def run_facts(module: str) -> dict[str, Any]:
+    """What a result must say of the run it comes from: the command, the date, versions, the machine."""
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return {"command": command, "date": today(), "versions": versions(), "machine": machine()}
 
 
 def today() -> str:

@@ -43,11 +43,6 @@ class Request:
     eos_ids: Tensor
     deadline: float | None
 
-    @property
-    def max_length(self) -> int:
-        """Of the longest text, prompt and new tokens."""
-        return max(map(len, self.prompts)) + self.max_new_tokens
-
     @classmethod
     def parse(
         cls,

@@ -248,7 +248,12 @@ def test_symbolic_sizes_stay_symbolic(what: str) -> None:
 
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [("no mask", "no mask"), ("causal", "causal"), ("queries", "33 queries"), ("half", "no kernel for torch.bfloat16")],
+    [
+        ("no mask", "no mask"),
+        ("causal", "no mask"),
+        ("queries", "33 queries"),
+        ("half", "no kernel for torch.bfloat16"),
+    ],
 )
 def test_other_attention_is_left_alone(case: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     q, k, v, mask = inputs(33 if case == "queries" else 1, torch.bfloat16 if case == "half" else torch.float32)
@@ -261,11 +266,10 @@ def test_other_attention_is_left_alone(case: str, reason: str, caplog: pytest.Lo
         out, called = run(function, q, k, v, mask)
     assert not called
     torch.testing.assert_close(out, function(q, k, v, mask))
-    if case != "causal":  # a causal call has no mask, which is reason enough
-        assert reason in caplog.text
+    assert reason in caplog.text
 
 
-def test_queries_of_any_number_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_queries_of_any_number_are_left_alone() -> None:
     """A pass that looked at a symbolic size would make a constant of it, and compile again for the next."""
     counter = CompileCounterWithBackend(specdec)
     compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
@@ -355,15 +359,19 @@ def test_a_loop_of_ones_own_gives_the_same_tokens(tiny: Tiny, family: str) -> No
     assert backend.frame_count == counter.frame_count
 
 
-def test_generate_with_a_static_cache_takes_it_by_name(fresh: Tiny, prompts: Callable[..., dict[str, Tensor]]) -> None:
+def test_generate_with_a_static_cache_takes_it_by_name(
+    fresh: Tiny, prompts: Callable[..., dict[str, Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
     """transformers compiles its own loop with the backend of `compile_config`."""
     model = fresh("llama")
     given = prompts([7, 4])
     config = CompileConfig(backend="specdec")
     config._compile_all_devices = True
     expected = model.generate(**given, max_new_tokens=12)
-    out = model.generate(**given, max_new_tokens=12, cache_implementation="static", compile_config=config)
+    with caplog.at_level(logging.INFO, logger="specdec"):
+        out = model.generate(**given, max_new_tokens=12, cache_implementation="static", compile_config=config)
     assert torch.equal(out, expected)
+    assert f"attention_over_a_padded_cache: {model.config.num_hidden_layers} replaced" in caplog.text
 
 
 def test_the_name_is_found_without_importing_specdec() -> None:

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from side_by_side import Prompts, Tiny, wrap
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 import specdec
-from specdec import request
-from specdec.decoder import Decoder, Emitted
 from specdec.drafters.base import Draft
 from specdec.drafters.ngram import NgramDrafter
-
-Tiny = Callable[..., PreTrainedModel]
-Prompts = Callable[..., dict[str, Tensor]]
-
-
-def _wrap(model: PreTrainedModel, draft: Any = None, **options: Any) -> PreTrainedModel:
-    return specdec.compile(model, draft=draft, compile=False, **options)
-
-
-@pytest.fixture
-def model(tiny: Tiny) -> PreTrainedModel:
-    return tiny("llama")
-
-
-@pytest.fixture
-def wrapped(model: PreTrainedModel, tiny: Tiny) -> PreTrainedModel:
-    return _wrap(model, tiny("llama", seed=7, num_hidden_layers=1))
 
 
 @pytest.fixture
@@ -59,17 +37,17 @@ def still_works(model: PreTrainedModel, prompts: Prompts) -> Callable[[PreTraine
 @pytest.mark.parametrize("vocab", [96, 98])
 def test_vocabularies_must_match(vocab: int, model: PreTrainedModel, tiny: Tiny) -> None:
     with pytest.raises(ValueError, match=f"(?=.*{vocab})(?=.*97)"):
-        _wrap(model, tiny("llama", vocab_size=vocab))
+        wrap(model, tiny("llama", vocab_size=vocab))
 
 
 def test_devices_must_match(model: PreTrainedModel, fresh: Tiny) -> None:
     with pytest.raises(ValueError, match=r"(?=.*meta)(?=.*cpu)"):
-        _wrap(model, fresh("llama").to("meta"))
+        wrap(model, fresh("llama").to("meta"))
 
 
 def test_a_draft_of_an_unsupported_family(model: PreTrainedModel, tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="opt"):
-        _wrap(model, tiny("opt"))
+        wrap(model, tiny("opt"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +56,7 @@ def test_a_draft_of_an_unsupported_family(model: PreTrainedModel, tiny: Tiny) ->
 )
 def test_what_is_no_draft(draft: Any, error: type[Exception], model: PreTrainedModel) -> None:
     with pytest.raises(error, match="draft must be"):
-        _wrap(model, draft)
+        wrap(model, draft)
 
 
 @pytest.mark.parametrize("thing", [None, "gpt2", torch.nn.Linear(2, 2)])
@@ -101,120 +79,17 @@ def test_a_wrapped_model_is_not_wrapped_again(wrapped: PreTrainedModel) -> None:
 
 
 def test_a_wrapped_model_may_be_the_draft(model: PreTrainedModel, wrapped: PreTrainedModel, still_works: Any) -> None:
-    still_works(_wrap(model, wrapped))
+    still_works(wrap(model, wrapped))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_draft_of_another_dtype_works(
     dtype: torch.dtype, model: PreTrainedModel, fresh: Tiny, still_works: Any
 ) -> None:
-    wrapped = _wrap(model, fresh("llama").to(dtype))
+    wrapped = wrap(model, fresh("llama").to(dtype))
     still_works(wrapped)
     assert wrapped.specdec.stats.acceptance_by_position[0] > 0.7
     assert wrapped.generate(max_new_tokens=6, do_sample=True).shape == (1, 7)
-
-
-# Models whose own loop runs.
-
-
-def _on_meta(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.to("meta")
-
-
-def _on_two_devices(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.get_output_embeddings().to("meta")
-
-
-def _with_an_offload_hook(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.model.layers[1].mlp._hf_hook = object()
-
-
-def _on_cuda_without_triton(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    _claim(torch.device("cuda", 1), monkeypatch)
-    monkeypatch.setattr(request, "triton", None)
-
-
-def _claim(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All models say that they are on a device that need not exist."""
-    monkeypatch.setattr(PreTrainedModel, "device", property(lambda model: device))
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (_on_meta, "models on meta"),
-        (_on_two_devices, "weights on several devices: cpu, meta"),
-        (_with_an_offload_hook, "accelerate's hooks"),
-        (_on_cuda_without_triton, "CUDA without Triton"),
-    ],
-)
-def test_models_that_are_somewhere_else_run_transformers_own_loop(
-    change: Callable[..., None], reason: str, fresh: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the call nothing but the model is looked at, and the parent's loop is run in its place."""
-    model = fresh("llama")
-    wrapped = _wrap(model)
-    change(model, monkeypatch)
-    nothing: list[Any] = [None] * 4
-    with pytest.warns(UserWarning, match=f"transformers' own loop: .*{reason}"):
-        out = wrapped.specdec.generate(lambda: "theirs", wrapped, IDS, *nothing, False, None, {})
-    assert out == "theirs"
-    assert list(wrapped.specdec.stats.fallbacks.values()) == [1]
-
-
-def test_attention_that_ignores_the_softcap(fresh: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As sdpa does for Gemma 2 in some versions of transformers; in others it refuses."""
-
-    def uncapped(*arguments: Any, dropout: float = 0.0, **options: Any) -> Any:
-        options.pop("softcap")
-        return sdpa_attention_forward(*arguments, dropout=dropout, **options)
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, "uncapped", uncapped)
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "uncapped", sdpa_mask)
-    model, inputs = fresh("gemma2"), prompts([6, 2, 9])
-    wrapped = _wrap(model)
-    capped = wrapped.generate(**inputs, max_new_tokens=8)
-    assert not wrapped.specdec.stats.fallbacks
-    model.set_attn_implementation("uncapped")
-    expected = model.generate(**inputs, max_new_tokens=8)
-    assert not torch.equal(expected, capped)
-    with pytest.warns(UserWarning, match="transformers' own loop: uncapped attention"):
-        assert torch.equal(wrapped.generate(**inputs, max_new_tokens=8), expected)
-
-
-@pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Models claim to be on a second GPU; the devices made current, the innermost last."""
-    devices = [torch.device("cuda", 0)]
-
-    @contextmanager
-    def device(device: torch.device) -> Iterator[None]:
-        devices.append(device)
-        yield
-        devices.pop()
-
-    _claim(torch.device("cuda", 1), monkeypatch)
-    monkeypatch.setattr(torch.cuda, "device", device)
-    return devices
-
-
-def test_the_models_gpu_is_the_current_one(
-    current: list[torch.device], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran_on = []
-
-    def run(*_: Any) -> Iterator[list[Emitted]]:
-        ran_on.append(current[-1].index)
-        yield [Emitted(0, [7], False)]
-        ran_on.append(current[-1].index)
-        yield [Emitted(0, [8], True)]
-
-    monkeypatch.setattr(Decoder, "run", run)
-    monkeypatch.setattr(specdec.handle.Handle, "_decoder", lambda *_: object.__new__(Decoder))
-    monkeypatch.setattr(specdec.sampling.SamplingLaw, "from_processors", lambda *_: None)
-    assert _wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
-    assert ran_on == [1, 1]
-    assert [device.index for device in current] == [0]
 
 
 # What generate() refuses, or takes.
@@ -276,7 +151,7 @@ def test_same_outcome_as_transformers(
 
 def test_gpt2_beyond_its_context_fails_as_in_transformers(tiny: Tiny, prompts: Prompts) -> None:
     model = tiny("gpt2")
-    wrapped = _wrap(model, "ngram")
+    wrapped = wrap(model, "ngram")
     for arguments in ({**prompts([120]), "max_new_tokens": 20}, {**prompts([140]), "max_new_tokens": 2}):
         with pytest.raises(IndexError):
             model.generate(**arguments)
@@ -300,7 +175,7 @@ def test_greedy_with_nan_logits_is_as_in_transformers(fresh: Tiny, prompts: Prom
     _break_row_of_logits(model, int(prompts([6, 2, 9])["input_ids"][0, -1]))
     expected = model.generate(**prompts([6, 2, 9]), max_new_tokens=8)
     for draft in (None, "ngram", model):
-        assert torch.equal(_wrap(model, draft).generate(**prompts([6, 2, 9]), max_new_tokens=8), expected)
+        assert torch.equal(wrap(model, draft).generate(**prompts([6, 2, 9]), max_new_tokens=8), expected)
 
 
 @pytest.mark.parametrize("draft", [None, "ngram", "self"])
@@ -310,7 +185,7 @@ def test_sampling_from_nan_logits_is_an_error(
     broken = fresh("llama")
     inputs = prompts([6, 2, 9])
     _break_row_of_logits(broken, int(inputs["input_ids"][1, -1]))
-    wrapped = _wrap(broken, broken if draft == "self" else draft)
+    wrapped = wrap(broken, broken if draft == "self" else draft)
     with pytest.raises((RuntimeError, ValueError), match=r"sample 1.*NaN"):
         wrapped.generate(**inputs, max_new_tokens=8, do_sample=True)
     broken.load_state_dict(model.state_dict())
@@ -321,7 +196,7 @@ def test_the_error_about_nan_logits_is_of_the_type_transformers_raises(fresh: Ti
     broken = fresh("llama")
     inputs = prompts([6])
     _break_row_of_logits(broken, int(inputs["input_ids"][0, -1]))
-    for model in (broken, _wrap(broken)):
+    for model in (broken, wrap(broken)):
         with pytest.raises(RuntimeError):
             model.generate(**inputs, max_new_tokens=8, do_sample=True)
 
@@ -344,7 +219,7 @@ def test_nan_after_a_rejected_draft_is_no_error(fresh: Tiny, prompts: Prompts) -
     model = fresh("llama")
     _break_row_of_logits(model, 3)
     arguments = {"inputs": torch.tensor([[5, 6, 7]]), "do_sample": True, "top_k": 2, "max_new_tokens": 4}
-    wrapped = _wrap(model, _Insists(3))
+    wrapped = wrap(model, _Insists(3))
     torch.manual_seed(0)
     assert 3 not in model.generate(**arguments)
     assert 3 not in wrapped.generate(**arguments)
@@ -356,7 +231,7 @@ def test_a_broken_draft_costs_speed_and_nothing_else(
     draft = fresh("llama", seed=7)
     with torch.no_grad():
         draft.lm_head.weight.fill_(float("nan"))
-    wrapped = _wrap(model, draft)
+    wrapped = wrap(model, draft)
     still_works(wrapped)
     out = wrapped.generate(**prompts([6, 2]), max_new_tokens=8, do_sample=True)
     assert out.shape == (2, 14)
@@ -397,7 +272,7 @@ class _Stops:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of ideas"), StopIteration()])
 def test_a_draft_that_raises(error: BaseException, model: PreTrainedModel, prompts: Prompts, still_works: Any) -> None:
-    wrapped = _wrap(model, _Raises(error))
+    wrapped = wrap(model, _Raises(error))
     with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)):
         wrapped.generate(**prompts([6, 2]), max_new_tokens=20)
     still_works(wrapped)
@@ -416,7 +291,7 @@ def test_a_streamer_that_raises(
 
 def test_a_model_that_raises(fresh: Tiny, model: PreTrainedModel, prompts: Prompts, still_works: Any) -> None:
     broken = fresh("llama")
-    wrapped = _wrap(broken, broken)
+    wrapped = wrap(broken, broken)
     still_works(wrapped)
     weight = broken.lm_head.weight
     broken.lm_head.weight = torch.nn.Parameter(weight[:, :-1].clone())
@@ -429,7 +304,7 @@ def test_a_model_that_raises(fresh: Tiny, model: PreTrainedModel, prompts: Promp
 
 def test_a_vocabulary_resized_after_compile(fresh: Tiny, prompts: Prompts) -> None:
     model, draft = fresh("llama"), fresh("llama", seed=1)
-    wrapped = _wrap(model, draft)
+    wrapped = wrap(model, draft)
     wrapped.generate(**prompts([6]), max_new_tokens=3)
     model.resize_token_embeddings(101)
     with pytest.raises(ValueError, match=r"(?=.*97)(?=.*101)"):
@@ -437,72 +312,3 @@ def test_a_vocabulary_resized_after_compile(fresh: Tiny, prompts: Prompts) -> No
     draft.resize_token_embeddings(101)
     expected = model.generate(**prompts([6]), max_new_tokens=8)
     assert torch.equal(wrapped.generate(**prompts([6]), max_new_tokens=8), expected)
-
-
-@pytest.mark.parametrize("given", [{"batch_sizes": ()}, {"batch_sizes": (2, 0)}, {"max_length": 1}])
-def test_a_warmup_of_nothing_is_named(model: PreTrainedModel, given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="at least"):
-        _wrap(model).specdec.warmup(**given)
-
-
-def test_a_warmup_takes_what_generate_takes(model: PreTrainedModel) -> None:
-    wrapped = _wrap(model)
-    with pytest.raises(ValueError, match="do_smaple"):
-        wrapped.specdec.warmup(do_smaple=True)
-    wrapped.generate(IDS, max_new_tokens=2)  # and is over
-    assert wrapped.specdec.stats.tokens == 4
-
-
-def test_a_warmup_takes_no_second_length(model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="no max_new_tokens"):
-        _wrap(model).specdec.warmup(max_new_tokens=5)
-
-
-def test_a_warmup_that_falls_back_says_so_and_decodes_nothing(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forwards = []
-    monkeypatch.setattr(type(model), "_sample", lambda *_, **__: forwards.append(1))
-    with pytest.warns(UserWarning, match="transformers' own loop: .*RepetitionPenalty"):
-        _wrap(model).specdec.warmup(repetition_penalty=1.5)
-    assert not forwards
-
-
-def test_a_warmup_stays_within_the_models_positions(tiny: Callable[..., PreTrainedModel]) -> None:
-    model = tiny("gpt2")  # 128 positions
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="specdec")
-        _wrap(model).specdec.warmup(max_length=512)
-
-
-def test_a_call_beside_a_warmup_is_not_a_warmup(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread's generate() while one warms up: transformers' own loop, or ours, but all its tokens."""
-    wrapped = _wrap(model)
-    expected = model.generate(IDS, max_new_tokens=6)
-    outputs = []
-    warm_up = Decoder.warm_up
-
-    def slow(*arguments: Any) -> None:
-        thread = threading.Thread(target=lambda: outputs.append(wrapped.generate(IDS, max_new_tokens=6)))
-        thread.start()
-        thread.join()
-        warm_up(*arguments)
-
-    monkeypatch.setattr(Decoder, "warm_up", slow)
-    with pytest.warns(UserWarning, match="another generate"):
-        wrapped.specdec.warmup()
-    assert torch.equal(outputs[0], expected)
-
-
-def test_a_replaced_forward_is_not_copied(fresh: Callable[..., PreTrainedModel]) -> None:
-    """A copy of the modules would keep the user's own forward, and with it the user's own cache and attention."""
-    model = fresh("llama")
-    expected = model.generate(IDS, max_new_tokens=6)
-    with pytest.raises(ValueError, match="the draft has a forward of its own"):
-        draft = fresh("llama", seed=1)
-        draft.model.forward = draft.model.forward
-        specdec.compile(model, draft)
-    model.forward = torch.compile(model.forward, backend="eager")
-    wrapped = _wrap(model)
-    with pytest.warns(UserWarning, match="a forward of its own"):
-        assert torch.equal(wrapped.generate(IDS, max_new_tokens=6), expected)

@@ -203,12 +203,3 @@ def test_stats_add_up(do_sample: bool, wrapped: PreTrainedModel, prompts: Prompt
     assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
     stats.reset()
     assert stats.to_dict() == specdec.stats.Stats().to_dict()
-
-
-def test_warmup_leaves_no_trace(wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts) -> None:
-    seeds = wrapped.specdec.seeds = torch.arange(len(RAGGED))
-    for settings in ({}, {"do_sample": True, "top_p": 0.9}):
-        wrapped.specdec.warmup(batch_sizes=(2, 3), max_length=40, **settings)
-    assert wrapped.specdec.stats.to_dict() == specdec.stats.Stats().to_dict()
-    assert torch.equal(wrapped.specdec.seeds, seeds)
-    same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
