@@ -1,0 +1,103 @@
+"""What the children of one node of a draft tree must accept, so that the output law stays the target's.
+
+A node of a tree has a weight w: with this probability its subtree must accept, averaged over what is drafted below it.
+The target's law p after the node then asks for the mass w p(t) of every next token t. The children, drafted from the
+node's draft law q, carry as much of it as they can; what they leave is drawn when all of them have failed.
+
+Drawn children (rules IID and DISTINCT), one after the other, with m = w p, W = w and the child x drawn from q:
+
+    the subtree of x has the weight min(1, m(x) / q(x));   it fails with probability  D = r + 1 - W,   r = sum (m - q)+
+    m <- (m - q)+ / D        W <- r / D        and, drawn without replacement (DISTINCT),  q <- q without x, renormalised
+
+With w = 1 this is recursive rejection sampling (RRS, and RRSw without replacement); handing weights down a chain it is
+block verification, down a tree traversal verification. A child proposed without randomness (TOP) is a one-hot q.
+
+The hub (HUB, SpecHub and its generalisation): with k children, the k - 1 best of q, A, are drafted always, one more, i,
+is drawn from the rest, q' = q without A, renormalised. With S = sum over j not in A of (q'_j - w p_j)+ :
+
+    the subtree of i is first, with the weight min(1, w p_i / q'_i);   then b in A with w p_b / (S - w p of those before)
+    what is left: (w p_j - q'_j)+ for j not in A, nothing for A; with r its sum, the node ends with r / (r + 1 - w)
+
+This is the best any rule can do with children drafted so. Where q has no mass outside A there is no i, and S = 1.
+
+All sums run over the support of q alone: outside of it m is p times one number, the scale.
+
+Letters: C support size, K children of a node. In code `target_probs` is p, `draft_probs` q, `measure` m, `total` W.
+Source: SpecInfer, arXiv 2305.09781 (RRS); Sequoia, arXiv 2402.12374 (RRSw); SpecHub, arXiv 2411.05289; Hu et al., arXiv
+2502.18779 (hub of k children); Sun et al., arXiv 2403.10444 (block); Weng et al., arXiv 2505.12398 (traversal).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IID, DISTINCT, HUB, TOP = range(4)
+"""How the children of a node were drafted: drawn with replacement; without; the best and one drawn; the best."""
+
+
+def weigh_children_reference(
+    rule: int, weight: Tensor, target_probs: Tensor, outside: Tensor, draft_probs: Tensor, places: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each child's subtree must accept once those tested before it have failed, and what is left after all.
+
+    Tested are the children in order, with HUB the last one first.
+
+    Args:
+        rule: IID, DISTINCT, HUB or TOP.
+        weight: [...], of the node; 1 for a root.
+        target_probs: [..., C], p of the support's ids. outside: [...], p's mass outside of the support.
+        draft_probs: [..., C], q; entries of probability zero (or NaN) do not belong to the support.
+        places: [..., K] int64, the children's places in the support, -1 for none; for HUB the drawn child is the last.
+
+    Returns:
+        weights [..., K]; exit_weight [...]: the probability of ending at this node once all children have failed;
+        residual [..., C] and scale [...]: the token is then drawn from residual on the support, scale * p outside.
+    """
+    listed = draft_probs > 0
+    law = torch.where(listed, draft_probs, 0)
+    measure = weight[..., None] * torch.where(listed, target_probs, 0)
+    weights = torch.zeros_like(places, dtype=measure.dtype)
+    place = torch.arange(law.shape[-1], device=law.device)
+    is_child = place == places[..., None]  # [..., K, C]
+    if rule == HUB:
+        is_hub = is_child[..., :-1, :].any(-2)
+        rest = torch.where(is_hub, 0, law)
+        mass = rest.sum(-1, keepdim=True)
+        rest = rest / torch.where(mass > 0, mass, 1)
+        carried = torch.where(is_hub, 0, measure)
+        weights[..., -1] = _ratio((carried * is_child[..., -1, :]).sum(-1), (rest * is_child[..., -1, :]).sum(-1))
+        failed = torch.where(mass[..., 0] > 0, (rest - carried).clamp(min=0).sum(-1), 1)
+        for k in range(places.shape[-1] - 1):
+            asked = (measure * is_child[..., k, :]).sum(-1)
+            weights[..., k] = _ratio(asked, failed)
+            failed = failed - asked
+        residual = (carried - rest).clamp(min=0)
+        left = residual.sum(-1) + weight * outside
+        return weights, _share(left, left + (1 - weight)), residual, weight
+    scale, total = weight, weight
+    for k in range(places.shape[-1]):
+        chosen = is_child[..., k, :]
+        proposal = chosen.to(law.dtype) if rule == TOP else law
+        weights[..., k] = _ratio((measure * chosen).sum(-1), (proposal * chosen).sum(-1))
+        left = (measure - proposal).clamp(min=0)
+        mass = left.sum(-1) + scale * outside
+        failed = mass + (1 - total)
+        goes_on = chosen.any(-1) & (failed > 0)
+        measure = torch.where(goes_on[..., None], left / failed[..., None], measure)
+        scale, total = torch.where(goes_on, scale / failed, scale), torch.where(goes_on, mass / failed, total)
+        if rule == DISTINCT:
+            law = torch.where(chosen, 0, law)
+            mass = law.sum(-1, keepdim=True)
+            law = law / torch.where(mass > 0, mass, 1)
+    return weights, total, measure, scale
+
+
+def _ratio(asked: Tensor, proposed: Tensor) -> Tensor:
+    """min(1, asked / proposed); 0 where nothing is asked or nothing was proposed."""
+    return torch.where((asked > 0) & (proposed > 0), (asked / proposed).clamp(max=1), 0)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole; 1 where there is no whole: a node that never fails."""
+    return torch.where(whole > 0, part / whole, 1)
