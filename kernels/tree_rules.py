@@ -6,8 +6,8 @@ node's draft law q, carry as much of it as they can; what they leave is drawn wh
 
 Drawn children (rules IID and DISTINCT), one after the other, with m = w p, W = w and the child x drawn from q:
 
-    the subtree of x has the weight min(1, m(x) / q(x));   it fails with probability  D = r + 1 - W,   r = sum (m - q)+
-    m <- (m - q)+ / D        W <- r / D        and, drawn without replacement (DISTINCT),  q <- q without x, renormalised
+    the subtree of x has the weight min(1, m(x) / q(x)), and fails with probability D = r + 1 - W, r = sum (m - q)+
+    m <- (m - q)+ / D     W <- r / D     and, drawn without replacement (DISTINCT), q <- q without x, renormalised
 
 With w = 1 this is recursive rejection sampling (RRS, and RRSw without replacement); handing weights down a chain it is
 block verification, down a tree traversal verification. A child proposed without randomness (TOP) is a one-hot q.
@@ -15,7 +15,7 @@ block verification, down a tree traversal verification. A child proposed without
 The hub (HUB, SpecHub and its generalisation): with k children, the k - 1 best of q, A, are drafted always, one more, i,
 is drawn from the rest, q' = q without A, renormalised. With S = sum over j not in A of (q'_j - w p_j)+ :
 
-    the subtree of i is first, with the weight min(1, w p_i / q'_i);   then b in A with w p_b / (S - w p of those before)
+    the subtree of i is first, with the weight min(1, w p_i / q'_i), then b in A with w p_b / (S - w p of those before)
     what is left: (w p_j - q'_j)+ for j not in A, nothing for A; with r its sum, the node ends with r / (r + 1 - w)
 
 This is the best any rule can do with children drafted so. Where q has no mass outside A there is no i, and S = 1.
@@ -101,3 +101,67 @@ def _ratio(asked: Tensor, proposed: Tensor) -> Tensor:
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole; 1 where there is no whole: a node that never fails."""
     return torch.where(whole > 0, part / whole, 1)
+
+
+WEIGH_CPP = r"""
+enum { IID, DISTINCT, HUB, TOP };
+
+static inline float ratio(float asked, float proposed) {
+  return asked > 0 && proposed > 0 ? std::min(asked / proposed, 1.0f) : 0;
+}
+
+// As `weigh_children_reference` for one node. `measure` holds p of the support, 0 where q is 0, and becomes the
+// residual; `law` holds q and is used up.
+static void weigh_children(
+    int64_t rule, float weight, float outside, const int64_t* places, int64_t K, int64_t C, float* law, float* measure,
+    float* weights, float* exit_weight, float* scale) {
+  for (int64_t c = 0; c < C; c++) measure[c] *= weight;
+  *scale = weight;
+  if (rule == HUB) {
+    float failed = 0, rest = 0, left = 0;
+    for (int64_t k = 0; k + 1 < K; k++) {  // asked of the hubs; they are no part of the rest
+      weights[k] = places[k] < 0 ? 0 : measure[places[k]];
+      if (places[k] >= 0) law[places[k]] = measure[places[k]] = 0;
+    }
+    for (int64_t c = 0; c < C; c++) rest += law[c];
+    for (int64_t c = 0; rest > 0 && c < C; c++) {
+      law[c] /= rest;
+      failed += std::max(law[c] - measure[c], 0.0f);
+    }
+    if (!(rest > 0)) failed = 1;
+    const int64_t drawn = places[K - 1];
+    weights[K - 1] = drawn < 0 ? 0 : ratio(measure[drawn], law[drawn]);
+    for (int64_t k = 0; k + 1 < K; k++) {
+      const float asked = weights[k];
+      weights[k] = ratio(asked, failed);
+      failed -= asked;
+    }
+    for (int64_t c = 0; c < C; c++) left += measure[c] = std::max(measure[c] - law[c], 0.0f);
+    left += weight * outside;
+    *exit_weight = left + (1 - weight) > 0 ? left / (left + (1 - weight)) : 1;
+    return;
+  }
+  float total = weight;
+  for (int64_t k = 0; k < K; k++) {
+    const int64_t x = places[k];
+    weights[k] = x < 0 ? 0 : ratio(measure[x], rule == TOP ? 1 : law[x]);
+    if (x < 0) continue;
+    float left = *scale * outside;
+    for (int64_t c = 0; c < C; c++) left += std::max(measure[c] - (rule == TOP ? float(c == x) : law[c]), 0.0f);
+    const float failed = left + (1 - total);
+    if (failed > 0) {
+      for (int64_t c = 0; c < C; c++)
+        measure[c] = std::max(measure[c] - (rule == TOP ? float(c == x) : law[c]), 0.0f) / failed;
+      *scale /= failed;
+      total = left / failed;
+    }
+    if (rule == DISTINCT) {
+      float rest = 0;
+      law[x] = 0;
+      for (int64_t c = 0; c < C; c++) rest += law[c];
+      for (int64_t c = 0; rest > 0 && c < C; c++) law[c] /= rest;
+    }
+  }
+  *exit_weight = total;
+}
+"""

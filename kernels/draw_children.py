@@ -1,0 +1,165 @@
+"""Draw the children of the nodes of a tree: which places of each node's draft law become drafted tokens.
+
+All nodes of a level, of all samples, are the rows of one call. How a row is drawn is its rule (see
+`specdec.kernels.tree_rules`); everything random is an exponential race, as in `specdec.kernels.draw`:
+
+    IID       child k is the winner of a race of its own
+    DISTINCT  child k is the k-th to arrive in one race: n draws without replacement
+    HUB       the children but the last are the best of the law, the last one wins a race of all the others
+    TOP       the best of the law
+
+With `shared` noise a race's numbers belong to ids and not to places: whoever draws with the same key from a law of its
+own, as coupled verification does for the target, tends to draw the same id.
+
+Letters: R rows, C support size, K children.
+Source: Gumbel-top-k as in Kool et al., "Stochastic beams and where to find them", ICML 2019; SpecHub, arXiv 2411.05289.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.cpu import build, has_compiler
+from specdec.kernels.draw import RACE_CPP
+from specdec.kernels.library import register
+from specdec.kernels.noise import NOISE_CPP, exponential
+from specdec.kernels.tree_rules import DISTINCT, HUB, IID, TOP
+
+MAX_SUPPORT = 4096
+"""The largest C."""
+
+
+def draw_children_reference(
+    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    stream: int, n_children: int, shared: bool,
+) -> Tensor:  # fmt: skip
+    """The children of each row, as places in its law.
+
+    Args:
+        ids, probs: [R, C] int64 and float32, the laws, not necessarily normalised; for HUB and TOP best first.
+        rules: [R] int64. counts: [R] int64, how many children each row has, at most K.
+        seed, position, node: [R] int64, the noise key of each row. stream: see `specdec.kernels.noise`.
+        n_children: K, of the result. shared: noise belongs to ids, and there is one race a row.
+
+    Returns:
+        [R, K] int64 places, -1 where a row has no such child: past its count, and where no entry of positive
+        probability is left for it.
+    """
+    _check(probs)
+    size = probs.shape[-1]
+    keys = seed, position, node, stream
+    if shared:
+        words = exponential(seed, position, node, stream, int(ids.max()) + 1 if ids.numel() else 1)
+        noise = words.gather(1, ids)
+    else:
+        noise = exponential(*keys, size)
+    out = torch.full((len(probs), n_children), -1)
+    for r, (rule, count) in enumerate(zip(rules.tolist(), counts.tolist(), strict=True)):
+        law = torch.where(probs[r] > 0, probs[r], 0)
+        for k in range(count):
+            arrivals = law / noise[r]
+            if rule == IID and not shared:
+                first = torch.full_like(position[r, None], k * -(-size // 4) * 4)
+                arrivals = law / exponential(*(x[r, None] for x in keys[:3]), stream, size, first=first)[0]
+            elif rule == HUB and k == count - 1:
+                arrivals = arrivals[k:]
+            elif rule != DISTINCT:
+                out[r, k] = k if k < size and law[k] > 0 else -1
+                continue
+            if arrivals.numel() and arrivals.max() > 0:
+                out[r, k] = arrivals.argmax() + (size - len(arrivals))
+            if rule == DISTINCT:
+                law[out[r, k]] = 0
+    return out
+
+
+def _check(probs: Tensor) -> None:
+    if probs.shape[-1] > MAX_SUPPORT:
+        raise ValueError(f"draw_children takes supports of at most {MAX_SUPPORT} entries, not {probs.shape[-1]}")
+
+
+_SOURCE = r"""
+extern "C" void draw_children(
+    const int64_t* ids, const float* probs, const int64_t* rules, const int64_t* counts, const int64_t* seed,
+    const int64_t* position, const int64_t* node, int64_t* out, int64_t rows, int64_t C, int64_t K, int64_t stream,
+    int64_t shared) {
+  std::vector<float> law(C);
+  std::vector<std::pair<float, int64_t>> entries;
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t* const own = out + r * K;
+    const int64_t rule = rules[r], count = counts[r];
+    const float* const p = probs + r * C;
+    // The winners of a race of the entries from `begin` on, whose noise starts at index `offset`, into own[at ...].
+    const auto winners = [&](int64_t begin, int64_t offset, int64_t at, int64_t n) {
+      entries.clear();
+      const auto use = [&](int64_t i, float score) {
+        if (i - offset >= begin) entries.emplace_back(-score, i - offset);
+      };
+      if (shared)
+        for (int64_t c = begin; c < C; c++) {
+          const int64_t id = ids[r * C + c];
+          if (p[c] > 0) entries.emplace_back(-p[c] / exponential(
+              philox(seed[r], uint32_t(id / 4), uint32_t(position[r]), uint32_t(node[r]), uint32_t(stream)), id % 4), c);
+        }
+      else
+        race(p - offset, offset, offset + C, seed[r], position[r], node[r], stream, use);
+      const int64_t found = std::min<int64_t>(n, entries.size());
+      std::partial_sort(entries.begin(), entries.begin() + found, entries.end());
+      for (int64_t k = 0; k < found; k++) own[at + k] = entries[k].second;
+    };
+    std::fill(own, own + K, -1);
+    if (rule == DISTINCT) winners(0, 0, 0, count);
+    else if (rule == IID) for (int64_t k = 0; k < count; k++) winners(0, shared ? 0 : k * ((C + 3) / 4 * 4), k, 1);
+    else {
+      for (int64_t k = 0; k < std::min(count - (rule == HUB), C); k++) own[k] = p[k] > 0 ? k : -1;
+      if (rule == HUB && count > 0 && count <= C) winners(count - 1, 0, count - 1, 1);
+    }
+  }
+}
+"""
+
+
+@cache
+def _cpp() -> ctypes._NamedFuncPointer:
+    rules = f"enum {{ IID = {IID}, DISTINCT = {DISTINCT}, HUB = {HUB}, TOP = {TOP} }};\n"
+    function = build(
+        "#include <algorithm>\n#include <utility>\n" + rules + NOISE_CPP + RACE_CPP + _SOURCE
+    ).draw_children
+    function.argtypes, function.restype = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5, None
+    return function
+
+
+def draw_children_cpu(
+    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    stream: int, n_children: int, shared: bool,
+) -> Tensor:  # fmt: skip
+    """[R, K] places of the drafted children in their nodes' laws (see `draw_children_reference`)."""
+    if not has_compiler():
+        return draw_children_reference(ids, probs, rules, counts, seed, position, node, stream, n_children, shared)
+    _check(probs)
+    out = _fake(ids, probs, rules, counts, seed, position, node, stream, n_children, shared)
+    inputs = [x.contiguous() for x in (ids, probs.float(), rules, counts, seed, position, node)]
+    _cpp()(*(x.data_ptr() for x in inputs), out.data_ptr(), *probs.shape, n_children, stream, int(shared))
+    return out
+
+
+def _fake(
+    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    stream: int, n_children: int, shared: bool,
+) -> Tensor:  # fmt: skip
+    _check(probs)
+    return ids.new_empty((ids.shape[0], n_children))
+
+
+draw_children = register(
+    "draw_children(Tensor ids, Tensor probs, Tensor rules, Tensor counts, Tensor seed, Tensor position, Tensor node, "
+    "int stream, int n_children, bool shared) -> Tensor",
+    cpu=draw_children_cpu,
+    launcher=None,
+    fake=_fake,
+    inline=False,
+)

@@ -1,0 +1,232 @@
+"""Which path of a drafted tree the target accepts, by a rule whose output law is exactly the target's.
+
+Every child of a node has a weight (see `specdec.kernels.tree_rules`): with this probability its subtree must accept
+once its earlier siblings' have failed. There are two ways to see to it.
+
+Node by node (rrs, rrsw, spechub, target): a child is accepted with its weight, there and then, and is worth 1 from then
+on. Where no child is accepted the path ends.
+
+As a sequence (block, traversal, seqhub): weights are handed down before anything is decided. A leaf of weight w accepts
+with probability w. An inner node runs the subtrees of its children until one accepts; failing that it ends the path
+itself with its exit weight, or else fails in turn. The root always ends it. More tokens are accepted on average, since
+what one token lacks another further down may have to spare.
+
+Either way a node decides once at most, by one number of noise. Decided is where the path ends and from what law the
+bonus token comes; drawing it is left to `specdec.kernels.draw_row`, the one kernel that reads a whole row.
+
+Letters: B samples, T rows, N nodes, M inner nodes, C support size, P = depth + 1 nodes of the longest path.
+Source: see `specdec.kernels.tree_rules`; the post-order walk is that of Weng et al., arXiv 2505.12398.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.cpu import bind, has_compiler
+from specdec.kernels.library import register
+from specdec.kernels.noise import ACCEPT, NOISE_CPP, uniform_reference
+from specdec.kernels.row_law import law_of
+from specdec.kernels.tree_rules import HUB, WEIGH_CPP, weigh_children_reference
+
+
+def verify_tree_reference(
+    logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tensor, first: Tensor, topology: Tensor,
+    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, rules: Tensor, seed: Tensor,
+    position: Tensor, starts: Tensor, depth: int, sequence: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Walk each sample's tree to where its path ends.
+
+    Args:
+        logits: [T, V]; row starts[b] + n follows node n of sample b.
+        knobs: [3]. log_total, threshold, first: [T]; with the logits the rows' laws, see `row_law`.
+        topology: [5, N] int64, see `TokenTree.topology`.
+        places: [B, N - 1] int64, each drafted node's place in the support of its parent, -1 for none.
+        n_nodes: [B] int64, how many of the N nodes a sample has: leading ones, and of a HUB node's children all or none.
+        support_ids, support_probs: [B, M, C] int64 and float32, the draft law after each inner node. Ids are distinct
+            among entries of positive probability; the others may hold any id of the vocabulary.
+        rules: [B, M] int64, how the node's children were drafted, see `tree_rules`.
+        seed: [B] int64. position: [B] int64, position of the root's children in their sample.
+        starts: [B + 1] int64. A sample without rows is given some other's, and its result means nothing.
+        depth: of the tree. sequence: whether weights are handed down.
+
+    Returns:
+        path [B, P] int64, the accepted nodes, the root first; past their end it holds the last of them.
+        n_accepted [B] int64, drafted nodes on the path. row [B] int64, whose law the bonus token follows, except that
+        ids exit_ids [B, C] int64 have the weights exit_weights [B, C] instead of their probabilities; -1 for none.
+    """
+    parents, depths, first_child, n_children, inner = topology.tolist()
+    n_batch, last, size = len(n_nodes), len(logits) - 1, support_ids.shape[-1]
+    path = torch.zeros(n_batch, depth + 1, dtype=torch.int64)
+    n_accepted, row = torch.zeros(n_batch, dtype=torch.int64), torch.zeros(n_batch, dtype=torch.int64)
+    exit_ids = torch.full((n_batch, size), -1)
+    exit_weights = torch.zeros(n_batch, size, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    for b in range(n_batch):
+
+        def accepts(node: int, probability: Tensor) -> bool:
+            key = seed[b], position[b] + depths[node] - 1, torch.tensor(node)
+            return bool(_coin(*key) < probability)
+
+        def ends_at(node: int, weight: Tensor) -> int:
+            """The node below or at this one where the path ends, or -1."""
+            children = range(first_child[node], min(first_child[node] + n_children[node], int(n_nodes[b])))
+            at, entry = min(int(starts[b]) + node, last), inner[node]
+            if not children:
+                return node if not sequence or node == 0 or accepts(node, weight) else -1
+            ids, draft_probs, rule = support_ids[b, entry], support_probs[b, entry], int(rules[b, entry])
+            probs = law_of(logits[at, ids], ids, knobs, log_total[at], threshold[at], first[at])
+            outside = (1 - (probs * (draft_probs > 0)).sum()).clamp(min=0)
+            own = places[b, children[0] - 1 : children[-1]]
+            weights, exit_weight, residual, scale = weigh_children_reference(
+                rule, weight, probs, outside, draft_probs.to(probs.dtype), own
+            )
+            for child in [children[-1], *children[:-1]] if rule == HUB else children:
+                w = weights[child - children[0]]
+                if w > 0 if sequence else accepts(child, w):
+                    end = ends_at(child, w if sequence else torch.ones_like(w))
+                    if end >= 0:
+                        return end
+            if sequence and node > 0 and not accepts(node, exit_weight):
+                return -1
+            exit_ids[b] = torch.where(draft_probs > 0, ids, -1)
+            exit_weights[b] = residual / scale
+            return node
+
+        end = node = ends_at(0, exit_weights.new_ones(()))
+        n_accepted[b], row[b] = depths[end], min(int(starts[b]) + end, last)
+        path[b] = end
+        while node >= 0:
+            path[b, depths[node]], node = node, parents[node]
+    return path, n_accepted, row, exit_ids, exit_weights
+
+
+def _coin(seed: Tensor, position: Tensor, node: Tensor) -> Tensor:
+    return uniform_reference(seed, position, node, ACCEPT)
+
+
+_SOURCE = r"""
+struct Walk {
+  const float *logits, *log_total, *threshold, *support_probs;
+  const int64_t *first, *parents, *depths, *first_child, *n_children, *inner, *places, *ids, *rules;
+  const float inverse_temperature;
+  const int64_t n_nodes, N, C, V, root, last, seed, position;
+  const bool sequence;
+  int64_t* exit_ids;
+  float *exit_weights, *room;
+
+  bool accepts(int64_t node, float probability) const {
+    const uint32_t at = uint32_t(position + depths[node] - 1);
+    return unit(philox(seed, 0, at, uint32_t(node), ACCEPT).x[0]) < probability;
+  }
+
+  // The node below or at this one where the path ends, or -1.
+  int64_t ends_at(int64_t node, float weight) const {
+    const int64_t begin = first_child[node], K = std::min(n_children[node], n_nodes - begin), m = inner[node];
+    if (K <= 0 || m < 0) return !sequence || node == 0 || accepts(node, weight) ? node : -1;
+    const int64_t row = std::min(root + node, last), rule = rules[m];
+    float* const measure = room + depths[node] * (2 * C + N);
+    float *const law = measure + C, *const weights = law + C;
+    float outside = 1, exit_weight, scale;
+    for (int64_t c = 0; c < C; c++) {
+      const int64_t id = ids[m * C + c];
+      const float q = support_probs[m * C + c], logit = logits[row * V + id], edge = threshold[row];
+      const bool kept = q > 0 && (logit > edge || (logit == edge && id >= first[row]));
+      measure[c] = kept ? std::exp(logit * inverse_temperature - log_total[row]) : 0;
+      law[c] = q > 0 ? q : 0;
+      outside -= measure[c];
+    }
+    weigh_children(rule, weight, std::max(outside, 0.0f), places + begin - 1, K, C, law, measure, weights, &exit_weight,
+                   &scale);
+    for (int64_t k = 0; k < K; k++) {
+      const int64_t turn = rule == HUB ? (k + K - 1) % K : k;
+      if (!(sequence ? weights[turn] > 0 : accepts(begin + turn, weights[turn]))) continue;
+      const int64_t end = ends_at(begin + turn, sequence ? weights[turn] : 1);
+      if (end >= 0) return end;
+    }
+    if (sequence && node > 0 && !accepts(node, exit_weight)) return -1;
+    for (int64_t c = 0; c < C; c++) {
+      exit_ids[c] = support_probs[m * C + c] > 0 ? ids[m * C + c] : -1;
+      exit_weights[c] = measure[c] / scale;
+    }
+    return node;
+  }
+};
+
+extern "C" void kernel(
+    const float* logits, const float* knobs, const float* log_total, const float* threshold, const int64_t* first,
+    const int64_t* topology, const int64_t* places, const int64_t* n_nodes, const int64_t* support_ids,
+    const float* support_probs, const int64_t* rules, const int64_t* seed, const int64_t* position,
+    const int64_t* starts, int64_t* path, int64_t* n_accepted, int64_t* row, int64_t* exit_ids, float* exit_weights,
+    int64_t B, int64_t T, int64_t V, int64_t N, int64_t M, int64_t C, int64_t P, int64_t sequence, int64_t threads) {
+  const int64_t *const parents = topology, *const depths = topology + N;
+  #pragma omp parallel for num_threads(threads) if (B > 8)
+  for (int64_t b = 0; b < B; b++) {
+    std::vector<float> room(P * (2 * C + N));
+    std::fill(exit_ids + b * C, exit_ids + (b + 1) * C, -1);
+    std::fill(exit_weights + b * C, exit_weights + (b + 1) * C, 0.0f);
+    const Walk walk{logits, log_total, threshold, support_probs + b * M * C, first, parents, depths, topology + 2 * N,
+                    topology + 3 * N, topology + 4 * N, places + b * (N - 1), support_ids + b * M * C, rules + b * M,
+                    knobs[0], n_nodes[b], N, C, V, starts[b], T - 1, seed[b], position[b], sequence != 0,
+                    exit_ids + b * C, exit_weights + b * C, room.data()};
+    const int64_t end = walk.ends_at(0, 1);
+    n_accepted[b] = depths[end];
+    row[b] = std::min(starts[b] + end, T - 1);
+    std::fill(path + b * P, path + (b + 1) * P, end);
+    for (int64_t node = end; node >= 0; node = parents[node]) path[b * P + depths[node]] = node;
+  }
+}
+"""
+
+
+@cache
+def _kernel() -> Callable[..., None]:
+    floats, ints = "float*", "int64_t*"
+    types = [floats] * 4 + [ints] * 5 + [floats] + [ints] * 7 + [ints, floats] + ["int64_t"] * 9
+    source = f"#include <algorithm>\nconstexpr uint32_t ACCEPT = {ACCEPT};\n" + NOISE_CPP + WEIGH_CPP + _SOURCE
+    return bind(source, ", ".join(types))
+
+
+def verify_tree_cpu(
+    logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tensor, first: Tensor, topology: Tensor,
+    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, rules: Tensor, seed: Tensor,
+    position: Tensor, starts: Tensor, depth: int, sequence: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Where each sample's path ends, and the law of its bonus token (see `verify_tree_reference`)."""
+    inputs = (
+        logits, knobs, log_total, threshold, first, topology, places, n_nodes, support_ids, support_probs, rules, seed,
+        position, starts,
+    )  # fmt: skip
+    if not has_compiler():
+        return verify_tree_reference(*inputs, depth, sequence)
+    out = _fake(*inputs, depth, sequence)
+    inputs = tuple((x.float() if x.is_floating_point() else x).contiguous() for x in inputs)
+    sizes = len(n_nodes), *logits.shape, topology.shape[1], *support_ids.shape[1:], depth + 1
+    _kernel()(*inputs, *out, *sizes, int(sequence), torch.get_num_threads())
+    return out
+
+
+def _fake(
+    logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tensor, first: Tensor, topology: Tensor,
+    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, rules: Tensor, seed: Tensor,
+    position: Tensor, starts: Tensor, depth: int, sequence: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n_batch, size = len(n_nodes), support_ids.shape[2]
+    path, exit_ids = n_nodes.new_empty(n_batch, depth + 1), n_nodes.new_empty(n_batch, size)
+    n_accepted, row = (n_nodes.new_empty(n_batch) for _ in range(2))
+    return path, n_accepted, row, exit_ids, log_total.new_empty((n_batch, size), dtype=torch.float32)
+
+
+verify_tree = register(
+    "verify_tree(Tensor logits, Tensor knobs, Tensor log_total, Tensor threshold, Tensor first, Tensor topology, "
+    "Tensor places, Tensor n_nodes, Tensor support_ids, Tensor support_probs, Tensor rules, Tensor seed, "
+    "Tensor position, Tensor starts, int depth, bool sequence) "
+    "-> (Tensor path, Tensor n_accepted, Tensor row, Tensor exit_ids, Tensor exit_weights)",
+    cpu=verify_tree_cpu,
+    launcher=None,
+    fake=_fake,
+    inline=False,
+)
