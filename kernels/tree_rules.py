@@ -32,8 +32,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.library import jit, tl
+
 IID, DISTINCT, HUB, TOP = range(4)
 """How the children of a node were drafted: drawn with replacement; without; the best and one drawn; the best."""
+_DISTINCT, _HUB, _TOP = (rule if tl is None else tl.constexpr(rule) for rule in (DISTINCT, HUB, TOP))
 
 
 def weigh_children_reference(
@@ -101,6 +104,75 @@ def _ratio(asked: Tensor, proposed: Tensor) -> Tensor:
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole; 1 where there is no whole: a node that never fails."""
     return torch.where(whole > 0, part / whole, 1)
+
+
+@jit
+def _positive(x):
+    """max(x, 0), of a NaN a NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@jit
+def _weight(asked, proposed):
+    """As `_ratio`, of scalars or blocks."""
+    is_any = (asked > 0) & (proposed > 0)
+    return tl.where(is_any, tl.minimum(asked / tl.where(is_any, proposed, 1.0), 1.0), 0.0)
+
+
+@jit
+def _renormalised(law):
+    """The law, and its mass before."""
+    mass = tl.sum(law, 0)
+    return law / tl.where(mass > 0, mass, 1.0), mass
+
+
+@jit
+def weigh_children(rule, weight, target_probs, outside, draft_probs, places, begin, end):
+    """As `weigh_children_reference` for one node: blocks [BLOCK_C] and [BLOCK_K], scalars else.
+
+    The children are the entries `begin` to `end` - 1 of `places`; the weights of others are 0.
+    """
+    i_c, i_k = tl.arange(0, draft_probs.shape[0]), tl.arange(0, places.shape[0])
+    law = tl.where(draft_probs > 0, draft_probs, 0.0)
+    measure = tl.where(draft_probs > 0, weight * target_probs, 0.0)
+    weights = tl.zeros(places.shape, tl.float32)
+    scale, total = weight, weight
+    k = begin
+    if rule == _HUB:
+        asked = tl.zeros(places.shape, tl.float32)
+        rest, carried = law, measure
+        while k < end - 1:
+            is_hub = i_c == tl.sum(tl.where(i_k == k, places, 0), 0)
+            asked = tl.where(i_k == k, tl.sum(tl.where(is_hub, measure, 0.0), 0), asked)
+            rest, carried = tl.where(is_hub, 0.0, rest), tl.where(is_hub, 0.0, carried)
+            k += 1
+        rest, mass = _renormalised(rest)
+        failed = tl.where(mass > 0, tl.sum(_positive(rest - carried), 0), 1.0)
+        weights = _weight(asked, failed - (tl.cumsum(asked, 0) - asked))
+        is_drawn = i_c == tl.sum(tl.where(i_k == k, places, 0), 0)
+        drawn = _weight(tl.sum(tl.where(is_drawn, carried, 0.0), 0), tl.sum(tl.where(is_drawn, rest, 0.0), 0))
+        weights = tl.where(i_k == k, drawn, weights)
+        measure = _positive(carried - rest)
+        left = tl.sum(measure, 0) + weight * outside
+        failed = left + (1 - weight)
+        total = tl.where(failed > 0, left / failed, 1.0)
+    else:
+        while k < end:
+            place = tl.sum(tl.where(i_k == k, places, 0), 0)
+            is_chosen = i_c == place
+            proposal = tl.where(rule == _TOP, is_chosen.to(tl.float32), law)
+            asked = tl.sum(tl.where(is_chosen, measure, 0.0), 0)
+            proposed = tl.sum(tl.where(is_chosen, proposal, 0.0), 0)
+            weights = tl.where(i_k == k, _weight(asked, proposed), weights)
+            left = _positive(measure - proposal)
+            mass = tl.sum(left, 0) + scale * outside
+            failed = mass + (1 - total)
+            if (place >= 0) & (failed > 0):
+                measure, scale, total = left / failed, scale / failed, mass / failed
+            if rule == _DISTINCT:
+                law, _ = _renormalised(tl.where(is_chosen, 0.0, law))
+            k += 1
+    return weights, total, measure, scale
 
 
 WEIGH_CPP = r"""

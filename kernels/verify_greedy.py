@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.library import register
+from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.tree_mask import unpack_words
 
 
@@ -52,17 +52,64 @@ def verify_greedy_reference(
     return path, depths[end], choices.gather(1, end[:, None])[:, 0]
 
 
+@jit
+def _verify_greedy_kernel(
+    chosen_ptr, tokens_ptr, n_nodes_ptr, topology_ptr, bits_ptr, starts_ptr, path_ptr, n_accepted_ptr, bonus_ptr, T, N,
+    P, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program a sample."""
+    i_b = tl.program_id(0).to(tl.int64)
+    i_n, i_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    root, n_nodes = tl.load(starts_ptr + i_b), tl.load(n_nodes_ptr + i_b)
+    is_path = i_n < N
+    for word in range(W):
+        i = word * 64 + tl.arange(0, 64)
+        drafted = (i > 0) & (i < n_nodes)
+        parent = tl.load(topology_ptr + i, mask=drafted, other=0)
+        token = tl.load(tokens_ptr + i_b * (N - 1) + i - 1, mask=drafted, other=0)
+        choice = tl.load(chosen_ptr + tl.minimum(root + parent, T - 1), mask=drafted, other=0)
+        differs = (i > 0) & ((i >= n_nodes) | (token != choice))
+        differing = tl.sum(differs.to(tl.int64) << tl.arange(0, 64).to(tl.int64), 0)
+        ancestors = tl.load(bits_ptr + i_n * W + word, mask=i_n < N, other=0)
+        is_path &= (ancestors & differing) == 0
+    depth = tl.load(topology_ptr + N + i_n, mask=i_n < N, other=0).to(tl.int32)
+    end = tl.argmax(tl.where(is_path, depth * BLOCK_N + BLOCK_N - i_n, 0), 0)  # the deepest, of equals the first
+    n_accepted = tl.load(topology_ptr + N + end)
+    tl.store(n_accepted_ptr + i_b, n_accepted)
+    tl.store(bonus_ptr + i_b, tl.load(chosen_ptr + tl.minimum(root + end, T - 1)))
+    ancestors = tl.load(bits_ptr + end * W + i_n // 64, mask=i_n < N, other=0)
+    on_path = ((ancestors >> (i_n % 64).to(tl.int64)) & 1) != 0
+    tl.store(path_ptr + i_b * P + depth, i_n.to(tl.int64), mask=on_path)
+    tl.store(path_ptr + i_b * P + i_p, end.to(tl.int64), mask=(i_p > n_accepted) & (i_p < P))
+
+
+def verify_greedy_triton(
+    chosen: Tensor, tokens: Tensor, n_nodes: Tensor, topology: Tensor, bits: Tensor, starts: Tensor, depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """path [B, P], n_accepted [B] and bonus [B] (see `verify_greedy_reference`)."""
+    out = _fake(chosen, tokens, n_nodes, topology, bits, starts, depth)
+    n_batch, n_all, n_words = len(n_nodes), *bits.shape
+    if n_batch > 0:
+        _verify_greedy_kernel[(n_batch,)](
+            *(x.contiguous() for x in (chosen, tokens, n_nodes, topology, bits, starts)), *out, len(chosen), n_all,
+            depth + 1, W=n_words, BLOCK_N=triton.next_power_of_2(n_all), BLOCK_P=triton.next_power_of_2(depth + 1),
+            num_warps=1,
+        )  # fmt: skip
+    return out
+
+
 def _fake(
     chosen: Tensor, tokens: Tensor, n_nodes: Tensor, topology: Tensor, bits: Tensor, starts: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n_accepted, bonus = (n_nodes.new_empty(len(n_nodes)) for _ in range(2))
-    return n_nodes.new_empty(len(n_nodes), depth + 1), n_accepted, bonus
+    shapes = (len(n_nodes), depth + 1), (len(n_nodes),), (len(n_nodes),)
+    path, n_accepted, bonus = (torch.empty(shape, dtype=torch.int64, device=n_nodes.device) for shape in shapes)
+    return path, n_accepted, bonus
 
 
 verify_greedy = register(
     "verify_greedy(Tensor chosen, Tensor tokens, Tensor n_nodes, Tensor topology, Tensor bits, Tensor starts, "
     "int depth) -> (Tensor path, Tensor n_accepted, Tensor bonus)",
     cpu=verify_greedy_reference,
-    launcher=None,
+    launcher=verify_greedy_triton,
     fake=_fake,
 )
