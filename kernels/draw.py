@@ -150,42 +150,52 @@ def entry_scores(weights, seed, position, node, stream, first, BLOCK: tl.constex
 @jit
 def _draw_kernel(
     probs_ptr, seed_ptr, position_ptr, node_ptr, out_ptr, V, stride_pr, stride_pv, stream,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; GROUP blocks of BLOCK weights at a time, then once more the block that won."""
+    """One program a row; GROUP blocks of BLOCK weights at a time, then once more the block that won.
+
+    With FLAT all blocks run one race, each entry with the noise of its own index.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     seed, position, node = tl.load(seed_ptr + i_r), tl.load(position_ptr + i_r), tl.load(node_ptr + i_r)
     p_row = probs_ptr + i_r * stride_pr
-    winner = 0
-    if V > BLOCK:
-        best = -1.0
-        for block in range(0, tl.cdiv(V, BLOCK), GROUP):
-            blocks = block + tl.arange(0, GROUP)
-            i = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-            weights = tl.load(p_row + i.to(tl.int64) * stride_pv, mask=i < V, other=0).to(tl.float32)
-            scores = block_score(tl.sum(weights, 1), seed, position, node, stream, blocks)
-            score = tl.max(scores, 0)
-            winner = tl.where(score > best, block + tl.argmax(scores, 0), winner)
-            best = tl.maximum(score, best)
-    i = winner * BLOCK + tl.arange(0, BLOCK)
-    weights = tl.load(p_row + i.to(tl.int64) * stride_pv, mask=i < V, other=0).to(tl.float32)
-    scores = entry_scores(weights, seed, position, node, stream, winner * BLOCK, BLOCK)
-    tl.store(out_ptr + i_r, (winner * BLOCK + tl.argmax(scores, 0)).to(tl.int64))
+    begin, end = 0, V
+    if not FLAT:
+        if V > BLOCK:
+            best = -1.0
+            for block in range(0, tl.cdiv(V, BLOCK), GROUP):
+                blocks = block + tl.arange(0, GROUP)
+                i = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+                weights = tl.load(p_row + i.to(tl.int64) * stride_pv, mask=i < V, other=0).to(tl.float32)
+                scores = block_score(tl.sum(weights, 1), seed, position, node, stream, blocks)
+                score = tl.max(scores, 0)
+                begin = tl.where(score > best, (block + tl.argmax(scores, 0)) * BLOCK, begin)
+                best = tl.maximum(score, best)
+            end = begin + BLOCK
+    best, winner = -1.0, begin
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        weights = tl.load(p_row + i.to(tl.int64) * stride_pv, mask=i < V, other=0).to(tl.float32)
+        score, at = tl.max(entry_scores(weights, seed, position, node, stream, start, BLOCK), 0, return_indices=True)
+        winner = tl.where(score > best, start + at, winner)
+        best = tl.maximum(score, best)
+    tl.store(out_ptr + i_r, winner)
 
 
-def _race_config(size: int) -> dict[str, int]:
+def race_config(size: int) -> dict[str, int]:
+    """How a kernel races rows of this many entries: in blocks of BLOCK, by so many warps."""
     block = min(max(triton.next_power_of_2(size), 4), DRAW_BLOCK)
     return {"BLOCK": block, "num_warps": 16 if size > DRAW_BLOCK else min(max(block // 512, 1), 8)}
 
 
-def draw_triton(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
+def draw_triton(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stream: int, flat: bool = False) -> Tensor:
     """One index per row from the law `probs / probs.sum(-1)` (see `draw_reference`)."""
     n_rows, size = probs.shape
     keys = [x.contiguous() for x in (seed, position, node)]
     out = torch.empty(n_rows, dtype=torch.int64, device=probs.device)
     if n_rows > 0:
-        config = _race_config(size)
-        _draw_kernel[(n_rows,)](probs, *keys, out, size, *probs.stride(), stream, GROUP=4, **config)
+        config = race_config(size)
+        _draw_kernel[(n_rows,)](probs, *keys, out, size, *probs.stride(), stream, FLAT=flat, GROUP=4, **config)
     return out
 
 
