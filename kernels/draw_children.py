@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import build, has_compiler
-from specdec.kernels.draw import RACE_CPP
-from specdec.kernels.library import register
-from specdec.kernels.noise import NOISE_CPP, exponential
+from specdec.kernels.draw import RACE_CPP, entry_scores, race_config
+from specdec.kernels.library import jit, register, tl, triton
+from specdec.kernels.noise import NOISE_CPP, exponential, unit_exponential
 from specdec.kernels.tree_rules import DISTINCT, HUB, IID, TOP
 
 MAX_SUPPORT = 4096
@@ -53,8 +53,7 @@ def draw_children_reference(
     size = probs.shape[-1]
     keys = seed, position, node, stream
     if shared:
-        words = exponential(seed, position, node, stream, int(ids.max()) + 1 if ids.numel() else 1)
-        noise = words.gather(1, ids)
+        noise = exponential(*keys, int(ids.max()) + 1 if ids.numel() else 1).gather(1, ids)
     else:
         noise = exponential(*keys, size)
     out = torch.full((len(probs), n_children), -1)
@@ -64,10 +63,11 @@ def draw_children_reference(
             arrivals = law / noise[r]
             if rule == IID and not shared:
                 first = torch.full_like(position[r, None], k * -(-size // 4) * 4)
-                arrivals = law / exponential(*(x[r, None] for x in keys[:3]), stream, size, first=first)[0]
+                own = seed[r, None], position[r, None], node[r, None]
+                arrivals = law / exponential(*own, stream, size, first=first)[0]
             elif rule == HUB and k == count - 1:
                 arrivals = arrivals[k:]
-            elif rule != DISTINCT:
+            elif rule not in (IID, DISTINCT):
                 out[r, k] = k if k < size and law[k] > 0 else -1
                 continue
             if arrivals.numel() and arrivals.max() > 0:
@@ -87,7 +87,6 @@ extern "C" void draw_children(
     const int64_t* ids, const float* probs, const int64_t* rules, const int64_t* counts, const int64_t* seed,
     const int64_t* position, const int64_t* node, int64_t* out, int64_t rows, int64_t C, int64_t K, int64_t stream,
     int64_t shared) {
-  std::vector<float> law(C);
   std::vector<std::pair<float, int64_t>> entries;
   for (int64_t r = 0; r < rows; r++) {
     int64_t* const own = out + r * K;
@@ -101,9 +100,10 @@ extern "C" void draw_children(
       };
       if (shared)
         for (int64_t c = begin; c < C; c++) {
+          if (!(p[c] > 0)) continue;
           const int64_t id = ids[r * C + c];
-          if (p[c] > 0) entries.emplace_back(-p[c] / exponential(
-              philox(seed[r], uint32_t(id / 4), uint32_t(position[r]), uint32_t(node[r]), uint32_t(stream)), id % 4), c);
+          const Words w = philox(seed[r], uint32_t(id / 4), uint32_t(position[r]), uint32_t(node[r]), uint32_t(stream));
+          entries.emplace_back(-p[c] / exponential(w, id % 4), c);
         }
       else
         race(p - offset, offset, offset + C, seed[r], position[r], node[r], stream, use);
@@ -147,6 +147,57 @@ def draw_children_cpu(
     return out
 
 
+@jit
+def _draw_children_kernel(
+    ids_ptr, probs_ptr, rules_ptr, counts_ptr, seed_ptr, position_ptr, node_ptr, out_ptr, C, K, stream, stride_ir,
+    stride_ic, stride_pr, stride_pc, IID: tl.constexpr, DISTINCT: tl.constexpr, HUB: tl.constexpr, TOP: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the best of its law, as many as its rule wants, then the winners of races of the others."""
+    i_r = tl.program_id(0).to(tl.int64)
+    seed, position, node = tl.load(seed_ptr + i_r), tl.load(position_ptr + i_r), tl.load(node_ptr + i_r)
+    rule, count = tl.load(rules_ptr + i_r), tl.load(counts_ptr + i_r).to(tl.int32)
+    n_best = tl.where(rule == TOP, count, tl.where(rule == HUB, count - 1, 0))
+    i_k, i_c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK)
+    p_row = probs_ptr + i_r * stride_pr
+    is_best = i_k < tl.minimum(n_best, C)
+    prob = tl.load(p_row + i_k.to(tl.int64) * stride_pc, mask=is_best, other=0)
+    places = tl.where(is_best & (prob > 0), i_k, -1)
+
+    mask = (i_c >= n_best) & (i_c < C)
+    weights = tl.load(p_row + i_c.to(tl.int64) * stride_pc, mask=mask, other=0).to(tl.float32)
+    if SHARED:
+        ids = tl.load(ids_ptr + i_r * stride_ir + i_c.to(tl.int64) * stride_ic, mask=mask, other=0)
+        scores = tl.where(weights > 0, weights / unit_exponential(seed, position, node, stream, ids), -1.0)
+    else:
+        scores = entry_scores(weights, seed, position, node, stream, 0, BLOCK)
+    for k in range(n_best, count):
+        if not SHARED:
+            if rule == IID:
+                scores = entry_scores(weights, seed, position, node, stream, k * tl.cdiv(C, 4) * 4, BLOCK)
+        best, winner = tl.max(scores, 0, return_indices=True)
+        places = tl.where(i_k == k, tl.where(best >= 0, winner, -1), places)
+        scores = tl.where((rule == DISTINCT) & (i_c == winner), -1.0, scores)
+    tl.store(out_ptr + i_r * K + i_k, places.to(tl.int64), mask=i_k < K)
+
+
+def draw_children_triton(
+    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    stream: int, n_children: int, shared: bool,
+) -> Tensor:  # fmt: skip
+    """[R, K] places of the drafted children in their nodes' laws (see `draw_children_reference`)."""
+    _check(probs)
+    n_rows, size = probs.shape
+    out = torch.empty((n_rows, n_children), dtype=torch.int64, device=probs.device)
+    if n_rows > 0 and n_children > 0:
+        _draw_children_kernel[(n_rows,)](
+            ids, probs, *(x.contiguous() for x in (rules, counts, seed, position, node)), out, size, n_children, stream,
+            *ids.stride(), *probs.stride(), IID=IID, DISTINCT=DISTINCT, HUB=HUB, TOP=TOP, SHARED=shared,
+            BLOCK_K=triton.next_power_of_2(n_children), **race_config(size),
+        )  # fmt: skip
+    return out
+
+
 def _fake(
     ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
     stream: int, n_children: int, shared: bool,
@@ -159,7 +210,7 @@ draw_children = register(
     "draw_children(Tensor ids, Tensor probs, Tensor rules, Tensor counts, Tensor seed, Tensor position, Tensor node, "
     "int stream, int n_children, bool shared) -> Tensor",
     cpu=draw_children_cpu,
-    launcher=None,
+    launcher=draw_children_triton,
     fake=_fake,
     inline=False,
 )
