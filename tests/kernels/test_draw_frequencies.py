@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import permutations
+from itertools import permutations, product
 from math import prod
 from typing import Any
 
@@ -14,9 +14,13 @@ from rows import random_laws
 from torch import Tensor
 
 from specdec.kernels import draw as draw_module
-from specdec.kernels.draw import DRAW_BLOCK, draw, draw_distinct, draw_reference
+from specdec.kernels.draw import DRAW_BLOCK, draw, draw_reference
+from specdec.kernels.draw_children import draw_children
+from specdec.kernels.draw_row import draw_row
 from specdec.kernels.noise import BONUS, DRAFT
+from specdec.kernels.row_law import row_law, row_probs
 from specdec.kernels.top_support import top_support
+from specdec.kernels.tree_rules import DISTINCT, HUB, IID, TOP
 
 pytestmark = pytest.mark.kernels
 
@@ -125,18 +129,103 @@ def test_short_rows_are_drawn_from_their_law(size: int, device: torch.device) ->
     _assert_law(draw(probs.to(device).expand(n, -1), seed, zeros, zeros + 3, DRAFT).cpu(), probs)
 
 
+CHILDREN_LAW = [0.4, 0.3, 0.2, 0.1]
+
+
+def _law_of_children(rule: int, count: int) -> dict[tuple[int, ...], float]:
+    """Of every ordered outcome, by the rule's definition."""
+    p = CHILDREN_LAW
+    if rule == IID:
+        return {o: prod(p[i] for i in o) for o in product(range(4), repeat=count)}
+    if rule == DISTINCT:  # the product of the laws renormalised without what was drawn before
+        return {
+            o: prod(p[i] / (1 - sum(p[j] for j in o[:k])) for k, i in enumerate(o))
+            for o in permutations(range(4), count)
+        }
+    best = tuple(range(count))
+    return {best: 1.0} if rule == TOP else {(*best[:-1], i): p[i] / sum(p[count - 1 :]) for i in range(count - 1, 4)}
+
+
 @in_bulk
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_distinct_draws_follow_the_law_without_replacement(count: int, device: torch.device) -> None:
-    """Every ordered outcome, against the product of the laws renormalised without what was drawn before."""
-    law = [0.55, 0.05, 0.3, 0.1]
-    n = 300_000
-    position = torch.arange(n, device=device)
-    probs = torch.tensor(law, device=device).mul(3).expand(n, -1)
-    seed, node = torch.full_like(position, -5), torch.full_like(position, 2)
-    drawn = draw_distinct(probs, seed, position, node, DRAFT, count).cpu()
-    outcome_law = torch.zeros((4,) * count)
-    for o in permutations(range(4), count):
-        outcome_law[o] = prod(law[i] / (1 - sum(law[j] for j in o[:k])) for k, i in enumerate(o))
-    counts = torch.bincount((drawn * 4 ** torch.arange(count - 1, -1, -1)).sum(1), minlength=4**count)
-    assert p_value(counts, outcome_law.flatten()) > P_VALUE
+def test_children_follow_the_law_of_their_rule(count: int, shared: bool, device: torch.device) -> None:
+    """All rules side by side, with the same keys."""
+    n, laws = 100_000, torch.tensor(CHILDREN_LAW, device=device)
+    key = torch.arange(n, device=device).repeat_interleave(4)
+    rules, same = torch.arange(4, device=device).repeat(n), torch.full_like(key, count)
+    ids, probs = torch.tensor([7, 2, 9, 4], device=device), laws.mul(3)
+    drawn = draw_children(
+        ids.expand(4 * n, -1), probs.expand(4 * n, -1), rules, same, same - 7, key, same * 0, DRAFT, 4, shared
+    ).cpu()
+    for rule in (IID, DISTINCT, HUB, TOP):
+        assert (drawn[rule::4, count:] == -1).all()
+        children, law = drawn[rule::4, :count], _law_of_children(rule, count)
+        if rule == IID and shared:  # one race, one winner
+            assert torch.equal(children, children[:, :1].expand(-1, count))
+        elif len(law) == 1:
+            assert torch.equal(children, torch.tensor([*law]).expand(n, -1))
+        else:
+            expected = torch.zeros((4,) * count)
+            for outcome, probability in law.items():
+                expected[outcome] = probability
+            counts = torch.bincount((children * 4 ** torch.arange(count - 1, -1, -1)).sum(1), minlength=4**count)
+            assert p_value(counts, expected.flatten()) > P_VALUE
+
+
+@in_bulk
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_are_drawn_from_their_law_with_weights_changed(flat: bool, device: torch.device) -> None:
+    """Twelve tokens in four blocks; half have other weights, one none, and one gets some that the law cuts."""
+    vocab, n = 13_000, 2000
+    places = torch.tensor([3, 4, 4000, 4095, 4096, 4097, 8000, 8191, 8192, 12_287, 12_288, 12_999])
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.full((1, vocab), -9.0)
+    logits[0, places] = torch.rand(12, generator=generator) * 2
+    knobs = torch.tensor([1.3, 1.0, 0.0], device=device)
+    law = row_law(logits.to(device), knobs, 12)
+    expected = row_probs(logits.to(device), knobs, *law)[0].cpu()
+    assert set(expected.nonzero()[:, 0].tolist()) == set(places.tolist())
+    ids = torch.tensor([12_288, -1, 4, 4097, 9999, 8191, 4095, -1, 3])
+    weights = torch.tensor([0.08, 0.5, 0.0, 0.3, 0.1, 0.04, 0.01, 0.5, 0.15])
+    expected[ids[ids >= 0]] = weights[ids >= 0]
+    counts = torch.zeros(vocab, dtype=torch.int64)
+    for start in range(0, 5 * n, n):
+        key = torch.arange(start, start + n, device=device)
+        drawn = draw_row(
+            logits.to(device), knobs, *law, key * 0, *(x.to(device).expand(n, -1) for x in (ids, weights)), key,
+            key % 5, key % 3, BONUS, flat,
+        )  # fmt: skip
+        counts += drawn.bincount(minlength=vocab).cpu()
+    assert p_value(counts, expected) > P_VALUE
+
+
+@in_bulk
+def test_draws_that_share_noise_are_coupled(device: torch.device) -> None:
+    """A target's draw and a draft's first child, of equal laws always the same token, of near ones as often as can be
+    told: i wins both races with probability 1 / sum_j max(p_j / p_i, q_j / q_i)."""
+    n, vocab = 50_000, 12
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, vocab, generator=generator)
+    near = logits + 0.4 * torch.randn(1, vocab, generator=generator)
+    knobs = torch.tensor([1.0, 1.0, 0.0], device=device)
+    law = row_law(logits.to(device), knobs, 0)
+    key = torch.arange(n, device=device)
+    same = key * 0
+    changes = torch.empty(n, 0, dtype=torch.int64, device=device), torch.empty(n, 0, device=device)
+    target_ids = draw_row(logits.to(device), knobs, *law, same, *changes, key, same, same, DRAFT, True)
+
+    def first_children(logits: Tensor, shared: bool) -> Tensor:
+        probs, ids = logits.softmax(-1)[0].to(device).sort(descending=True)
+        laws = ids.expand(n, -1), probs.expand(n, -1)
+        children = draw_children(*laws, same + DISTINCT, same + 2, key, same, same, DRAFT, 2, shared)
+        return ids[children[:, 0]]
+
+    assert torch.equal(first_children(logits, True), target_ids)
+    drafted = first_children(near, True)
+    p, q = logits.softmax(-1)[0], near.softmax(-1)[0]
+    both = 1 / torch.maximum(p / p[:, None], q / q[:, None]).sum(1)
+    outcomes = torch.where(drafted == target_ids, drafted, vocab).bincount(minlength=vocab + 1).cpu()
+    assert p_value(outcomes, torch.cat([both, 1 - both.sum(0, True)])) > P_VALUE
+    apart = (first_children(near, False) == target_ids).float().mean()
+    assert outcomes[:vocab].sum() / n > 0.75 > 0.3 > apart
