@@ -29,7 +29,7 @@ from typer import Option
 
 from bench import verification_report as report
 from specdec import measure
-from specdec.kernels.tree_rules import DISTINCT, HUB, IID, weigh_children_reference
+from specdec.kernels.tree_rules import WITH_REPLACEMENT, weigh_children_reference
 
 Laws = tuple[Tensor, Tensor]  # target_probs, draft_probs
 Family = Callable[[torch.Generator], Laws]
@@ -67,17 +67,16 @@ EXPONENTS = [i / 4 for i in range(11)]
 
 
 class Rule(NamedTuple):
-    """How a tree is drafted and verified: a code of tree_rules, children of a node, whether weights are handed down."""
+    """How a tree is drafted and verified: hubs and children of a node, whether weights are handed down."""
 
-    drafting: int
+    n_hubs: int
     width: int
     hands_down: bool
 
 
 RULES = {
-    "chain": Rule(IID, 1, False), "block": Rule(IID, 1, True), "RRS": Rule(IID, 2, False),
-    "RRSw": Rule(DISTINCT, 2, False), "hub": Rule(HUB, 2, False), "traversal": Rule(DISTINCT, 2, True),
-    "seqhub": Rule(HUB, 2, True),
+    "chain": Rule(0, 1, False), "block": Rule(0, 1, True), "RRS": Rule(WITH_REPLACEMENT, 2, False),
+    "RRSw": Rule(0, 2, False), "hub": Rule(1, 2, False), "traversal": Rule(0, 2, True), "seqhub": Rule(1, 2, True),
 }  # fmt: skip
 NEVER_LESS = (("seqhub", "hub"), ("traversal", "RRSw"))
 """Of the same drafts, the first accepts no fewer tokens than the second, whatever the laws."""
@@ -120,17 +119,16 @@ def acceptance(target_probs: Tensor, draft_probs: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in found.items()}
 
 
-def drafts(drafting: int, width: int, draft_probs: Tensor) -> tuple[Tensor, Tensor]:
+def drafts(n_hubs: int, width: int, draft_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Every way to draft a node's children: places [D, K] and probabilities [..., D]; `draft_probs` [..., V] falls."""
     vocab = range(draft_probs.shape[-1])
-    if drafting == HUB:
-        rest = draft_probs[..., width - 1 :]
-        places = torch.tensor([(*range(width - 1), drawn) for drawn in vocab[width - 1 :]])
-        return places, rest / rest.sum(-1, keepdim=True)
-    places = torch.tensor(list(product(vocab, repeat=width) if drafting == IID else permutations(vocab, width)))
-    drawn = draft_probs[..., places]  # [..., D, K]
-    gone = drawn.cumsum(-1) - drawn if drafting == DISTINCT else torch.zeros_like(drawn)
-    return places, (drawn / (1 - gone)).prod(-1)
+    if n_hubs == WITH_REPLACEMENT:
+        places = torch.tensor(list(product(vocab, repeat=width)))
+        return places, draft_probs[..., places].prod(-1)
+    hubs = tuple(range(n_hubs))
+    places = torch.tensor([hubs + drawn for drawn in permutations(vocab[n_hubs:], width - n_hubs)])
+    probs = draft_probs[..., places]  # [..., D, K]
+    return places, (probs / (1 - (probs.cumsum(-1) - probs)))[..., n_hubs:].prod(-1)
 
 
 def accepted_below(rule: Rule, levels: Sequence[Laws], prefix: Tensor, weight: Tensor) -> Tensor:
@@ -146,13 +144,13 @@ def accepted_below(rule: Rule, levels: Sequence[Laws], prefix: Tensor, weight: T
         return torch.zeros_like(weight)
     row = prefix[..., None].expand(*prefix.shape, levels[0][0].shape[-1])
     target_probs, draft_probs = (law.gather(1, row)[:, :, None] for law in levels[0])  # [P, X, 1, V]
-    places, probs = drafts(rule.drafting, rule.width, draft_probs[:, :, 0])
+    places, probs = drafts(rule.n_hubs, rule.width, draft_probs[:, :, 0])
     places = places.expand(*probs.shape, rule.width)  # [P, X, D, K]
     weights, *_ = weigh_children_reference(
-        rule.drafting, weight[..., None].expand_as(probs), target_probs, torch.zeros_like(probs), draft_probs, places
+        rule.n_hubs, weight[..., None].expand_as(probs), target_probs, torch.zeros_like(probs), draft_probs, places
     )
-    if rule.drafting == HUB:  # the drawn child is tested first
-        weights, places = weights.roll(1, -1), places.roll(1, -1)
+    if rule.n_hubs > 0:  # tested last
+        weights, places = weights.roll(-rule.n_hubs, -1), places.roll(-rule.n_hubs, -1)
     child = (row.shape[-1] * prefix[..., None, None] + places).flatten(1)
     if rule.hands_down:
         below = accepted_below(rule, levels[1:], child, weights.flatten(1)).view_as(weights)

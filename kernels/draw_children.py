@@ -1,12 +1,9 @@
 """Draw the children of the nodes of a tree: which places of each node's draft law become drafted tokens.
 
-All nodes of a level, of all samples, are the rows of one call. How a row is drawn is its rule (see
-`specdec.kernels.tree_rules`); everything random is an exponential race, as in `specdec.kernels.draw`:
-
-    IID       child k is the winner of a race of its own
-    DISTINCT  child k is the k-th to arrive in one race: n draws without replacement
-    HUB       the children but the last are the best of the law, the last one wins a race of all the others
-    TOP       the best of the law
+All nodes of a level, of all samples, are the rows of one call. The first children of a row are its hubs (see
+`specdec.kernels.tree_rules`), the best of the law; the others are drawn from the rest of it, without replacement: they
+are the first to arrive in an exponential race, as in `specdec.kernels.draw`. A row drawn with replacement has no hubs,
+and every child wins a race of its own.
 
 With `shared` noise a race's numbers belong to ids and not to places: whoever draws with the same key from a law of its
 own, as coupled verification does for the target, tends to draw the same id.
@@ -27,21 +24,21 @@ from specdec.kernels.cpu import build, has_compiler
 from specdec.kernels.draw import RACE_CPP, entry_scores, race_config
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.noise import NOISE_CPP, exponential, unit_exponential
-from specdec.kernels.tree_rules import DISTINCT, HUB, IID, TOP
+from specdec.kernels.tree_rules import WITH_REPLACEMENT
 
 MAX_SUPPORT = 4096
 """The largest C."""
 
 
 def draw_children_reference(
-    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    ids: Tensor, probs: Tensor, n_hubs: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
     stream: int, n_children: int, shared: bool,
 ) -> Tensor:  # fmt: skip
     """The children of each row, as places in its law.
 
     Args:
-        ids, probs: [R, C] int64 and float32, the laws, not necessarily normalised; for HUB and TOP best first.
-        rules: [R] int64. counts: [R] int64, how many children each row has, at most K.
+        ids, probs: [R, C] int64 and float32, the laws, not necessarily normalised; with hubs, best first.
+        n_hubs: [R] int64, or WITH_REPLACEMENT. counts: [R] int64, how many children each row has, at most K.
         seed, position, node: [R] int64, the noise key of each row. stream: see `specdec.kernels.noise`.
         n_children: K, of the result. shared: noise belongs to ids, and there is one race a row.
 
@@ -57,22 +54,20 @@ def draw_children_reference(
     else:
         noise = exponential(*keys, size)
     out = torch.full((len(probs), n_children), -1)
-    for r, (rule, count) in enumerate(zip(rules.tolist(), counts.tolist(), strict=True)):
+    for r, (hubs, count) in enumerate(zip(n_hubs.tolist(), counts.tolist(), strict=True)):
         law = torch.where(probs[r] > 0, probs[r], 0)
-        for k in range(count):
+        for k in range(min(hubs, count, size)):
+            out[r, k] = k if law[k] > 0 else -1
+        law[: max(hubs, 0)] = 0
+        for k in range(max(hubs, 0), count):
             arrivals = law / noise[r]
-            if rule == IID and not shared:
+            if hubs == WITH_REPLACEMENT and not shared:
                 first = torch.full_like(position[r, None], k * -(-size // 4) * 4)
                 own = seed[r, None], position[r, None], node[r, None]
                 arrivals = law / exponential(*own, stream, size, first=first)[0]
-            elif rule == HUB and k == count - 1:
-                arrivals = arrivals[k:]
-            elif rule not in (IID, DISTINCT):
-                out[r, k] = k if k < size and law[k] > 0 else -1
-                continue
-            if arrivals.numel() and arrivals.max() > 0:
-                out[r, k] = arrivals.argmax() + (size - len(arrivals))
-            if rule == DISTINCT:
+            if arrivals.max() > 0:
+                out[r, k] = arrivals.argmax()
+            if hubs != WITH_REPLACEMENT:
                 law[out[r, k]] = 0
     return out
 
@@ -84,13 +79,13 @@ def _check(probs: Tensor) -> None:
 
 _SOURCE = r"""
 extern "C" void draw_children(
-    const int64_t* ids, const float* probs, const int64_t* rules, const int64_t* counts, const int64_t* seed,
+    const int64_t* ids, const float* probs, const int64_t* n_hubs, const int64_t* counts, const int64_t* seed,
     const int64_t* position, const int64_t* node, int64_t* out, int64_t rows, int64_t C, int64_t K, int64_t stream,
     int64_t shared) {
   std::vector<std::pair<float, int64_t>> entries;
   for (int64_t r = 0; r < rows; r++) {
     int64_t* const own = out + r * K;
-    const int64_t rule = rules[r], count = counts[r];
+    const int64_t count = counts[r], hubs = std::min(std::max<int64_t>(n_hubs[r], 0), count);
     const float* const p = probs + r * C;
     // The winners of a race of the entries from `begin` on, whose noise starts at index `offset`, into own[at ...].
     const auto winners = [&](int64_t begin, int64_t offset, int64_t at, int64_t n) {
@@ -112,12 +107,9 @@ extern "C" void draw_children(
       for (int64_t k = 0; k < found; k++) own[at + k] = entries[k].second;
     };
     std::fill(own, own + K, -1);
-    if (rule == DISTINCT) winners(0, 0, 0, count);
-    else if (rule == IID) for (int64_t k = 0; k < count; k++) winners(0, shared ? 0 : k * ((C + 3) / 4 * 4), k, 1);
-    else {
-      for (int64_t k = 0; k < std::min(count - (rule == HUB), C); k++) own[k] = p[k] > 0 ? k : -1;
-      if (rule == HUB && count > 0 && count <= C) winners(count - 1, 0, count - 1, 1);
-    }
+    for (int64_t k = 0; k < std::min(hubs, C); k++) own[k] = p[k] > 0 ? k : -1;
+    if (n_hubs[r] >= 0) winners(hubs, 0, hubs, count - hubs);
+    else for (int64_t k = 0; k < count; k++) winners(0, shared ? 0 : k * ((C + 3) / 4 * 4), k, 1);
   }
 }
 """
@@ -125,64 +117,60 @@ extern "C" void draw_children(
 
 @cache
 def _cpp() -> ctypes._NamedFuncPointer:
-    rules = f"enum {{ IID = {IID}, DISTINCT = {DISTINCT}, HUB = {HUB}, TOP = {TOP} }};\n"
-    function = build(
-        "#include <algorithm>\n#include <utility>\n" + rules + NOISE_CPP + RACE_CPP + _SOURCE
-    ).draw_children
+    function = build("#include <algorithm>\n#include <utility>\n" + NOISE_CPP + RACE_CPP + _SOURCE).draw_children
     function.argtypes, function.restype = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5, None
     return function
 
 
 def draw_children_cpu(
-    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    ids: Tensor, probs: Tensor, n_hubs: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
     stream: int, n_children: int, shared: bool,
 ) -> Tensor:  # fmt: skip
     """[R, K] places of the drafted children in their nodes' laws (see `draw_children_reference`)."""
     if not has_compiler():
-        return draw_children_reference(ids, probs, rules, counts, seed, position, node, stream, n_children, shared)
+        return draw_children_reference(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
     _check(probs)
-    out = _fake(ids, probs, rules, counts, seed, position, node, stream, n_children, shared)
-    inputs = [x.contiguous() for x in (ids, probs.float(), rules, counts, seed, position, node)]
+    out = _fake(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
+    inputs = [x.contiguous() for x in (ids, probs.float(), n_hubs, counts, seed, position, node)]
     _cpp()(*(x.data_ptr() for x in inputs), out.data_ptr(), *probs.shape, n_children, stream, int(shared))
     return out
 
 
 @jit
 def _draw_children_kernel(
-    ids_ptr, probs_ptr, rules_ptr, counts_ptr, seed_ptr, position_ptr, node_ptr, out_ptr, C, K, stream, stride_ir,
-    stride_ic, stride_pr, stride_pc, IID: tl.constexpr, DISTINCT: tl.constexpr, HUB: tl.constexpr, TOP: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    ids_ptr, probs_ptr, n_hubs_ptr, counts_ptr, seed_ptr, position_ptr, node_ptr, out_ptr, C, K, stream, stride_ir,
+    stride_ic, stride_pr, stride_pc, SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the best of its law, as many as its rule wants, then the winners of races of the others."""
+    """One program a row: its hubs, then the winners of races of the others."""
     i_r = tl.program_id(0).to(tl.int64)
     seed, position, node = tl.load(seed_ptr + i_r), tl.load(position_ptr + i_r), tl.load(node_ptr + i_r)
-    rule, count = tl.load(rules_ptr + i_r), tl.load(counts_ptr + i_r).to(tl.int32)
-    n_best = tl.where(rule == TOP, count, tl.where(rule == HUB, count - 1, 0))
+    n_hubs, count = tl.load(n_hubs_ptr + i_r).to(tl.int32), tl.load(counts_ptr + i_r).to(tl.int32)
+    first = tl.minimum(tl.maximum(n_hubs, 0), count)  # of the children that are drawn
     i_k, i_c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK)
     p_row = probs_ptr + i_r * stride_pr
-    is_best = i_k < tl.minimum(n_best, C)
-    prob = tl.load(p_row + i_k.to(tl.int64) * stride_pc, mask=is_best, other=0)
-    places = tl.where(is_best & (prob > 0), i_k, -1)
+    is_hub = i_k < tl.minimum(first, C)
+    prob = tl.load(p_row + i_k.to(tl.int64) * stride_pc, mask=is_hub, other=0)
+    places = tl.where(is_hub & (prob > 0), i_k, -1)
 
-    mask = (i_c >= n_best) & (i_c < C)
+    mask = (i_c >= first) & (i_c < C)
     weights = tl.load(p_row + i_c.to(tl.int64) * stride_pc, mask=mask, other=0).to(tl.float32)
     if SHARED:
         ids = tl.load(ids_ptr + i_r * stride_ir + i_c.to(tl.int64) * stride_ic, mask=mask, other=0)
         scores = tl.where(weights > 0, weights / unit_exponential(seed, position, node, stream, ids), -1.0)
     else:
         scores = entry_scores(weights, seed, position, node, stream, 0, BLOCK)
-    for k in range(n_best, count):
+    for k in range(first, count):
         if not SHARED:
-            if rule == IID:
+            if n_hubs < 0:
                 scores = entry_scores(weights, seed, position, node, stream, k * tl.cdiv(C, 4) * 4, BLOCK)
         best, winner = tl.max(scores, 0, return_indices=True)
         places = tl.where(i_k == k, tl.where(best >= 0, winner, -1), places)
-        scores = tl.where((rule == DISTINCT) & (i_c == winner), -1.0, scores)
+        scores = tl.where((n_hubs >= 0) & (i_c == winner), -1.0, scores)
     tl.store(out_ptr + i_r * K + i_k, places.to(tl.int64), mask=i_k < K)
 
 
 def draw_children_triton(
-    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    ids: Tensor, probs: Tensor, n_hubs: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
     stream: int, n_children: int, shared: bool,
 ) -> Tensor:  # fmt: skip
     """[R, K] places of the drafted children in their nodes' laws (see `draw_children_reference`)."""
@@ -191,15 +179,15 @@ def draw_children_triton(
     out = torch.empty((n_rows, n_children), dtype=torch.int64, device=probs.device)
     if n_rows > 0 and n_children > 0:
         _draw_children_kernel[(n_rows,)](
-            ids, probs, *(x.contiguous() for x in (rules, counts, seed, position, node)), out, size, n_children, stream,
-            *ids.stride(), *probs.stride(), IID=IID, DISTINCT=DISTINCT, HUB=HUB, TOP=TOP, SHARED=shared,
-            BLOCK_K=triton.next_power_of_2(n_children), **race_config(size),
+            ids, probs, *(x.contiguous() for x in (n_hubs, counts, seed, position, node)), out, size, n_children,
+            stream, *ids.stride(), *probs.stride(), SHARED=shared, BLOCK_K=triton.next_power_of_2(n_children),
+            **race_config(size),
         )  # fmt: skip
     return out
 
 
 def _fake(
-    ids: Tensor, probs: Tensor, rules: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
+    ids: Tensor, probs: Tensor, n_hubs: Tensor, counts: Tensor, seed: Tensor, position: Tensor, node: Tensor,
     stream: int, n_children: int, shared: bool,
 ) -> Tensor:  # fmt: skip
     _check(probs)
@@ -207,7 +195,7 @@ def _fake(
 
 
 draw_children = register(
-    "draw_children(Tensor ids, Tensor probs, Tensor rules, Tensor counts, Tensor seed, Tensor position, Tensor node, "
+    "draw_children(Tensor ids, Tensor probs, Tensor n_hubs, Tensor counts, Tensor seed, Tensor position, Tensor node, "
     "int stream, int n_children, bool shared) -> Tensor",
     cpu=draw_children_cpu,
     launcher=draw_children_triton,

@@ -4,21 +4,22 @@ A node of a tree has a weight w: with this probability its subtree must accept, 
 The target's law p after the node then asks for the mass w p(t) of every next token t. The children, drafted from the
 node's draft law q, carry as much of it as they can; what they leave is drawn when all of them have failed.
 
-Drawn children (rules IID and DISTINCT), one after the other, with m = w p, W = w and the child x drawn from q:
+Of a node's k children the first h are hubs, the best tokens of q, drafted without chance; the others are drawn from the
+rest of q, one after the other without replacement. The drawn ones are tested first, then the hubs. Each is a proposal:
+a drawn child x from q without the hubs and without those drawn before, renormalised; a hub from the law that is one at
+itself. With m = w p and W = w, for each in turn
 
     the subtree of x has the weight min(1, m(x) / q(x)), and fails with probability D = r + 1 - W, r = sum (m - q)+
-    m <- (m - q)+ / D     W <- r / D     and, drawn without replacement (DISTINCT), q <- q without x, renormalised
+    m <- (m - q)+ / D     W <- r / D
 
-With w = 1 this is recursive rejection sampling (RRS, and RRSw without replacement); handing weights down a chain it is
-block verification, down a tree traversal verification. A child proposed without randomness (TOP) is a one-hot q.
+and with all of them failed the path ends at the node with probability W, with a token from m.
 
-The hub (HUB, SpecHub and its generalisation): with k children, the k - 1 best of q, A, are drafted always, one more, i,
-is drawn from the rest, q' = q without A, renormalised. With S = sum over j not in A of (q'_j - w p_j)+ :
+With w = 1, h = 0 is recursive rejection sampling without replacement (RRSw), h = k - 1 is SpecHub and its
+generalisation, the best any rule can do with children drafted so, and h = k needs no draft law at all. Children drawn
+with replacement (RRS) are the same with a q that stays. Handing weights down makes block verification of a chain,
+traversal verification of an RRSw tree, and a better SpecHub of a hub tree.
 
-    the subtree of i is first, with the weight min(1, w p_i / q'_i), then b in A with w p_b / (S - w p of those before)
-    what is left: (w p_j - q'_j)+ for j not in A, nothing for A; with r its sum, the node ends with r / (r + 1 - w)
-
-This is the best any rule can do with children drafted so. Where q has no mass outside A there is no i, and S = 1.
+How many hubs a node has may depend on its q, but never on what was drawn.
 
 All sums run over the support of q alone: outside of it m is p times one number, the scale.
 
@@ -34,54 +35,38 @@ from torch import Tensor
 
 from specdec.kernels.library import jit, tl
 
-IID, DISTINCT, HUB, TOP = range(4)
-"""How the children of a node were drafted: drawn with replacement; without; the best and one drawn; the best."""
-_DISTINCT, _HUB, _TOP = (rule if tl is None else tl.constexpr(rule) for rule in (DISTINCT, HUB, TOP))
+WITH_REPLACEMENT = -1
+"""In place of a number of hubs: no hubs, and every child is drawn from all of q."""
 
 
 def weigh_children_reference(
-    rule: int, weight: Tensor, target_probs: Tensor, outside: Tensor, draft_probs: Tensor, places: Tensor
+    n_hubs: int, weight: Tensor, target_probs: Tensor, outside: Tensor, draft_probs: Tensor, places: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What each child's subtree must accept once those tested before it have failed, and what is left after all.
 
-    Tested are the children in order, with HUB the last one first.
-
     Args:
-        rule: IID, DISTINCT, HUB or TOP.
+        n_hubs: so many leading children are hubs (all, if there are fewer), or WITH_REPLACEMENT.
         weight: [...], of the node; 1 for a root.
         target_probs: [..., C], p of the support's ids. outside: [...], p's mass outside of the support.
         draft_probs: [..., C], q; entries of probability zero (or NaN) do not belong to the support.
-        places: [..., K] int64, the children's places in the support, -1 for none; for HUB the drawn child is the last.
+        places: [..., K] int64, the children's places in the support, -1 for none. The first `n_hubs` are tested last.
 
     Returns:
         weights [..., K]; exit_weight [...]: the probability of ending at this node once all children have failed;
         residual [..., C] and scale [...]: the token is then drawn from residual on the support, scale * p outside.
     """
     listed = draft_probs > 0
-    law = torch.where(listed, draft_probs, 0)
     measure = weight[..., None] * torch.where(listed, target_probs, 0)
-    weights = torch.zeros_like(places, dtype=measure.dtype)
-    place = torch.arange(law.shape[-1], device=law.device)
-    is_child = place == places[..., None]  # [..., K, C]
-    if rule == HUB:
-        is_hub = is_child[..., :-1, :].any(-2)
-        rest = torch.where(is_hub, 0, law)
-        mass = rest.sum(-1, keepdim=True)
-        rest = rest / torch.where(mass > 0, mass, 1)
-        carried = torch.where(is_hub, 0, measure)
-        weights[..., -1] = _ratio((carried * is_child[..., -1, :]).sum(-1), (rest * is_child[..., -1, :]).sum(-1))
-        failed = torch.where(mass[..., 0] > 0, (rest - carried).clamp(min=0).sum(-1), 1)
-        for k in range(places.shape[-1] - 1):
-            asked = (measure * is_child[..., k, :]).sum(-1)
-            weights[..., k] = _ratio(asked, failed)
-            failed = failed - asked
-        residual = (carried - rest).clamp(min=0)
-        left = residual.sum(-1) + weight * outside
-        return weights, _share(left, left + (1 - weight)), residual, weight
     scale, total = weight, weight
-    for k in range(places.shape[-1]):
+    weights = torch.zeros_like(places, dtype=measure.dtype)
+    is_child = torch.arange(listed.shape[-1], device=places.device) == places[..., None]  # [..., K, C]
+    hubs, n_children = max(n_hubs, 0), places.shape[-1]
+    law = torch.where(listed, draft_probs, 0)
+    if hubs:
+        law = _without(law, is_child[..., :hubs, :].any(-2))
+    for k in [*range(hubs, n_children), *range(min(hubs, n_children))]:
         chosen = is_child[..., k, :]
-        proposal = chosen.to(law.dtype) if rule == TOP else law
+        proposal = chosen.to(law.dtype) if k < hubs else law
         weights[..., k] = _ratio((measure * chosen).sum(-1), (proposal * chosen).sum(-1))
         left = (measure - proposal).clamp(min=0)
         mass = left.sum(-1) + scale * outside
@@ -89,11 +74,16 @@ def weigh_children_reference(
         goes_on = chosen.any(-1) & (failed > 0)
         measure = torch.where(goes_on[..., None], left / failed[..., None], measure)
         scale, total = torch.where(goes_on, scale / failed, scale), torch.where(goes_on, mass / failed, total)
-        if rule == DISTINCT:
-            law = torch.where(chosen, 0, law)
-            mass = law.sum(-1, keepdim=True)
-            law = law / torch.where(mass > 0, mass, 1)
+        if n_hubs != WITH_REPLACEMENT:
+            law = _without(law, chosen)
     return weights, total, measure, scale
+
+
+def _without(law: Tensor, gone: Tensor) -> Tensor:
+    """The law without the entries marked in `gone`, renormalised; zeros if nothing is left."""
+    law = torch.where(gone, 0, law)
+    mass = law.sum(-1, keepdim=True)
+    return law / torch.where(mass > 0, mass, 1)
 
 
 def _ratio(asked: Tensor, proposed: Tensor) -> Tensor:
@@ -101,33 +91,14 @@ def _ratio(asked: Tensor, proposed: Tensor) -> Tensor:
     return torch.where((asked > 0) & (proposed > 0), (asked / proposed).clamp(max=1), 0)
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole; 1 where there is no whole: a node that never fails."""
-    return torch.where(whole > 0, part / whole, 1)
-
-
-@jit
-def _positive(x):
-    """max(x, 0), of a NaN a NaN."""
-    return tl.where(x < 0, 0.0, x)
-
-
-@jit
-def _weight(asked, proposed):
-    """As `_ratio`, of scalars or blocks."""
-    is_any = (asked > 0) & (proposed > 0)
-    return tl.where(is_any, tl.minimum(asked / tl.where(is_any, proposed, 1.0), 1.0), 0.0)
-
-
 @jit
 def _renormalised(law):
-    """The law, and its mass before."""
     mass = tl.sum(law, 0)
-    return law / tl.where(mass > 0, mass, 1.0), mass
+    return law / tl.where(mass > 0, mass, 1.0)
 
 
 @jit
-def weigh_children(rule, weight, target_probs, outside, draft_probs, places, begin, end):
+def weigh_children(n_hubs, weight, target_probs, outside, draft_probs, places, begin, end):
     """As `weigh_children_reference` for one node: blocks [BLOCK_C] and [BLOCK_K], scalars else.
 
     The children are the entries `begin` to `end` - 1 of `places`; the weights of others are 0.
@@ -137,101 +108,75 @@ def weigh_children(rule, weight, target_probs, outside, draft_probs, places, beg
     measure = tl.where(draft_probs > 0, weight * target_probs, 0.0)
     weights = tl.zeros(places.shape, tl.float32)
     scale, total = weight, weight
+    first_drawn = tl.minimum(begin + tl.maximum(n_hubs, 0), end).to(tl.int32)
     k = begin
-    if rule == _HUB:
-        asked = tl.zeros(places.shape, tl.float32)
-        rest, carried = law, measure
-        while k < end - 1:
-            is_hub = i_c == tl.sum(tl.where(i_k == k, places, 0), 0)
-            asked = tl.where(i_k == k, tl.sum(tl.where(is_hub, measure, 0.0), 0), asked)
-            rest, carried = tl.where(is_hub, 0.0, rest), tl.where(is_hub, 0.0, carried)
-            k += 1
-        rest, mass = _renormalised(rest)
-        failed = tl.where(mass > 0, tl.sum(_positive(rest - carried), 0), 1.0)
-        weights = _weight(asked, failed - (tl.cumsum(asked, 0) - asked))
-        is_drawn = i_c == tl.sum(tl.where(i_k == k, places, 0), 0)
-        drawn = _weight(tl.sum(tl.where(is_drawn, carried, 0.0), 0), tl.sum(tl.where(is_drawn, rest, 0.0), 0))
-        weights = tl.where(i_k == k, drawn, weights)
-        measure = _positive(carried - rest)
-        left = tl.sum(measure, 0) + weight * outside
-        failed = left + (1 - weight)
-        total = tl.where(failed > 0, left / failed, 1.0)
-    else:
-        while k < end:
-            place = tl.sum(tl.where(i_k == k, places, 0), 0)
-            is_chosen = i_c == place
-            proposal = tl.where(rule == _TOP, is_chosen.to(tl.float32), law)
-            asked = tl.sum(tl.where(is_chosen, measure, 0.0), 0)
-            proposed = tl.sum(tl.where(is_chosen, proposal, 0.0), 0)
-            weights = tl.where(i_k == k, _weight(asked, proposed), weights)
-            left = _positive(measure - proposal)
-            mass = tl.sum(left, 0) + scale * outside
-            failed = mass + (1 - total)
-            if (place >= 0) & (failed > 0):
-                measure, scale, total = left / failed, scale / failed, mass / failed
-            if rule == _DISTINCT:
-                law, _ = _renormalised(tl.where(is_chosen, 0.0, law))
-            k += 1
+    while k < first_drawn:
+        law = tl.where(i_c == tl.sum(tl.where(i_k == k, places, 0), 0), 0.0, law)
+        k += 1
+    if n_hubs > 0:
+        law = _renormalised(law)
+    turn = begin
+    while turn < end:
+        k = first_drawn + turn - begin
+        is_hub = k >= end
+        k = tl.where(is_hub, k - end + begin, k)
+        place = tl.sum(tl.where(i_k == k, places, 0), 0)
+        is_chosen = i_c == place
+        proposal = tl.where(is_hub, is_chosen.to(tl.float32), law)
+        asked = tl.sum(tl.where(is_chosen, measure, 0.0), 0)
+        proposed = tl.sum(tl.where(is_chosen, proposal, 0.0), 0)
+        is_any = (asked > 0) & (proposed > 0)
+        own = tl.where(is_any, tl.minimum(asked / tl.where(is_any, proposed, 1.0), 1.0), 0.0)
+        weights = tl.where(i_k == k, own, weights)
+        left = measure - proposal
+        left = tl.where(left < 0, 0.0, left)  # of a NaN a NaN
+        mass = tl.sum(left, 0) + scale * outside
+        failed = mass + (1 - total)
+        if (place >= 0) & (failed > 0):
+            measure, scale, total = left / failed, scale / failed, mass / failed
+        if n_hubs >= 0:
+            law = _renormalised(tl.where(is_chosen, 0.0, law))
+        turn += 1
     return weights, total, measure, scale
 
 
 WEIGH_CPP = r"""
-enum { IID, DISTINCT, HUB, TOP };
-
-static inline float ratio(float asked, float proposed) {
-  return asked > 0 && proposed > 0 ? std::min(asked / proposed, 1.0f) : 0;
+static void renormalise(float* law, int64_t C) {
+  float mass = 0;
+  for (int64_t c = 0; c < C; c++) mass += law[c];
+  for (int64_t c = 0; mass > 0 && c < C; c++) law[c] /= mass;
 }
 
 // As `weigh_children_reference` for one node. `measure` holds p of the support, 0 where q is 0, and becomes the
 // residual; `law` holds q and is used up.
 static void weigh_children(
-    int64_t rule, float weight, float outside, const int64_t* places, int64_t K, int64_t C, float* law, float* measure,
-    float* weights, float* exit_weight, float* scale) {
+    int64_t n_hubs, float weight, float outside, const int64_t* places, int64_t K, int64_t C, float* law,
+    float* measure, float* weights, float* exit_weight, float* scale) {
+  const int64_t hubs = std::min(std::max<int64_t>(n_hubs, 0), K);
   for (int64_t c = 0; c < C; c++) measure[c] *= weight;
-  *scale = weight;
-  if (rule == HUB) {
-    float failed = 0, rest = 0, left = 0;
-    for (int64_t k = 0; k + 1 < K; k++) {  // asked of the hubs; they are no part of the rest
-      weights[k] = places[k] < 0 ? 0 : measure[places[k]];
-      if (places[k] >= 0) law[places[k]] = measure[places[k]] = 0;
-    }
-    for (int64_t c = 0; c < C; c++) rest += law[c];
-    for (int64_t c = 0; rest > 0 && c < C; c++) {
-      law[c] /= rest;
-      failed += std::max(law[c] - measure[c], 0.0f);
-    }
-    if (!(rest > 0)) failed = 1;
-    const int64_t drawn = places[K - 1];
-    weights[K - 1] = drawn < 0 ? 0 : ratio(measure[drawn], law[drawn]);
-    for (int64_t k = 0; k + 1 < K; k++) {
-      const float asked = weights[k];
-      weights[k] = ratio(asked, failed);
-      failed -= asked;
-    }
-    for (int64_t c = 0; c < C; c++) left += measure[c] = std::max(measure[c] - law[c], 0.0f);
-    left += weight * outside;
-    *exit_weight = left + (1 - weight) > 0 ? left / (left + (1 - weight)) : 1;
-    return;
-  }
-  float total = weight;
-  for (int64_t k = 0; k < K; k++) {
-    const int64_t x = places[k];
-    weights[k] = x < 0 ? 0 : ratio(measure[x], rule == TOP ? 1 : law[x]);
+  for (int64_t k = 0; k < hubs; k++)
+    if (places[k] >= 0) law[places[k]] = 0;
+  if (hubs > 0) renormalise(law, C);
+  float total = *scale = weight;
+  for (int64_t turn = 0; turn < K; turn++) {
+    const int64_t k = (hubs + turn) % K, x = places[k];
+    weights[k] = 0;
     if (x < 0) continue;
-    float left = *scale * outside;
-    for (int64_t c = 0; c < C; c++) left += std::max(measure[c] - (rule == TOP ? float(c == x) : law[c]), 0.0f);
-    const float failed = left + (1 - total);
+    const bool is_hub = k < hubs;
+    const auto left = [&](int64_t c) { return std::max(measure[c] - (is_hub ? float(c == x) : law[c]), 0.0f); };
+    const float proposed = is_hub ? 1 : law[x];
+    if (measure[x] > 0 && proposed > 0) weights[k] = std::min(measure[x] / proposed, 1.0f);
+    float mass = *scale * outside;
+    for (int64_t c = 0; c < C; c++) mass += left(c);
+    const float failed = mass + (1 - total);
     if (failed > 0) {
-      for (int64_t c = 0; c < C; c++)
-        measure[c] = std::max(measure[c] - (rule == TOP ? float(c == x) : law[c]), 0.0f) / failed;
+      for (int64_t c = 0; c < C; c++) measure[c] = left(c) / failed;
       *scale /= failed;
-      total = left / failed;
+      total = mass / failed;
     }
-    if (rule == DISTINCT) {
-      float rest = 0;
+    if (n_hubs >= 0 && !is_hub) {
       law[x] = 0;
-      for (int64_t c = 0; c < C; c++) rest += law[c];
-      for (int64_t c = 0; rest > 0 && c < C; c++) law[c] /= rest;
+      renormalise(law, C);
     }
   }
   *exit_weight = total;

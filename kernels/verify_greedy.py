@@ -88,7 +88,7 @@ def verify_greedy_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """path [B, P], n_accepted [B] and bonus [B] (see `verify_greedy_reference`)."""
     out = _fake(chosen, tokens, n_nodes, topology, bits, starts, depth)
-    n_batch, n_all, n_words = len(n_nodes), *bits.shape
+    n_batch, n_all, n_words = n_nodes.shape[0], *bits.shape
     if n_batch > 0:
         _verify_greedy_kernel[(n_batch,)](
             *(x.contiguous() for x in (chosen, tokens, n_nodes, topology, bits, starts)), *out, len(chosen), n_all,
@@ -101,7 +101,8 @@ def verify_greedy_triton(
 def _fake(
     chosen: Tensor, tokens: Tensor, n_nodes: Tensor, topology: Tensor, bits: Tensor, starts: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (len(n_nodes), depth + 1), (len(n_nodes),), (len(n_nodes),)
+    n_batch = n_nodes.shape[0]
+    shapes = (n_batch, depth + 1), (n_batch,), (n_batch,)
     path, n_accepted, bonus = (torch.empty(shape, dtype=torch.int64, device=n_nodes.device) for shape in shapes)
     return path, n_accepted, bonus
 

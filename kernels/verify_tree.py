@@ -30,12 +30,12 @@ from specdec.kernels.cpu import bind, has_compiler
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.noise import ACCEPT, NOISE_CPP, uniform_reference, unit_uniform
 from specdec.kernels.row_law import law_at, law_of
-from specdec.kernels.tree_rules import HUB, WEIGH_CPP, weigh_children, weigh_children_reference
+from specdec.kernels.tree_rules import WEIGH_CPP, weigh_children, weigh_children_reference
 
 
 def verify_tree_reference(
     logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tensor, first: Tensor, topology: Tensor,
-    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, rules: Tensor, seed: Tensor,
+    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, n_hubs: Tensor, seed: Tensor,
     position: Tensor, starts: Tensor, depth: int, sequence: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Walk each sample's tree to where its path ends.
@@ -45,10 +45,10 @@ def verify_tree_reference(
         knobs: [3]. log_total, threshold, first: [T]; with the logits the rows' laws, see `row_law`.
         topology: [5, N] int64, see `TokenTree.topology`.
         places: [B, N - 1] int64, each drafted node's place in the support of its parent, -1 for none.
-        n_nodes: [B] int64, how many of the N nodes a sample has: leading ones, of a HUB node's children all or none.
+        n_nodes: [B] int64, how many of the N nodes a sample has, the leading ones.
         support_ids, support_probs: [B, M, C] int64 and float32, the draft law after each inner node. Ids are distinct
             among entries of positive probability; the others may hold any id of the vocabulary.
-        rules: [B, M] int64, how the node's children were drafted, see `tree_rules`.
+        n_hubs: [B, M] int64, how many of an inner node's children are hubs, see `tree_rules`.
         seed: [B] int64. position: [B] int64, position of the root's children in their sample.
         starts: [B + 1] int64. A sample without rows is given some other's, and its result means nothing.
         depth: of the tree. sequence: whether weights are handed down.
@@ -59,7 +59,7 @@ def verify_tree_reference(
         ids exit_ids [B, C] int64 have the weights exit_weights [B, C] instead of their probabilities; -1 for none.
     """
     parents, depths, first_child, n_children, inner = topology.tolist()
-    n_batch, last, size = len(n_nodes), len(logits) - 1, support_ids.shape[-1]
+    n_batch, last, size = n_nodes.shape[0], len(logits) - 1, support_ids.shape[-1]
     path = torch.zeros(n_batch, depth + 1, dtype=torch.int64)
     n_accepted, row = torch.zeros(n_batch, dtype=torch.int64), torch.zeros(n_batch, dtype=torch.int64)
     exit_ids = torch.full((n_batch, size), -1)
@@ -75,14 +75,15 @@ def verify_tree_reference(
         at, entry = min(int(starts[b]) + node, last), inner[node]
         if not children:
             return node if not sequence or node == 0 or accepts(b, node, weight) else -1
-        ids, draft_probs, rule = support_ids[b, entry], support_probs[b, entry], int(rules[b, entry])
+        ids, draft_probs, hubs = support_ids[b, entry], support_probs[b, entry], int(n_hubs[b, entry])
         probs = law_of(logits[at, ids], ids, knobs, log_total[at], threshold[at], first[at])
         outside = (1 - (probs * (draft_probs > 0)).sum()).clamp(min=0)
         own = places[b, children[0] - 1 : children[-1]]
         weights, exit_weight, residual, scale = weigh_children_reference(
-            rule, weight, probs, outside, draft_probs.to(probs.dtype), own
+            hubs, weight, probs, outside, draft_probs.to(probs.dtype), own
         )
-        for child in [children[-1], *children[:-1]] if rule == HUB else children:
+        hubs = max(hubs, 0)
+        for child in [*children[hubs:], *children[:hubs]]:
             w = weights[child - children[0]]
             if w > 0 if sequence else accepts(b, child, w):
                 end = ends_at(b, child, w if sequence else torch.ones_like(w))
@@ -110,7 +111,7 @@ def _coin(seed: Tensor, position: Tensor, node: Tensor) -> Tensor:
 _SOURCE = r"""
 struct Walk {
   const float *logits, *log_total, *threshold, *support_probs;
-  const int64_t *first, *parents, *depths, *first_child, *n_children, *inner, *places, *ids, *rules;
+  const int64_t *first, *parents, *depths, *first_child, *n_children, *inner, *places, *ids, *n_hubs;
   const float inverse_temperature;
   const int64_t n_nodes, N, C, V, root, last, seed, position;
   const bool sequence;
@@ -126,7 +127,7 @@ struct Walk {
   int64_t ends_at(int64_t node, float weight) const {
     const int64_t begin = first_child[node], K = std::min(n_children[node], n_nodes - begin), m = inner[node];
     if (K <= 0 || m < 0) return !sequence || node == 0 || accepts(node, weight) ? node : -1;
-    const int64_t row = std::min(root + node, last), rule = rules[m];
+    const int64_t row = std::min(root + node, last), hubs = std::min(std::max<int64_t>(n_hubs[m], 0), K);
     float* const measure = room + depths[node] * (2 * C + N);
     float *const law = measure + C, *const weights = law + C;
     float outside = 1, exit_weight, scale;
@@ -138,10 +139,10 @@ struct Walk {
       law[c] = q > 0 ? q : 0;
       outside -= measure[c];
     }
-    weigh_children(rule, weight, std::max(outside, 0.0f), places + begin - 1, K, C, law, measure, weights, &exit_weight,
-                   &scale);
+    weigh_children(n_hubs[m], weight, std::max(outside, 0.0f), places + begin - 1, K, C, law, measure, weights,
+                   &exit_weight, &scale);
     for (int64_t k = 0; k < K; k++) {
-      const int64_t turn = rule == HUB ? (k + K - 1) % K : k;
+      const int64_t turn = (hubs + k) % K;
       if (!(sequence ? weights[turn] > 0 : accepts(begin + turn, weights[turn]))) continue;
       const int64_t end = ends_at(begin + turn, sequence ? weights[turn] : 1);
       if (end >= 0) return end;
@@ -158,7 +159,7 @@ struct Walk {
 extern "C" void kernel(
     const float* logits, const float* knobs, const float* log_total, const float* threshold, const int64_t* first,
     const int64_t* topology, const int64_t* places, const int64_t* n_nodes, const int64_t* support_ids,
-    const float* support_probs, const int64_t* rules, const int64_t* seed, const int64_t* position,
+    const float* support_probs, const int64_t* n_hubs, const int64_t* seed, const int64_t* position,
     const int64_t* starts, int64_t* path, int64_t* n_accepted, int64_t* row, int64_t* exit_ids, float* exit_weights,
     int64_t B, int64_t T, int64_t V, int64_t N, int64_t M, int64_t C, int64_t P, int64_t sequence, int64_t threads) {
   const int64_t *const parents = topology, *const depths = topology + N;
@@ -168,7 +169,7 @@ extern "C" void kernel(
     std::fill(exit_ids + b * C, exit_ids + (b + 1) * C, -1);
     std::fill(exit_weights + b * C, exit_weights + (b + 1) * C, 0.0f);
     const Walk walk{logits, log_total, threshold, support_probs + b * M * C, first, parents, depths, topology + 2 * N,
-                    topology + 3 * N, topology + 4 * N, places + b * (N - 1), support_ids + b * M * C, rules + b * M,
+                    topology + 3 * N, topology + 4 * N, places + b * (N - 1), support_ids + b * M * C, n_hubs + b * M,
                     knobs[0], n_nodes[b], N, C, V, starts[b], T - 1, seed[b], position[b], sequence != 0,
                     exit_ids + b * C, exit_weights + b * C, room.data()};
     const int64_t end = walk.ends_at(0, 1);
@@ -191,19 +192,19 @@ def _kernel() -> Callable[..., None]:
 
 def verify_tree_cpu(
     logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tensor, first: Tensor, topology: Tensor,
-    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, rules: Tensor, seed: Tensor,
+    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, n_hubs: Tensor, seed: Tensor,
     position: Tensor, starts: Tensor, depth: int, sequence: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Where each sample's path ends, and the law of its bonus token (see `verify_tree_reference`)."""
     inputs = (
-        logits, knobs, log_total, threshold, first, topology, places, n_nodes, support_ids, support_probs, rules, seed,
+        logits, knobs, log_total, threshold, first, topology, places, n_nodes, support_ids, support_probs, n_hubs, seed,
         position, starts,
     )  # fmt: skip
     if not has_compiler():
         return verify_tree_reference(*inputs, depth, sequence)
     out = _fake(*inputs, depth, sequence)
     arrays = [(x.float() if x.is_floating_point() else x).contiguous() for x in inputs]
-    sizes = len(n_nodes), *logits.shape, topology.shape[1], *support_ids.shape[1:], depth + 1
+    sizes = n_nodes.shape[0], *logits.shape, topology.shape[1], *support_ids.shape[1:], depth + 1
     _kernel()(*arrays, *out, *sizes, int(sequence), torch.get_num_threads())
     return out
 
@@ -217,9 +218,9 @@ def _of(block, i, entry):
 @jit
 def _verify_tree_kernel(
     logits_ptr, knobs_ptr, log_total_ptr, threshold_ptr, first_ptr, topology_ptr, places_ptr, n_nodes_ptr, ids_ptr,
-    probs_ptr, rules_ptr, seed_ptr, position_ptr, starts_ptr, path_ptr, n_accepted_ptr, row_ptr, exit_ids_ptr,
+    probs_ptr, n_hubs_ptr, seed_ptr, position_ptr, starts_ptr, path_ptr, n_accepted_ptr, row_ptr, exit_ids_ptr,
     exit_weights_ptr, T, N, M, C, P, stride_lt, stride_lv, stride_ib, stride_im, stride_ic, stride_pb, stride_pm,
-    stride_pc, SEQUENCE: tl.constexpr, ACCEPT_STREAM: tl.constexpr, HUB: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_pc, SEQUENCE: tl.constexpr, ACCEPT_STREAM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program a sample: its nodes are entries of blocks, and every round of the loop weighs one node's children."""
@@ -238,7 +239,8 @@ def _verify_tree_kernel(
 
     weights = tl.full([BLOCK_N], 1.0, tl.float32)  # with which a node's subtree must accept
     fails = tl.zeros([BLOCK_N], tl.int32)  # whether it does not once all its children's have failed
-    turns = tl.full([BLOCK_N], BLOCK_N, tl.int32)  # of siblings' subtrees the lowest is next; BLOCK_N: none, or over
+    NEVER: tl.constexpr = 2 * BLOCK_N
+    turns = tl.full([BLOCK_N], NEVER, tl.int32)  # of siblings' subtrees the lowest is next; NEVER: none, or over
     ids, residual, scale = tl.full([BLOCK_C], -1, tl.int64), tl.zeros([BLOCK_C], tl.float32), 1.0
     node = _of(is_inner, i_n, 0) - 1  # to be weighed next, -1 for none
     end = -1 - node  # of the path, -1 while it is sought
@@ -254,10 +256,10 @@ def _verify_tree_kernel(
         probs = tl.where(listed, probs, 0.0)
         outside = 1 - tl.sum(probs, 0)
         outside = tl.where(outside < 0, 0.0, outside)
-        rule, is_child = tl.load(rules_ptr + i_b * M + entry), parent == node
+        n_hubs, is_child = tl.load(n_hubs_ptr + i_b * M + entry), parent == node
         first, last = _of(first_child, i_n, node), tl.max(tl.where(is_child, i_n, 0), 0)
         below, exit_weight, residual, scale = weigh_children(
-            rule, _of(weights, i_n, node), probs, outside, draft_probs, place, first, last + 1
+            n_hubs, _of(weights, i_n, node), probs, outside, draft_probs, place, first, last + 1
         )
         if end >= 0:  # the path ends here, and others have been weighed since this one was
             node = -1
@@ -267,16 +269,17 @@ def _verify_tree_kernel(
                 goes = tl.where(is_inner > 0, below > 0, goes)
                 weights = tl.where(is_child, below, weights)
                 fails = tl.where((i_n == node) & (i_n > 0) & ((coin < exit_weight) == 0), 1, fails)
-            turns = tl.where(is_child & goes, tl.where((rule == HUB) & (i_n == last), 0, i_n), turns)
+            turn = tl.where(i_n < first + n_hubs, i_n + BLOCK_N, i_n)  # hubs come last
+            turns = tl.where(is_child & goes, turn.to(tl.int32), turns)
             at = node
-            turn, child = tl.min(tl.where(parent == at, turns, BLOCK_N), 0, return_indices=True)
-            while (turn == BLOCK_N) & (_of(fails, i_n, at) > 0):
+            turn, child = tl.min(tl.where(parent == at, turns, NEVER), 0, return_indices=True)
+            while (turn == NEVER) & (_of(fails, i_n, at) > 0):
                 at = _of(parent, i_n, at)
-                turn, child = tl.min(tl.where(parent == at, turns, BLOCK_N), 0, return_indices=True)
-            turns = tl.where(i_n == child, BLOCK_N, turns)
-            at = tl.where(turn < BLOCK_N, child, at)
+                turn, child = tl.min(tl.where(parent == at, turns, NEVER), 0, return_indices=True)
+            turns = tl.where(i_n == child, NEVER, turns)
+            at = tl.where(turn < NEVER, child, at)
             inner_at = _of(is_inner, i_n, at) > 0
-            end = tl.where((turn < BLOCK_N) & inner_at, -1, at)
+            end = tl.where((turn < NEVER) & inner_at, -1, at)
             node = tl.where(inner_at & (at != node), at, -1)
 
     n_accepted, has_law = _of(depth, i_n, end), _of(is_inner, i_n, end) > 0
@@ -292,12 +295,12 @@ def _verify_tree_kernel(
 
 def verify_tree_triton(
     logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tensor, first: Tensor, topology: Tensor,
-    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, rules: Tensor, seed: Tensor,
+    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, n_hubs: Tensor, seed: Tensor,
     position: Tensor, starts: Tensor, depth: int, sequence: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Where each sample's path ends, and the law of its bonus token (see `verify_tree_reference`)."""
     out = _fake(
-        logits, knobs, log_total, threshold, first, topology, places, n_nodes, support_ids, support_probs, rules, seed,
+        logits, knobs, log_total, threshold, first, topology, places, n_nodes, support_ids, support_probs, n_hubs, seed,
         position, starts, depth, sequence,
     )  # fmt: skip
     n_batch, n_entries, size = support_ids.shape
@@ -306,9 +309,9 @@ def verify_tree_triton(
     if n_batch > 0:
         _verify_tree_kernel[(n_batch,)](
             logits, *(x.contiguous() for x in (knobs, log_total, threshold, first, topology, places, n_nodes)),
-            support_ids, support_probs, *(x.contiguous() for x in (rules, seed, position, starts)), *out, len(logits),
+            support_ids, support_probs, *(x.contiguous() for x in (n_hubs, seed, position, starts)), *out, len(logits),
             n_all, n_entries, size, depth + 1, *logits.stride(), *support_ids.stride(), *support_probs.stride(),
-            SEQUENCE=sequence, ACCEPT_STREAM=ACCEPT, HUB=HUB, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_P=block_p,
+            SEQUENCE=sequence, ACCEPT_STREAM=ACCEPT, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_P=block_p,
             # Few warps: most of what there is to do are sums over blocks, and one warp's need no shared memory. It may
             # have all registers; left to itself ptxas may spill at 128.
             num_warps=max(block_n // 256, block_c // 256, 1), maxnreg=255,
@@ -318,10 +321,10 @@ def verify_tree_triton(
 
 def _fake(
     logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tensor, first: Tensor, topology: Tensor,
-    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, rules: Tensor, seed: Tensor,
+    places: Tensor, n_nodes: Tensor, support_ids: Tensor, support_probs: Tensor, n_hubs: Tensor, seed: Tensor,
     position: Tensor, starts: Tensor, depth: int, sequence: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    n_batch, size = len(n_nodes), support_ids.shape[2]
+    n_batch, size = n_nodes.shape[0], support_ids.shape[2]
     shapes = (n_batch, depth + 1), (n_batch,), (n_batch,), (n_batch, size)
     path, n_accepted, row, exit_ids = (torch.empty(s, dtype=torch.int64, device=n_nodes.device) for s in shapes)
     return path, n_accepted, row, exit_ids, torch.empty((n_batch, size), device=n_nodes.device)
@@ -329,7 +332,7 @@ def _fake(
 
 verify_tree = register(
     "verify_tree(Tensor logits, Tensor knobs, Tensor log_total, Tensor threshold, Tensor first, Tensor topology, "
-    "Tensor places, Tensor n_nodes, Tensor support_ids, Tensor support_probs, Tensor rules, Tensor seed, "
+    "Tensor places, Tensor n_nodes, Tensor support_ids, Tensor support_probs, Tensor n_hubs, Tensor seed, "
     "Tensor position, Tensor starts, int depth, bool sequence) "
     "-> (Tensor path, Tensor n_accepted, Tensor row, Tensor exit_ids, Tensor exit_weights)",
     cpu=verify_tree_cpu,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from specdec.kernels.kv_cache import cache_table, kv_append_
+from specdec.kernels.kv_cache import cache_table, kv_append_, kv_commit_
 from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
 
@@ -42,7 +42,7 @@ class RaggedCache(Cache):
     """
 
     def __init__(self, can_fuse: bool) -> None:
-        self.layers: list[Any] = []  # of RaggedLayer
+        self._hold([])
         self.can_fuse = can_fuse
         self.generation = 0
         self.nodes: Nodes | None = None
@@ -67,8 +67,8 @@ class RaggedCache(Cache):
                     layer.values.zero_()
             return
         self.generation += 1
-        self.layers = []  # the memory of the old one may be needed for the new one
-        self.layers = [RaggedLayer(*(like.new_zeros(shape) for _ in "kv")) for shape in wanted]
+        self._hold([])  # the memory of the old one may be needed for the new one
+        self._hold([RaggedLayer(*(like.new_zeros(shape) for _ in "kv")) for shape in wanted])
 
     def clear(self, row: int) -> None:
         """Zeros for one sample, as `allocate` leaves them for all: what is left there may be NaN."""
@@ -99,9 +99,22 @@ class RaggedCache(Cache):
         """Make room for `n_slots` slots a sample; committed entries keep their places."""
         more = n_slots - self.n_slots
         self.generation += 1
-        self.layers = [
-            RaggedLayer(F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more))) for x in self.layers
-        ]
+        self._hold([RaggedLayer(F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more))) for x in self.layers])
+
+    def _hold(self, layers: list[RaggedLayer]) -> None:
+        self.layers: list[Any] = layers  # transformers' class says they are its own
+        self._table = cache_table([(layer.keys, layer.values) for layer in layers])
+
+    def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
+        """Move an accepted path's entries behind the committed text.
+
+        Args:
+            lengths: [B] int64, committed entries. path: [B, P] int64, nodes of the tree at slots `lengths[b] + node`,
+                the root first. n_path: [B] int64, how many of them count.
+        """
+        keys = self.layers[0].keys
+        size = keys.shape[3] * keys.itemsize
+        kv_commit_(self._table, lengths, path, n_path, keys.shape[0], size, size)
 
     # transformers asks these while it prepares masks; our own mask is built from `nodes`.
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specdec.tree import TokenTree
+from specdec.verifiers import VERIFIERS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """How a wrapped model decodes.
 
     Args:
-        depth: tokens drafted a step; None takes 5 for a draft model and 8 for n-grams.
+        depth: tokens drafted a step, as a chain; None takes 5 for a draft model and 8 for n-grams.
+        tree: what a draft model drafts instead of a chain: several candidates a place.
+        verifier: how candidates are drawn and accepted when sampling; the output law is the same with all of them.
+            "auto" and "seqhub" (the best candidates and one drawn, a whole tree judged at once), "traversal" (drawn
+            without replacement, a whole tree judged at once), "block" (the same for chains), "spechub", "rrsw", "rrs"
+            (node by node), "target" (the best candidates, nothing drawn), "coupled" (the text of a seed does not
+            depend on the draft).
         max_ngram: longest suffix the n-gram drafter looks up.
         compile: False runs every step eagerly, for debugging.
 
@@ -19,6 +28,8 @@ class Config:
     """
 
     depth: int | None = None
+    tree: TokenTree | None = None
+    verifier: str = "auto"
     max_ngram: int = 3
     compile: bool = True
 
@@ -27,3 +38,14 @@ class Config:
             raise ValueError(f"depth must be at least 1, got {self.depth}; draft=None decodes without drafting")
         if self.max_ngram < 1:
             raise ValueError(f"max_ngram must be at least 1, got {self.max_ngram}")
+        if self.verifier not in VERIFIERS:
+            raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {self.verifier!r}")
+        if self.tree is not None:
+            if not isinstance(self.tree, TokenTree):
+                raise TypeError(f"tree must be a TokenTree, got {type(self.tree).__name__}")
+            if self.tree.depth < 1:
+                raise ValueError("tree has no drafted nodes; draft=None decodes without drafting")
+            if self.depth is not None:
+                raise ValueError(f"depth={self.depth} asks for a chain, and tree for a tree of depth {self.tree.depth}")
+            if self.verifier == "block" and not self.tree.is_chain:
+                raise ValueError('"block" verifies chains; for trees the same rule is called "traversal"')

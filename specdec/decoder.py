@@ -1,9 +1,10 @@
 """The decoder: prefill, step, run. Read this file first.
 
-A step drafts from every sample's pending token, lets the target judge all drafts in one forward, and commits what it
-accepts plus one token of its own. Nothing in a step asks the host anything: the whole of it is one compiled function.
+A step drafts a tree from every sample's pending token, lets the target judge all of it in one forward, and commits the
+path it accepts plus one token of its own. Nothing in a step asks the host anything: the whole of it is one compiled
+function.
 
-Letters: B samples, K drafted tokens, N = K + 1 nodes (node 0 is the pending token), V vocabulary.
+Letters: B samples, N nodes of the tree (node 0 is the pending token), D its depth, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import Drafter
+from specdec.drafters.base import Draft, Drafter, DraftLaw
 from specdec.graphs.captured import CapturedSteps, Readback
 from specdec.graphs.compiled import CompiledSteps
-from specdec.kernels.verify import verify_chain, verify_greedy
+from specdec.kernels.draw_row import draw_row
+from specdec.kernels.noise import BONUS
+from specdec.kernels.verify_greedy import verify_greedy
+from specdec.kernels.verify_tree import verify_tree
 from specdec.nodes import Nodes
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
 from specdec.stats import Stats
-from specdec.tree import TokenTree
+from specdec.verifiers import AUTO, Verifier
 from specdec.view import ModelView
 
 Steps = CompiledSteps | CapturedSteps
@@ -49,14 +53,19 @@ class Decoder:
         drafter: where candidates come from.
         steps: compiles or records the step, or runs it as it is.
         stats: what happened is added here.
+        verifier: the rule that accepts candidates when sampling.
     """
 
-    def __init__(self, target: ModelView, drafter: Drafter, steps: Steps, stats: Stats) -> None:
-        self.target, self.drafter, self.steps, self.stats = target, drafter, steps, stats
+    def __init__(
+        self, target: ModelView, drafter: Drafter, steps: Steps, stats: Stats, verifier: Verifier = AUTO
+    ) -> None:
+        self.target, self.drafter, self.steps, self.stats, self.verifier = target, drafter, steps, stats, verifier
+        self.tree = drafter.tree
         self._state: BatchState | None = None
         self._places: tuple[int, ...] = ()
         self._live: dict[int, Tensor] = {}
-        self.bits, self.depths = TokenTree.chain(drafter.depth).tensors(target.device)
+        self.bits, self.depths = self.tree.tensors(target.device)
+        self.topology = self.tree.topology(target.device)
 
     def prefill(self, prompts: list[Tensor], n_slots: int) -> None:
         """Write the keys and values of all but each prompt's last token, which becomes the pending one."""
@@ -86,30 +95,52 @@ class Decoder:
             live: [n] int64, 0, 1, ..., n - 1: at most n samples are unfinished.
 
         Returns:
-            The state's report, [B, K + 4] int64.
+            The state's report, [B, D + 4] int64.
         """
         draft = self.drafter.draft(state, law, live)
-        draft.counts = torch.where(state.finished, 0, draft.counts)
         n_nodes = torch.where(state.finished, 0, draft.counts + 1)
-        rows, n_slots = self.drafter.depth + 1, self.target.cache.n_slots
+        rows, n_slots = len(self.tree), self.target.cache.n_slots
         token = torch.arange(len(live) * rows, device=live.device)
         nodes = Nodes.packed(state.lengths, n_nodes, token, rows, n_slots, self.bits, self.depths)
-        candidates = torch.cat([state.pending[:, None], draft.tokens], 1)  # [B, K + 1]
-        logits = self.target.forward(candidates[nodes.sample, nodes.node], nodes)
-        if law.greedy:
-            target_ids = nodes.to_grid(logits.argmax(-1))
-            n_accepted, bonus = verify_greedy(target_ids, draft.tokens, draft.counts)
-        else:
-            laws = law.rows(logits)
-            n_accepted, bonus = verify_chain(
-                *laws, draft.tokens, draft.counts, draft.support_ids, draft.support_probs, state.seeds,
-                state.lengths + 1, nodes.starts,
-            )  # fmt: skip
-            reached = torch.arange(rows, device=live.device) <= n_accepted[:, None]
-            lawless = nodes.to_grid(~laws.log_total.isfinite())
-            state.broken |= (lawless & reached).any(1) & ~state.finished
-        state.commit(draft, n_accepted, bonus)  # a chain's accepted entries are already in place
+        tokens = torch.cat([state.pending[:, None], draft.tokens], 1)  # [B, N]
+        logits = self.target.forward(tokens[nodes.sample, nodes.node], nodes)
+        path, n_accepted, bonus = self.verify(state, law, draft, n_nodes, nodes, logits)
+        if not self.tree.is_chain:  # a chain's accepted entries are already in place
+            n_path = torch.where(state.finished, 0, n_accepted + 1)
+            for cache in (self.target.cache, self.drafter):
+                cache.commit(state.lengths, path, n_path)
+        state.commit(tokens, n_nodes, path, n_accepted, bonus)
         return state.report()
+
+    def verify(
+        self, state: BatchState, law: SamplingLaw, draft: Draft, n_nodes: Tensor, nodes: Nodes, logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The path the target accepts, given its logits [T, V] after each node: path [B, D + 1], n_accepted [B] and
+        bonus [B], int64 (see the verification kernels)."""
+        tree = self.topology, self.bits, nodes.starts, self.tree.depth
+        if law.greedy:
+            return verify_greedy(logits.argmax(-1), draft.tokens, n_nodes, *tree)
+        laws = law.rows(logits)
+        position = state.lengths + 1
+        if self.verifier.coupled:
+            row = torch.arange(len(logits), device=logits.device)
+            none = nodes.node[:, None][:, :0]
+            place = position[nodes.sample] + self.depths[nodes.node]
+            chosen = draw_row(
+                *laws, row, none, none.float(), state.seeds[nodes.sample], place, nodes.node * 0, BONUS, True
+            )
+            path, n_accepted, bonus = verify_greedy(chosen, draft.tokens, n_nodes, *tree)
+        else:
+            drawn = draft.law or DraftLaw.deterministic(draft.tokens, self.tree)
+            path, n_accepted, row, ids, weights = verify_tree(
+                *laws, self.topology, drawn.places, n_nodes, drawn.support_ids, drawn.support_probs, drawn.n_hubs,
+                state.seeds, position, nodes.starts, self.tree.depth, self.verifier.sequence,
+            )  # fmt: skip
+            at = position + n_accepted
+            bonus = draw_row(*laws, row, ids, weights, state.seeds, at, torch.zeros_like(at), BONUS, False)
+        lawless = nodes.to_grid(~laws.log_total.isfinite())  # [B, N]
+        state.broken |= lawless.gather(1, path).any(1) & ~state.finished
+        return path, n_accepted, bonus
 
     def run(
         self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, seeds: Tensor, eos_ids: Tensor
@@ -134,7 +165,7 @@ class Decoder:
         start = time.perf_counter()
         try:
             while not all(ended):
-                unread = len(on_the_way) * (self.drafter.depth + 1)  # at most; what came of them is not known yet
+                unread = len(on_the_way) * (self.tree.depth + 1)  # at most; what came of them is not known yet
                 self._make_room(min(max(lengths) + unread, limit))
                 live = self.live_for(ended.count(False), len(state.lengths))
                 step = self._step_for(law, len(state.lengths), len(live))
@@ -149,7 +180,7 @@ class Decoder:
                     yield emitted
                     start = time.perf_counter()  # what the caller does is not decoding
         finally:  # also when the caller has had enough
-            self.stats.count_positions(state)
+            self.stats.count_nodes(state, self.tree)
 
     def warm_up(self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, eos_ids: Tensor) -> None:
         """Run every step once, or as often as recording it takes, that a batch like this comes to."""
@@ -191,7 +222,7 @@ class Decoder:
                 wanted = rows, columns, ends
             n_slots = self._slots_for(wanted[1])
         if state is None or state.sizes != wanted:
-            state = self._state = BatchState(*wanted, self.drafter.depth, device)
+            state = self._state = BatchState(*wanted, self.tree, device)
         state.load(prompts, max_new_tokens, seeds.to(device), eos_ids.to(device))
         self.prefill(prompts + [prompts[0][:0]] * (wanted[0] - len(prompts)), n_slots)
         places = (id(state), self.target.cache.generation, self.drafter.generation)
@@ -220,7 +251,7 @@ class Decoder:
 
     def _slots_for(self, length: int) -> int:
         """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""
-        needed = length + 2 * (self.drafter.depth + 1) + 1
+        needed = length + len(self.tree) + self.tree.depth + 2
         return -(-needed // SLOT_BUCKET) * SLOT_BUCKET
 
     def _make_room(self, longest: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.request import Request, Unsupported, check_model, has_own_forward, moving_rope
 from specdec.stats import Stats
+from specdec.tree import TokenTree
+from specdec.tuning import PROBES, Choice, choose, measure_cost
+from specdec.verifiers import VERIFIERS
 from specdec.view import SUPPORTED_MODEL_TYPES, ModelView
 
 
@@ -95,6 +100,50 @@ class Handle:
                     model.generate(ids, attention_mask=torch.ones_like(ids), **length, **settings)
                 finally:
                     self._here.is_warming_up = False
+
+    def tune(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_nodes: int = 16, max_depth: int = 8,
+        **settings: Any,
+    ) -> Choice:  # fmt: skip
+        """Choose what the draft model drafts, a tree or a chain, by what gets accepted and what this machine takes.
+
+        Decodes the prompts with a few trees, uncompiled, and times both models' forwards. Later calls use the tree
+        that promises the most tokens a second; which, and by how much over the best chain, `stats.tree` says.
+
+        Args:
+            input_ids, attention_mask: prompts like those to come, [B, length]. max_nodes: the most nodes, the root
+                included. max_depth: the most levels. settings: of the calls, as for `generate()`.
+
+        Raises:
+            ValueError: there is no draft model, or too few nodes or levels for a draft.
+        """
+        if not isinstance(self._draft, PreTrainedModel):
+            raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self._draft!r}")
+        if max_nodes < 2 or max_depth < 1:
+            raise ValueError(f"a draft has 2 nodes and 1 level at least, got max_nodes={max_nodes}, {max_depth=}")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        probes = [p for p in PROBES if p.is_chain or self.config.verifier != "block"]
+        slots: Counter[tuple[int, int]] = Counter()
+        columns = (SpinnerColumn(), TextColumn("specdec tunes: {task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar, self._running:
+            task = bar.add_task("")
+            for probe in probes:
+                bar.update(task, description=f"acceptance of {len(probe) - 1} drafted nodes")
+                config = replace(self.config, tree=probe, depth=None, compile=False)
+                model = Handle(self._model, self._draft, config).attach(self._wrapper)
+                model.generate(input_ids, attention_mask=mask, **settings)
+                stats = model.specdec.stats
+                if stats.fallbacks:
+                    raise ValueError(f"these calls run transformers' own loop: {', '.join(stats.fallbacks)}")
+                for k, counts in stats.slots.items():
+                    slots.update({(k, i): count for i, count in enumerate(counts)})
+            bar.update(task, description="seconds of a step")
+            acceptance = {k: [slots[k, i] / slots[k, 0] for i in range(1, k + 1)] for k, i in slots if i == 0}
+            cost = measure_cost(ModelView(self._model), ModelView(self._draft), max_nodes, self.config.compile)
+            choice = choose(acceptance, cost, max_depth)
+            self.config = replace(self.config, tree=choice.tree, depth=None)
+            self.stats.tree, self._decoders = str(choice), {}
+        return choice
 
     @property
     def _is_warming_up(self) -> bool:
@@ -204,7 +253,8 @@ class Handle:
             compiled = CompiledSteps(self.config.compile)
             records = self.config.compile and self._target.device.type == "cuda"
             steps = CapturedSteps(compiled) if records else compiled
-            decoder = self._decoders[key] = Decoder(self._target, self._drafter(draft), steps, self.stats)
+            verifier = VERIFIERS[self.config.verifier]
+            decoder = self._decoders[key] = Decoder(self._target, self._drafter(draft), steps, self.stats, verifier)
         return decoder
 
     def _drafter(self, draft: PreTrainedModel | Drafter | str | None) -> Drafter:
@@ -212,7 +262,8 @@ class Handle:
         if draft is None:
             return NoDrafter()
         if isinstance(draft, PreTrainedModel):
-            return ModelDrafter(draft, depth or 5)
+            tree = self.config.tree or TokenTree.chain(depth or 5)
+            return ModelDrafter(draft, tree, VERIFIERS[self.config.verifier])
         if isinstance(draft, str):
             return NgramDrafter(depth or 8, self.config.max_ngram)
         return draft

@@ -73,10 +73,23 @@ class Nodes:
         position = offset if depths is None else length + depths[node]
         return cls(slot, position.clamp(min=0), lengths, starts, sample, node, rows, bits, depths)
 
-    def next_level(self) -> Nodes:
-        """The same samples' tokens one node further down a chain."""
-        own = torch.arange(len(self.slot), device=self.slot.device) < self.starts[-1]  # the others stay in scratch
-        return replace(self, slot=self.slot + own, position=self.position + 1, node=self.node + 1)
+    def spread(self, nodes: Tensor, n_slots: int) -> Nodes:
+        """Of one token a sample, several: `nodes` [w] int64 of each sample's tree."""
+        assert self.depths is not None
+        width = len(nodes)
+        own = torch.arange(len(self.slot), device=self.slot.device) < self.starts[-1]
+        length = self.lengths[self.sample]
+        slot = torch.where(own[:, None], length[:, None] + nodes, n_slots - 1) + (self.sample * n_slots)[:, None]
+        position = length[:, None] + self.depths[nodes]
+        return replace(
+            self,
+            slot=slot.flatten(),
+            position=position.flatten(),
+            starts=self.starts * width,
+            sample=self.sample[:, None].expand(-1, width).flatten(),
+            node=nodes.repeat(len(self.slot)),
+            rows=width,
+        )
 
     def to_grid(self, x: Tensor) -> Tensor:
         """[T, ...] to [B, R, ...]; places without a token hold some other token's values."""

@@ -1,6 +1,6 @@
 """BatchState: what a batch is, on the device, between two steps.
 
-Letters: B samples, M longest text + 1, K drafted tokens a step.
+Letters: B samples, M longest text + 1, N nodes of the drafted tree, D its depth.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.drafters.base import Draft
+from specdec.tree import TokenTree
 
 
 class BatchState:
@@ -17,7 +17,7 @@ class BatchState:
 
     Args:
         n_rows: B. n_columns: M, one more than the longest text. n_ends: E, room for so many end-of-text ids.
-        depth: K, the most tokens a step drafts.
+        tree: the shape of what a step drafts.
 
     Attributes:
         limits: [B] int64, the length each text may not pass.
@@ -25,15 +25,15 @@ class BatchState:
             `tokens[b, lengths[b]]` is pending.
         lengths: [B] int64.
         finished: [B] bool.
-        new_tokens: [B, K + 1] int64, what the last step added to each text.
+        new_tokens: [B, D + 1] int64, what the last step added to each text.
         n_new: [B] int64, how many of them count.
-        proposed, accepted: [K] int64, by position in the draft, summed over live samples and steps.
+        proposed, accepted: [N] int64, by node, summed over live samples and steps; the root is always accepted.
         broken: [B] bool, the target's law held a NaN.
     """
 
     _PER_SAMPLE = ("limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new")
 
-    def __init__(self, n_rows: int, n_columns: int, n_ends: int, depth: int, device: torch.device) -> None:
+    def __init__(self, n_rows: int, n_columns: int, n_ends: int, tree: TokenTree, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -41,15 +41,18 @@ class BatchState:
         self.tokens = zeros(n_rows, n_columns)
         self.finished, self.broken = (zeros(n_rows, dtype=torch.bool) for _ in range(2))
         self.eos_ids = zeros(n_ends)
-        self.new_tokens = zeros(n_rows, depth + 1)
-        self.proposed, self.accepted = zeros(depth), zeros(depth)
+        self.new_tokens = zeros(n_rows, tree.depth + 1)
+        self.proposed, self.accepted = zeros(len(tree)), zeros(len(tree))
+        self._depths = tree.tensors(device)[1]
         self._mark_dynamic()
 
     @classmethod
-    def of(cls, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor, depth: int) -> BatchState:
+    def of(
+        cls, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor, tree: TokenTree
+    ) -> BatchState:
         """A state of exactly this size; see `load`."""
         n_columns, n_ends = cls.room_for(prompts, max_new_tokens, eos_ids)
-        state = cls(len(prompts), n_columns, n_ends, depth, seeds.device)
+        state = cls(len(prompts), n_columns, n_ends, tree, seeds.device)
         state.load(prompts, max_new_tokens, seeds, eos_ids)
         return state
 
@@ -119,12 +122,17 @@ class BatchState:
         """[B] int64, the last token of each text, not yet in the cache."""
         return self.tokens.gather(1, self.lengths[:, None])[:, 0]
 
-    def commit(self, draft: Draft, n_accepted: Tensor, bonus: Tensor) -> None:
-        """Append the accepted drafts and the bonus token, up to the first end of text or the length limit."""
-        n_places = draft.tokens.shape[1]
-        place = torch.arange(n_places + 1, device=bonus.device)
-        new = torch.cat([draft.tokens, bonus[:, None]], 1)
-        new = torch.where(place == n_accepted[:, None], bonus[:, None], new)
+    def commit(self, tokens: Tensor, n_nodes: Tensor, path: Tensor, n_accepted: Tensor, bonus: Tensor) -> None:
+        """Append the accepted path's tokens and the bonus token, up to the first end of text or the length limit.
+
+        Args:
+            tokens: [B, N] int64, of all nodes. n_nodes: [B] int64, how many of them were there. path: [B, D + 1]
+                int64, the accepted nodes, the root first. n_accepted: [B] int64, drafted ones among them.
+            bonus: [B] int64.
+        """
+        place = torch.arange(path.shape[1], device=bonus.device)
+        following = F.pad(path[:, 1:], (0, 1))  # the nodes whose tokens are new
+        new = torch.where(place < n_accepted[:, None], tokens.gather(1, following), bonus[:, None])
 
         room = (self.limits - self.lengths - 1).clamp(min=0)
         n_new = torch.minimum(n_accepted + 1, room)
@@ -132,10 +140,10 @@ class BatchState:
         n_new = torch.where(ends.any(1), ends.int().argmax(1) + 1, n_new)
         n_new = torch.where(self.finished, 0, n_new)
 
-        considered = torch.where(self.finished, 0, torch.minimum(draft.counts, room))
-        drafted = place[:-1] < considered[:, None]
-        self.proposed += drafted.sum(0)
-        self.accepted += (drafted & (place[:-1] < n_accepted[:, None])).sum(0)
+        node = torch.arange(len(self.proposed), device=bonus.device)
+        self.proposed += ((node < n_nodes[:, None]) & (self._depths <= room[:, None])).sum(0)
+        counted = (place <= torch.minimum(n_accepted, room)[:, None]) & ~self.finished[:, None]
+        self.accepted += ((path[..., None] == node) & counted[..., None]).sum((0, 1))
 
         # Places past the end write the text's last column, which no text reaches.
         column = torch.where(place < n_new[:, None], self.lengths[:, None] + 1 + place, self.tokens.shape[1] - 1)
@@ -146,6 +154,6 @@ class BatchState:
         self.n_new.copy_(n_new)
 
     def report(self) -> Tensor:
-        """[B, K + 4] int64 for the host: the new tokens, their number, whether finished, whether broken."""
+        """[B, D + 4] int64 for the host: the new tokens, their number, whether finished, whether broken."""
         flags = torch.stack([self.n_new, self.finished.long(), self.broken.long()], 1)
         return torch.cat([self.new_tokens, flags], 1)

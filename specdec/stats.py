@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from specdec.state import BatchState
+    from specdec.tree import TokenTree
 
 
 @dataclass
@@ -19,8 +20,12 @@ class Stats:
     Attributes:
         steps: decoding steps run. sample_steps: the same, counted once per live sample.
         tokens: tokens emitted.
-        proposed, accepted: drafted tokens by position in the draft (index 0 is the first drafted token).
+        proposed, accepted: by position in the draft (index 0 is the first drafted token): how often a token was
+            drafted there, be it one or several to choose from, and how often one was accepted.
+        slots: by number of children k of a node: how often such a node was reached, and how often the path went on
+            through its 1st, ..., k-th child.
         seconds: wall-clock seconds by phase: "prefill", "decode", and "compile" for steps that compiled.
+        tree: how the tree was chosen, if `tune()` has chosen it.
         fallbacks: `generate()` calls that ran transformers' own loop, by reason.
     """
 
@@ -29,12 +34,14 @@ class Stats:
     tokens: int = 0
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    slots: dict[int, list[int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "compile": 0.0, "decode": 0.0})
+    tree: str | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+        """Forget everything but the tree that is used."""
+        self.__init__(tree=self.tree)  # type: ignore[misc]
 
     @property
     def tokens_per_step(self) -> float:
@@ -51,13 +58,27 @@ class Stats:
         self.sample_steps += n_samples
         self.seconds["compile" if compiling else "decode"] += seconds
 
-    def count_positions(self, state: BatchState) -> None:
-        """Move the device's counts by position into the totals."""
-        for total, counts in ((self.proposed, state.proposed), (self.accepted, state.accepted)):
-            total.extend([0] * (len(counts) - len(total)))
-            for i, count in enumerate(counts.tolist()):
-                total[i] += count
-            counts.zero_()
+    @property
+    def acceptance_by_slot(self) -> dict[int, tuple[float, ...]]:
+        """By number of children k of a node: the share of visits after which the path went on through each child."""
+        return {k: tuple(n / reached for n in taken) for k, (reached, *taken) in sorted(self.slots.items()) if reached}
+
+    def count_nodes(self, state: BatchState, tree: TokenTree) -> None:
+        """Move the device's counts by node into the totals."""
+        proposed, accepted = state.proposed.tolist(), state.accepted.tolist()
+        state.proposed.zero_()
+        state.accepted.zero_()
+        for totals in (self.proposed, self.accepted):
+            totals.extend([0] * (tree.depth - len(totals)))
+        for depth in range(1, tree.depth + 1):
+            self.proposed[depth - 1] += proposed[tree.depths.index(depth)]
+        for node in range(1, len(tree)):
+            self.accepted[tree.depths[node] - 1] += accepted[node]
+        for node in tree.inner:
+            first, k = tree.first_child[node], tree.n_children[node]
+            if proposed[first]:
+                counts = [accepted[node], *accepted[first : first + k]]
+                self.slots[k] = [a + b for a, b in zip(self.slots.get(k, [0] * (k + 1)), counts, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """All totals and the ratios made of them, ready for JSON."""
@@ -68,7 +89,9 @@ class Stats:
             "proposed": list(self.proposed),
             "accepted": list(self.accepted),
             "acceptance_by_position": self.acceptance_by_position,
+            "acceptance_by_slot": {str(k): list(shares) for k, shares in self.acceptance_by_slot.items()},
             "seconds": dict(self.seconds),
+            "tree": self.tree,
             "fallbacks": dict(self.fallbacks),
         }
 
@@ -83,6 +106,8 @@ class Stats:
             "acceptance by position", "  ".join(f"{a:.2f}" for a in self.acceptance_by_position) or "no draft"
         )
         table.add_row("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))
+        if self.tree is not None:
+            table.add_row("tree", self.tree)
         for reason, count in self.fallbacks.items():
             table.add_row("ran transformers' own loop", f"{count} x: {reason}")
         return table

@@ -39,6 +39,8 @@ class TokenTree:
                     f"nodes are not in level order: node {node} has parent {parent}, "
                     f"and node {node - 1} before it has parent {self.parents[node - 1]}"
                 )
+        # Now and not on first use: compiled steps read them, and Dynamo can't enter a cached property.
+        _ = self.depths, self.first_child, self.n_children, self.inner, self.is_chain
 
     @classmethod
     def chain(cls, n_drafted: int) -> TokenTree:

@@ -8,6 +8,8 @@ A drafting rule says which children a node gets, and how its verdict on them is 
 - HUB: the most probable tokens and one drawn from the rest, verified as the optimal transport (SpecHub, arXiv
   2411.05289; more than two children: Hu et al., arXiv 2502.18779).
 - TOP: the most probable tokens; what is deterministic is drawn from a one-hot law.
+- PARTIAL: the most probable token and the others drawn without replacement from the rest: recursive rejection of the
+  drawn ones, and then of the one from its one-hot law. With two children it must be HUB.
 - MIXED: HUB where the draft law is peaked, DISTINCT elsewhere.
 
 A subtree has a weight, the probability with which it must accept. `step_law` walks a tree node by node, each child
@@ -191,9 +193,22 @@ def judge_top(weight: Fraction, target: Law, draft: Law, children: Children) -> 
     return reject_recursively(weight, target, one_hot)
 
 
+def draft_partial(draft: Law, n: int) -> dict[Children, Fraction]:
+    best = best_of(draft, 1)
+    return {(*best, *drawn): q for drawn, q in draft_distinct(without(draft, best), n - 1).items()}
+
+
+def judge_partial(weight: Fraction, target: Law, draft: Law, children: Children) -> Verdict:
+    best, *drawn = children
+    drafts = [(x, without(draft, children[: i + 1])) for i, x in enumerate(drawn) if x != PHANTOM]
+    one_hot = tuple(Fraction(best == y) for y in range(len(target)))
+    return reject_recursively(weight, target, [*drafts, (best, one_hot)])
+
+
 IID = Rule(draft_iid, judge_iid)
 DISTINCT = Rule(draft_distinct, judge_distinct)
 HUB = Rule(draft_hub, judge_hub)
+PARTIAL = Rule(draft_partial, judge_partial)
 TOP = Rule(lambda draft, n: {best_of(draft, n): Fraction(1)}, judge_top)
 
 
@@ -206,7 +221,7 @@ MIXED = Rule(
     lambda draft, n: rule_of_mixed(draft).draft(draft, n),
     lambda weight, target, draft, children: rule_of_mixed(draft).judge(weight, target, draft, children),
 )
-RULES = {"iid": IID, "distinct": DISTINCT, "hub": HUB, "top": TOP, "mixed": MIXED}
+RULES = {"iid": IID, "distinct": DISTINCT, "hub": HUB, "partial": PARTIAL, "top": TOP, "mixed": MIXED}
 
 
 # A step

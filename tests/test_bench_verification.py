@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 
 from bench import verification
 from bench.verification import FAMILIES, RULES, TREES
-from specdec.kernels.tree_rules import DISTINCT, HUB, IID, weigh_children_reference
+from specdec.kernels.tree_rules import WITH_REPLACEMENT, weigh_children_reference
 
 
 def _laws(seed: int, vocab: int) -> verification.Laws:
@@ -33,19 +33,20 @@ def test_closed_formulas_are_sums_over_all_drafts(vocab: int, seed: int) -> None
         assert tokens - 1 == pytest.approx(formulas[column], abs=1e-12), name
 
 
-@pytest.mark.parametrize("drafting", [IID, DISTINCT])
-def test_optimum_is_that_of_the_transport(drafting: int) -> None:
+@pytest.mark.parametrize("n_hubs", [WITH_REPLACEMENT, 0])
+def test_optimum_is_that_of_the_transport(n_hubs: int) -> None:
     """All of the mass that can go from pairs of drafts to their tokens, as a linear programme."""
     for seed in range(5):
         target, draft = (law[0, 0] for law in _laws(seed, 4))
-        places, probs = verification.drafts(drafting, 2, draft)
-        pairs = list(product(range(4), repeat=2) if drafting == IID else permutations(range(4), 2))
+        places, probs = verification.drafts(n_hubs, 2, draft)
+        pairs = list(product(range(4), repeat=2) if n_hubs == WITH_REPLACEMENT else permutations(range(4), 2))
         assert [tuple(pair) for pair in places.tolist()] == pairs
         moves = [(pair, token) for pair in pairs for token in set(pair)]
         from_pair = [[float(pair == p) for p, _ in moves] for pair in pairs]
         to_token = [[float(token == t) for _, t in moves] for token in range(4)]
         best = linprog([-1.0] * len(moves), A_ub=from_pair + to_token, b_ub=[*probs.tolist(), *target.tolist()])
-        formula = verification.acceptance(target, draft)["optimum i.i.d." if drafting == IID else "optimum distinct"]
+        name = "optimum i.i.d." if n_hubs == WITH_REPLACEMENT else "optimum distinct"
+        formula = verification.acceptance(target, draft)[name]
         assert formula == pytest.approx(-best.fun, abs=1e-9)
 
 
@@ -55,12 +56,11 @@ def _walk(rule: verification.Rule, levels: list[verification.Laws], prefix: int,
         return [weight]
     target, draft = (law[0, prefix] for law in levels[0])
     ends = [0.0] * (len(levels) + 1)
-    places, probs = verification.drafts(rule.drafting, rule.width, draft)
+    places, probs = verification.drafts(rule.n_hubs, rule.width, draft)
     for drafted, prob in zip(places, probs.tolist(), strict=True):
         one = torch.tensor(weight, dtype=torch.float64)
-        weights, exit_weight, *_ = weigh_children_reference(rule.drafting, one, target, 0 * one, draft, drafted)
-        order = list(range(rule.width))
-        for k in order[-1:] + order[:-1] if rule.drafting == HUB else order:
+        weights, exit_weight, *_ = weigh_children_reference(rule.n_hubs, one, target, 0 * one, draft, drafted)
+        for k in [*range(max(rule.n_hubs, 0), rule.width), *range(rule.n_hubs)]:
             child, given = len(draft) * prefix + int(drafted[k]), weights[k].item()
             below = _walk(rule, levels[1:], child, given if rule.hands_down else 1.0)
             coin = 1.0 if rule.hands_down else given

@@ -21,6 +21,7 @@ from specdec.graphs.captured import CapturedSteps, Recording
 from specdec.graphs.compiled import CompiledSteps
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
+from specdec.tree import TokenTree
 from specdec.view import ModelView
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
@@ -56,7 +57,8 @@ class Rerun(Recording):
 def decoders(tiny: Tiny) -> Callable[[str], tuple[Decoder, Decoder]]:
     def make(kind: str) -> tuple[Decoder, Decoder]:
         def drafter() -> Drafter:
-            return ModelDrafter(tiny("llama", seed=1), 2) if kind == "model" else NgramDrafter(3)
+            tree = TokenTree.from_widths(2, 1)
+            return ModelDrafter(tiny("llama", seed=1), tree) if kind == "model" else NgramDrafter(3)
 
         target = tiny("llama")
         recorded = Decoder(ModelView(target), drafter(), CapturedSteps(CompiledSteps(False), Rerun), Stats())

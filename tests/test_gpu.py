@@ -22,6 +22,7 @@ from specdec.kernels.row_law import row_law
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
 from specdec.stats import Stats
+from specdec.tree import TokenTree
 from specdec.view import ModelView
 
 pytestmark = pytest.mark.gpu
@@ -55,11 +56,12 @@ def test_greedy_texts_are_transformers_own(
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("compiled", [False, True], ids=["kernel by kernel", "compiled"])
 def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warpers: list[Any], fresh: Tiny) -> None:
-    target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), 3)
+    target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), TokenTree.chain(3))
     decoder = Decoder(target, draft, CompiledSteps(compiled), Stats())
     law = SamplingLaw.from_processors(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
     prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
-    state = BatchState.of(prompts, 32, torch.tensor([3, 4], device="cuda"), torch.tensor([5], device="cuda"), 3)
+    seeds, eos = torch.tensor([3, 4], device="cuda"), torch.tensor([5], device="cuda")
+    state = BatchState.of(prompts, 32, seeds, eos, decoder.tree)
     with torch.no_grad():
         decoder.prefill(prompts, 256)
         live = decoder.live_for(2, 2)

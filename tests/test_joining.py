@@ -17,6 +17,7 @@ from specdec.graphs.captured import CapturedSteps, Readback
 from specdec.graphs.compiled import CompiledSteps
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
+from specdec.tree import TokenTree
 from specdec.view import ModelView
 
 Tiny = Callable[..., PreTrainedModel]
@@ -70,7 +71,7 @@ def decode_joining(decoder: Decoder, law: SamplingLaw, queue: Queue, n_steps: in
 
 
 def _decoder(tiny: Tiny, kind: str, steps: CompiledSteps | CapturedSteps) -> Decoder:
-    drafter = ModelDrafter(tiny("llama", seed=1), 2) if kind == "model" else NgramDrafter(3)
+    drafter = ModelDrafter(tiny("llama", seed=1), TokenTree.from_widths(2, 1)) if kind == "model" else NgramDrafter(3)
     return Decoder(ModelView(tiny("llama")), drafter, steps, Stats())
 
 

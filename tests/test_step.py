@@ -23,6 +23,8 @@ from specdec.graphs.compiled import CompiledSteps
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
 from specdec.stats import Stats
+from specdec.tree import TokenTree
+from specdec.verifiers import VERIFIERS
 from specdec.view import ModelView
 
 # Operators that read device memory on the host, or whose output shape depends on values.
@@ -64,16 +66,18 @@ def random_prompts(*lengths: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "dense"])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("kind", ["none", "ngram", "model"])
+@pytest.mark.parametrize("kind", ["none", "ngram", "chain", "tree", "coupled tree"])
 @pytest.mark.parametrize("n_batch", [1, 3])
 def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, n_batch, fused):
     torch._dynamo.reset()
-    drafter = {"none": NoDrafter, "ngram": NgramDrafter, "model": lambda: ModelDrafter(draft, 3)}[kind]()
+    verifier = VERIFIERS["coupled" if "coupled" in kind else "auto"]
+    tree = TokenTree.from_widths(2, 2, 1) if "tree" in kind else TokenTree.chain(3)
+    drafter = {"none": NoDrafter, "ngram": NgramDrafter}.get(kind, lambda: ModelDrafter(draft, tree, verifier))()
     view = ModelView(target)
     view.cache.can_fuse = fused
-    if kind == "model":
+    if isinstance(drafter, ModelDrafter):
         drafter.view.cache.can_fuse = fused
-    decoder = Decoder(view, drafter, CompiledSteps(False), Stats())
+    decoder = Decoder(view, drafter, CompiledSteps(False), Stats(), verifier)
     law = SamplingLaw.from_processors(LogitsProcessorList(WARPERS if do_sample else []), do_sample, view.device)
     prompts = random_prompts(*[5, 1, 9][:n_batch])
     graphs: list[torch.fx.GraphModule] = []
@@ -88,7 +92,7 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
             ("eager", decoder.step),
             ("traced", torch.compile(decoder.step, backend=record, fullgraph=True)),
         ):
-            state = BatchState.of(prompts, 8, torch.arange(n_batch), torch.tensor([3]), drafter.depth)
+            state = BatchState.of(prompts, 8, torch.arange(n_batch), torch.tensor([3]), drafter.tree)
             decoder.prefill(prompts, 256)
             reports[name] = torch.cat([step(state, law, decoder.live_for(n_batch, n_batch)) for _ in range(3)])
     assert torch.equal(reports["eager"], reports["traced"])

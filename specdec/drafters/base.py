@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
+
+from specdec.tree import TokenTree
 
 if TYPE_CHECKING:
     from specdec.sampling import SamplingLaw
@@ -13,27 +16,60 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Draft:
-    """The candidates of one step: a chain of at most K tokens a sample.
+class DraftLaw:
+    """How the drafted tokens were drawn.
+
+    Letters: N nodes, M inner nodes, C support size.
 
     Attributes:
-        tokens: [B, K] int64.
-        counts: [B] int64, how many of the K each sample drafted.
-        support_ids, support_probs: [B, K, C] int64 and float32, the law each token was drawn from. A deterministic
-            proposal is one-hot (C = 1). Not looked at when decoding greedily.
+        places: [B, N - 1] int64, each drafted node's place in the support of its parent; -1 where there was nothing
+            to draw, and then no node.
+        support_ids, support_probs: [B, M, C] int64 and float32, the law the children of each inner node were drawn
+            from. Ids of positive probability are distinct; the others are any of the vocabulary.
+        n_hubs: [B, M] int64, how many of them are hubs (see `specdec.kernels.tree_rules`).
+    """
+
+    places: Tensor
+    support_ids: Tensor
+    support_probs: Tensor
+    n_hubs: Tensor
+
+    @classmethod
+    def deterministic(cls, tokens: Tensor, tree: TokenTree) -> DraftLaw:
+        """That of `tokens` [B, N - 1] which follow from the text without chance."""
+        children = [tree.children(node) for node in tree.inner]
+        widest = max(tree.n_children)
+        # Where a node has no k-th child its first stands again, and whoever repeats a sibling proposes nothing.
+        grid = [tokens[:, (own[k] if k < len(own) else own[0]) - 1] for own in children for k in range(widest)]
+        ids = torch.stack(grid, 1).unflatten(1, (-1, widest)) if grid else tokens.new_zeros(len(tokens), 0, 1)
+        is_first = [(ids[..., :k] != ids[..., k : k + 1]).all(-1) for k in range(ids.shape[-1])]
+        ordinals = [torch.full_like(tokens[:, 0], k) for own in children for k in range(len(own))]
+        places = torch.stack(ordinals, 1) if ordinals else tokens
+        return cls(places, ids, torch.stack(is_first, -1).float(), torch.full_like(ids[..., 0], widest))
+
+
+@dataclass
+class Draft:
+    """The candidates of one step: a tree of tokens a sample.
+
+    Attributes:
+        tokens: [B, N - 1] int64, of the drafter's tree without its root.
+        counts: [B] int64, how many of the N - 1 each sample drafted: leading ones, and whole levels where several
+            children of a node were drawn together.
+        law: what tokens were drawn from, or None for tokens that follow from the text without chance. Not looked at
+            when decoding greedily.
     """
 
     tokens: Tensor
     counts: Tensor
-    support_ids: Tensor
-    support_probs: Tensor
+    law: DraftLaw | None = None
 
 
 class Drafter(Protocol):
-    """Proposes tokens. Everything in `draft` runs on the device inside the compiled step."""
+    """Proposes tokens. Everything in `draft` and `commit` runs on the device inside the compiled step."""
 
-    depth: int
-    """K: the most tokens drafted a step."""
+    tree: TokenTree
+    """The shape of what is drafted a step."""
 
     @property
     def is_current(self) -> bool:
@@ -55,6 +91,14 @@ class Drafter(Protocol):
         Args:
             live: [n] int64, 0, 1, ..., n - 1: at most n samples are unfinished. What is drafted for finished ones is
                 ignored.
+        """
+
+    def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
+        """The target has accepted a path, not called where the tree is a chain.
+
+        Args:
+            lengths: [B] int64, before this step. path: [B, depth + 1] int64, nodes from the root on. n_path: [B]
+                int64, how many of them count.
         """
 
     def grow(self, n_slots: int) -> None:

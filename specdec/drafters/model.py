@@ -6,36 +6,61 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.drafters.base import Draft
-from specdec.kernels.draw import draw
-from specdec.kernels.noise import DRAFT
+from specdec.drafters.base import Draft, DraftLaw
+from specdec.kernels.draw_children import draw_children
+from specdec.kernels.noise import BONUS, DRAFT
 from specdec.nodes import Nodes
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
 from specdec.tree import TokenTree
+from specdec.verifiers import AUTO, Verifier
 from specdec.view import ModelView
 
 SUPPORT_SIZE = 64
 """Ids kept of a draft law. Tokens are drawn from exactly the kept, renormalised law, so any size is lossless."""
 
 
+class _Level:
+    """What is fixed about drafting the nodes of one depth from those above them. Tensors are on the draft's device.
+
+    Attributes:
+        nodes: [w] int64, the nodes one level up that have children: the ones that are run.
+        counts: [w] int64, how many children each has. widest: the largest of these.
+        flat: [level] int64, where each of the level's nodes stands among w times `widest` children.
+        run: int64, those of the level that have children themselves, by place in the level.
+    """
+
+    def __init__(self, tree: TokenTree, depth: int, device: torch.device) -> None:
+        above = [node for node in tree.inner if tree.depths[node] == depth - 1]
+        own = [node for node, d in enumerate(tree.depths) if d == depth]
+        self.nodes = torch.tensor(above, device=device)
+        self.counts = torch.tensor([tree.n_children[node] for node in above], device=device)
+        self.widest = max(tree.n_children[node] for node in above)
+        flat = [row * self.widest + k for row, node in enumerate(above) for k in range(tree.n_children[node])]
+        self.flat = torch.tensor(flat, device=device)
+        self.run = torch.tensor([i for i, node in enumerate(own) if tree.n_children[node]], device=device)
+
+
 class ModelDrafter:
-    """Drafts a chain with a causal language model that shares the target's vocabulary.
+    """Drafts a tree with a causal language model that shares the target's vocabulary.
 
     Args:
         model: the draft model, on the target's device.
-        depth: K, tokens drafted a step.
+        tree: the shape of the draft, at least one level.
+        verifier: says how children are drawn.
 
     The draft's cache trails the target's by one token: its root is the token before the pending one. After a fully
     accepted draft that token's entry is missing, otherwise writing it again changes nothing; feeding both every time
-    keeps the step's shape fixed.
+    keeps the step's shape fixed. Node n of the tree is node n + 1 of the draft's own, and leaves are never run.
     """
 
-    def __init__(self, model: PreTrainedModel, depth: int = 5) -> None:
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
-        self.view, self.depth = ModelView(model), depth
-        self._bits, self._depths = TokenTree.chain(depth).tensors(self.view.device)
+    def __init__(self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO) -> None:
+        if tree.depth < 1:
+            raise ValueError("the tree of a draft model needs a level of drafts at least")
+        self.view, self.tree, self.verifier = ModelView(model), tree, verifier
+        device = self.view.device
+        self._bits, self._depths = TokenTree((-1, *(p + 1 for p in tree.parents))).tensors(device)
+        self._levels = [_Level(tree, depth, device) for depth in range(1, tree.depth + 1)]
 
     @property
     def is_current(self) -> bool:
@@ -53,41 +78,55 @@ class ModelDrafter:
         self.view.admit(row, prompt[:-2])
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
-        root, alive = state.lengths - 1, (~state.finished).long()
+        root, alive, n_slots = state.lengths - 1, (~state.finished).long(), self.view.cache.n_slots
         # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.
         before = state.tokens.gather(1, root.clamp(min=0)[:, None])[:, 0]
-        pairs = self._nodes(root, 2 * alive, torch.arange(2 * len(live), device=live.device), 2, 0)
-        fed = torch.where(pairs.node == 0, before[pairs.sample], state.pending[pairs.sample])
-        logits = self.view.forward(fed, pairs, 1 + 2 * live)
-        nodes = self._nodes(root, alive, live, 1, 1)  # the pending tokens
-        tokens, ids, probs = [], [], []
-        for level in range(1, self.depth + 1):
-            chosen, support_ids, support_probs = self._choose(logits, law, state, nodes.sample, level)
-            tokens.append(chosen)
-            ids.append(support_ids)
-            probs.append(support_probs)
-            if level < self.depth:
-                nodes = nodes.next_level()
-                logits = self.view.forward(chosen, nodes)
-        row = nodes.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
-        drafted, support_ids, support_probs = (torch.stack(x, 1)[row] for x in (tokens, ids, probs))
-        return Draft(drafted, torch.full_like(root, self.depth), support_ids, support_probs)
+        pairs = torch.arange(2 * len(live), device=live.device)
+        nodes = Nodes.packed(root, 2 * alive, pairs, 2, n_slots, self._bits, self._depths)
+        fed = torch.where(nodes.node == 0, before[nodes.sample], state.pending[nodes.sample])
+        logits = self.view.forward(fed, nodes, 1 + 2 * live)
+        pending = Nodes.packed(root, alive, live, 1, n_slots, self._bits, self._depths, first=1)
+        levels: list[tuple[Tensor, ...]] = []
+        for depth, level in enumerate(self._levels):
+            if depth > 0:
+                fed = levels[-1][0][:, self._levels[depth - 1].run].flatten()
+                logits = self.view.forward(fed, pending.spread(level.nodes + 1, n_slots))
+            levels.append(self._children(logits, law, state, pending.sample, depth, level))
+        row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
+        tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))
+        counts = torch.full_like(root, len(self.tree) - 1)
+        return Draft(tokens, counts, DraftLaw(*rest) if rest else None)
 
-    def _nodes(self, root: Tensor, counts: Tensor, token: Tensor, rows: int, first: int) -> Nodes:
-        n_slots = self.view.cache.n_slots
-        return Nodes.packed(root, counts, token, rows, n_slots, self._bits, self._depths, first)
+    def _children(
+        self, logits: Tensor, law: SamplingLaw, state: BatchState, sample: Tensor, depth: int, level: _Level
+    ) -> tuple[Tensor, ...]:
+        """A level drafted from the logits [n * w, V] of the nodes above it; `sample` [n] says whose they are.
 
-    def _choose(
-        self, logits: Tensor, law: SamplingLaw, state: BatchState, sample: Tensor, level: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One token a row of logits and the law it came from: [n], [n, C], [n, C]; `sample` [n] says whose row."""
+        Returns:
+            tokens [n, level], and unless decoding greedily places [n, level] and the laws of the w nodes: ids and
+            probabilities [n, w, C], and how many hubs each has [n, w].
+        """
+        n, width = len(sample), len(level.nodes)
         if law.greedy:
-            chosen = logits.argmax(-1)
-            return chosen, chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.float32)
-        ids, support = law.support(logits, SUPPORT_SIZE)
-        node = torch.full_like(sample, level)
-        pick = draw(support, state.seeds[sample], state.lengths[sample] + level, node, DRAFT)
-        return ids.gather(1, pick[:, None])[:, 0], ids, support
+            chosen = logits.argmax(-1, keepdim=True) if level.widest == 1 else logits.topk(level.widest).indices
+            return (chosen.view(n, width * level.widest)[:, level.flat],)
+        ids, probs = law.support(logits, max(SUPPORT_SIZE, level.widest))
+        rows = sample[:, None].expand(-1, width).flatten()
+        node, counts = (x.expand(n, -1).flatten() for x in (level.nodes, level.counts))
+        position = state.lengths[rows] + depth + 1
+        coupled = self.verifier.coupled
+        n_hubs = self.verifier.hubs(probs, counts)
+        places = draw_children(
+            ids, probs, n_hubs, counts, state.seeds[rows], position, node * 0 if coupled else node,
+            BONUS if coupled else DRAFT, level.widest, coupled,
+        )  # fmt: skip
+        tokens = ids.gather(1, places.clamp(min=0))
+        tokens, places = (x.view(n, width * level.widest)[:, level.flat] for x in (tokens, places))
+        return tokens, places, ids.unflatten(0, (n, width)), probs.unflatten(0, (n, width)), n_hubs.view(n, width)
+
+    def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
+        # The pending token is at slot `lengths` here too, and what the tree holds follows it in the same order.
+        self.view.cache.commit(lengths, path, n_path)
 
     def grow(self, n_slots: int) -> None:
         self.view.cache.grow(n_slots)

@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec.drafters.base import Draft
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
+from specdec.tree import TokenTree
 
 
 class NgramDrafter:
@@ -24,7 +25,7 @@ class NgramDrafter:
     def __init__(self, depth: int = 8, max_ngram: int = 3) -> None:
         if depth < 1 or max_ngram < 1:
             raise ValueError(f"depth and max_ngram must be at least 1, got {depth} and {max_ngram}")
-        self.depth, self.max_ngram = depth, max_ngram
+        self.tree, self.max_ngram = TokenTree.chain(depth), max_ngram
 
     @property
     def is_current(self) -> bool:
@@ -54,11 +55,14 @@ class NgramDrafter:
         best = (matched * tokens.shape[1] + place).argmax(1, keepdim=True)
         found = matched.gather(1, best)[:, 0] > 0
         # What followed the match; past the end of the text the period between match and suffix goes on.
-        ahead = torch.arange(self.depth, device=tokens.device)
+        depth = self.tree.depth
+        ahead = torch.arange(depth, device=tokens.device)
         period = (last - best).clamp(min=1)
         drafted = tokens.gather(1, (best + 1 + ahead % period).clamp(max=tokens.shape[1] - 1))
-        ids = drafted[..., None]
-        return Draft(drafted, torch.where(found, self.depth, 0), ids, torch.ones_like(ids, dtype=torch.float32))
+        return Draft(drafted, torch.where(found, depth, 0))
+
+    def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
+        pass
 
     def grow(self, n_slots: int) -> None:
         pass

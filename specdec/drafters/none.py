@@ -8,12 +8,13 @@ from torch import Tensor
 from specdec.drafters.base import Draft
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
+from specdec.tree import TokenTree
 
 
 class NoDrafter:
     """Drafts nothing; each step yields the target's own next token."""
 
-    depth = 0
+    tree = TokenTree.chain(0)
 
     @property
     def is_current(self) -> bool:
@@ -30,9 +31,10 @@ class NoDrafter:
         pass
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
-        tokens = state.tokens[:, :0]
-        support = tokens[..., None]
-        return Draft(tokens, torch.zeros_like(state.lengths), support, support.float())
+        return Draft(state.tokens[:, :0], torch.zeros_like(state.lengths))
+
+    def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
+        pass
 
     def grow(self, n_slots: int) -> None:
         pass

@@ -19,15 +19,16 @@ from specdec.kernels.draw_children import (
     draw_children_triton,
 )
 from specdec.kernels.noise import DRAFT
-from specdec.kernels.tree_rules import DISTINCT, HUB, IID, TOP
+from specdec.kernels.tree_rules import WITH_REPLACEMENT
 
 pytestmark = pytest.mark.kernels
 
-RULES = {"iid": IID, "distinct": DISTINCT, "hub": HUB, "top": TOP}
+HUBS = [WITH_REPLACEMENT, 0, 1, 99]
+"""Of rows in turn: none and with replacement, none, one, all."""
 
 
 def _case(n_rows: int, size: int, n_children: int, *, zeros: float = 0.3, seed: int = 0) -> list[Tensor]:
-    """ids, probs, rules, counts and keys: best first, rules in turn, as many children as there are at most or fewer."""
+    """ids, probs, n_hubs, counts and keys: best first, hubs in turn, as many children as there are at most or fewer."""
     generator = torch.Generator().manual_seed(seed + size + n_children)
     probs = random_laws(n_rows, size, zeros, seed).sort(-1, descending=True)[0]
     ids = torch.stack([torch.randperm(3 * size, generator=generator)[:size] for _ in range(n_rows)])
@@ -36,7 +37,7 @@ def _case(n_rows: int, size: int, n_children: int, *, zeros: float = 0.3, seed: 
     counts = torch.where(row % 8 < 4, n_children, fewer)
     seeds = torch.randint(-(2**63), 2**63 - 1, (n_rows,), generator=generator)
     position, node = (torch.randint(500, (n_rows,), generator=generator) for _ in range(2))
-    return [ids, probs, row % 4, counts, seeds, position, node]
+    return [ids, probs, torch.tensor(HUBS)[row % 4], counts, seeds, position, node]
 
 
 def _on(device: torch.device, case: list[Tensor]) -> list[Tensor]:
@@ -58,18 +59,18 @@ def _drawn(case: list[Tensor], n_children: int, shared: bool, device: torch.devi
 def test_children_are_the_reference(size: int, shared: bool, device: torch.device, poisoned: None) -> None:
     for n_children in {1, 3, min(size + 2, 16)}:
         case = _case(12, size, n_children)
-        _, probs, rules, counts, *_ = case
+        _, probs, n_hubs, counts, *_ = case
         drawn = _drawn(case, n_children, shared, device)
-        for row, law, rule, count in zip(drawn.tolist(), probs, rules.tolist(), counts.tolist(), strict=True):
+        for row, law, hubs, count in zip(drawn.tolist(), probs, n_hubs.tolist(), counts.tolist(), strict=True):
             found, n_possible = [place for place in row if place >= 0], int((law > 0).sum())
             assert (law[found] > 0).all()
             assert row[count:] == [-1] * (n_children - count)
-            assert len(found) == (count if rule == IID else min(count, n_possible))
-            if rule != IID:
+            assert len(found) == (count if hubs == WITH_REPLACEMENT else min(count, n_possible))
+            if hubs != WITH_REPLACEMENT:
                 assert row[: len(found)] == found
                 assert len(set(found)) == len(found)
-            n_best = {HUB: count - 1, TOP: count}.get(rule, 0)
-            assert found[: max(n_best, 0)] == list(range(min(n_best, n_possible)))
+            n_best = min(max(hubs, 0), count)
+            assert found[:n_best] == list(range(min(n_best, n_possible)))
 
 
 @in_bulk
@@ -80,11 +81,11 @@ def test_many_children_are_the_reference(device: torch.device) -> None:
             assert len(_drawn(case, n_children, False, device)[:2].unique()) > 1
 
 
-@pytest.mark.parametrize("rule", [IID, DISTINCT, HUB])
+@pytest.mark.parametrize("n_hubs", [WITH_REPLACEMENT, 0])
 @pytest.mark.parametrize("size", [1, 64, 97, 4096])
-def test_an_only_child_is_a_draw(rule: int, size: int, device: torch.device) -> None:
+def test_an_only_child_is_a_draw(n_hubs: int, size: int, device: torch.device) -> None:
     case = _on(device, _case(5, size, 1))
-    case[2], case[3] = torch.full_like(case[2], rule), torch.ones_like(case[3])
+    case[2], case[3] = torch.full_like(case[2], n_hubs), torch.ones_like(case[3])
     assert torch.equal(draw_children(*case, DRAFT, 1, False)[:, 0], draw(case[1], *case[4:], DRAFT))
 
 
@@ -92,14 +93,13 @@ def test_an_only_child_is_a_draw(rule: int, size: int, device: torch.device) -> 
 def test_laws_run_out(shared: bool, device: torch.device, poisoned: None) -> None:
     """Two entries of positive probability, one, none; and more children than entries."""
     laws = [[1.0, 1e-9, 0.0], [1e-20, 0.0, math.nan], [0.0, 0.0, 0.0], [math.nan] * 3]
-    n_rules, n_laws = len(RULES), len(laws)
-    probs = torch.tensor(laws).repeat_interleave(n_rules, 0)
+    probs = torch.tensor(laws).repeat_interleave(len(HUBS), 0)
     n_rows = len(probs)
-    rules = torch.tensor(list(RULES.values())).repeat(n_laws)
+    n_hubs = torch.tensor(HUBS).repeat(len(laws))
     ids, key = torch.tensor([5, 0, 9]).expand(n_rows, -1), torch.arange(n_rows)
     for n_children in (2, 3, 5):
-        case = [ids, probs, rules, torch.full((n_rows,), n_children), key, key, key]
-        drawn = _drawn(case, n_children, shared, device).view(n_laws, n_rules, n_children).tolist()
+        case = [ids, probs, n_hubs, torch.full((n_rows,), n_children), key, key, key]
+        drawn = _drawn(case, n_children, shared, device).view(len(laws), len(HUBS), n_children).tolist()
         for one, found in zip(drawn, [[0, 1], [0], [], []], strict=True):
             iid, *others = one
             assert set(iid) <= set(found or [-1])
@@ -121,7 +121,8 @@ def test_probabilities_of_nan_are_none(shared: bool, device: torch.device, poiso
 def test_shared_noise_belongs_to_ids(device: torch.device) -> None:
     """Whatever place an id has in the law, and whatever others there are that don't win."""
     ids, probs, *rest = _on(device, _case(12, 90, 3, zeros=0.0))
-    rest[0] = rest[0] % 2  # IID and DISTINCT
+    rest[0] = rest[0].clamp(max=0)
+    assert rest[0][:2].tolist() == [WITH_REPLACEMENT, 0]
     rest[1] = torch.full_like(rest[1], 3)
     drawn = ids.gather(1, draw_children(ids, probs, *rest, DRAFT, 3, True))
     order = torch.randperm(90, generator=torch.Generator().manual_seed(0)).to(device)
@@ -130,7 +131,7 @@ def test_shared_noise_belongs_to_ids(device: torch.device) -> None:
     kept = (ids[..., None] == drawn[:, None]).any(-1) | (torch.arange(90, device=device) % 2 == 0)
     fewer = draw_children(ids, torch.where(kept, probs, 0), *rest, DRAFT, 3, True)
     assert torch.equal(ids.gather(1, fewer), drawn)
-    assert (drawn[::2] == drawn[::2, :1]).all()  # IID: one race, one winner
+    assert (drawn[::4] == drawn[::4, :1]).all()  # with replacement: one race, one winner
     assert not torch.equal(draw_children(ids, probs, *rest, DRAFT, 3, False), places)
 
 
@@ -159,8 +160,8 @@ def _strided(x: Tensor) -> Tensor:
 def test_rows_beyond_31_bits(device: torch.device) -> None:
     ids, probs, *rest = _on(device, _case(3, 70, 4))
     far = far_apart(probs.to(torch.bfloat16))
-    for rule in RULES.values():
-        rest[0] = torch.full_like(rest[0], rule)
+    for n_hubs in HUBS:
+        rest[0] = torch.full_like(rest[0], n_hubs)
         drawn = draw_children(ids, far, *rest, DRAFT, 4, False)
         assert torch.equal(drawn, draw_children(ids, far.clone(), *rest, DRAFT, 4, False))
 

@@ -20,7 +20,7 @@ from specdec.kernels.draw_row import draw_row
 from specdec.kernels.noise import BONUS, DRAFT
 from specdec.kernels.row_law import row_law, row_probs
 from specdec.kernels.top_support import top_support
-from specdec.kernels.tree_rules import DISTINCT, HUB, IID, TOP
+from specdec.kernels.tree_rules import WITH_REPLACEMENT
 
 pytestmark = pytest.mark.kernels
 
@@ -132,36 +132,37 @@ def test_short_rows_are_drawn_from_their_law(size: int, device: torch.device) ->
 CHILDREN_LAW = [0.4, 0.3, 0.2, 0.1]
 
 
-def _law_of_children(rule: int, count: int) -> dict[tuple[int, ...], float]:
-    """Of every ordered outcome, by the rule's definition."""
+def _law_of_children(n_hubs: int, count: int) -> dict[tuple[int, ...], float]:
+    """Of every ordered outcome, by definition: the hubs, and draws from laws renormalised without what is gone."""
     p = CHILDREN_LAW
-    if rule == IID:
+    if n_hubs == WITH_REPLACEMENT:
         return {o: prod(p[i] for i in o) for o in product(range(4), repeat=count)}
-    if rule == DISTINCT:  # the product of the laws renormalised without what was drawn before
-        return {
-            o: prod(p[i] / (1 - sum(p[j] for j in o[:k])) for k, i in enumerate(o))
-            for o in permutations(range(4), count)
-        }
-    best = tuple(range(count))
-    return {best: 1.0} if rule == TOP else {(*best[:-1], i): p[i] / sum(p[count - 1 :]) for i in range(count - 1, 4)}
+    hubs = tuple(range(min(n_hubs, count)))
+    drawn = permutations([i for i in range(4) if i not in hubs], count - len(hubs))
+    return {
+        o: prod(p[i] / (1 - sum(p[j] for j in o[:k])) for k, i in enumerate(o) if k >= len(hubs))
+        for o in (hubs + rest for rest in drawn)
+    }
 
 
 @in_bulk
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_children_follow_the_law_of_their_rule(count: int, shared: bool, device: torch.device) -> None:
-    """All rules side by side, with the same keys."""
+    """All numbers of hubs side by side, with the same keys."""
     n, laws = 100_000, torch.tensor(CHILDREN_LAW, device=device)
-    key = torch.arange(n, device=device).repeat_interleave(4)
-    rules, same = torch.arange(4, device=device).repeat(n), torch.full_like(key, count)
+    numbers = [WITH_REPLACEMENT, 0, 1, 2, 4]
+    key = torch.arange(n, device=device).repeat_interleave(len(numbers))
+    n_hubs, same = torch.tensor(numbers, device=device).repeat(n), torch.full_like(key, count)
     ids, probs = torch.tensor([7, 2, 9, 4], device=device), laws.mul(3)
     drawn = draw_children(
-        ids.expand(4 * n, -1), probs.expand(4 * n, -1), rules, same, same - 7, key, same * 0, DRAFT, 4, shared
+        ids.expand(len(key), -1), probs.expand(len(key), -1), n_hubs, same, same - 7, key, same * 0, DRAFT, 4, shared
     ).cpu()
-    for rule in (IID, DISTINCT, HUB, TOP):
-        assert (drawn[rule::4, count:] == -1).all()
-        children, law = drawn[rule::4, :count], _law_of_children(rule, count)
-        if rule == IID and shared:  # one race, one winner
+    for first, hubs in enumerate(numbers):
+        own = drawn[first :: len(numbers)]
+        assert (own[:, count:] == -1).all()
+        children, law = own[:, :count], _law_of_children(hubs, count)
+        if hubs == WITH_REPLACEMENT and shared:  # one race, one winner
             assert torch.equal(children, children[:, :1].expand(-1, count))
         elif len(law) == 1:
             assert torch.equal(children, torch.tensor([*law]).expand(n, -1))
@@ -218,7 +219,7 @@ def test_draws_that_share_noise_are_coupled(device: torch.device) -> None:
     def first_children(logits: Tensor, shared: bool) -> Tensor:
         probs, ids = logits.softmax(-1)[0].to(device).sort(descending=True)
         laws = ids.expand(n, -1), probs.expand(n, -1)
-        children = draw_children(*laws, same + DISTINCT, same + 2, key, same, same, DRAFT, 2, shared)
+        children = draw_children(*laws, same, same + 2, key, same, same, DRAFT, 2, shared)
         return ids[children[:, 0]]
 
     assert torch.equal(first_children(logits, True), target_ids)

@@ -67,24 +67,65 @@ def _laws(rows: int, device: torch.device) -> tuple[Tensor, ...]:
     return logits, torch.tensor([1.0, 1.0, 0.0], device=device), logits.logsumexp(-1), zeros - torch.inf, zeros.long()
 
 
-def _verify_chain(device: torch.device) -> tuple[Any, ...]:
-    starts, ids = torch.tensor([0, 3, 4], device=device), torch.tensor([[[0, 3], [4, 1]]] * 2, device=device)
-    keys = torch.arange(2, device=device)
-    return *_laws(4, device), ids[..., 0], torch.tensor([2, 0], device=device), ids, ids * 0 + 0.5, keys, keys, starts
+def _verify_tree(device: torch.device) -> tuple[Any, ...]:
+    """Two samples of three nodes and one, packed."""
+    topology, inner = TokenTree((-1, 0, 1)).topology(device), torch.tensor([[0, 1], [0, -1]], device=device)
+    ids = torch.tensor([[[0, 3], [4, 1]]] * 2, device=device)
+    n_nodes, starts = torch.tensor([3, 1], device=device), torch.tensor([0, 3, 4], device=device)
+    return (
+        *_laws(4, device),
+        topology,
+        inner,
+        n_nodes,
+        ids,
+        ids * 0 + 0.5,
+        ids[..., 0] * 0,
+        n_nodes,
+        n_nodes,
+        starts,
+        2,
+        True,
+    )
+
+
+def _verify_greedy(device: torch.device) -> tuple[Any, ...]:
+    tree = TokenTree((-1, 0, 0))
+    chosen, tokens, n_nodes, starts = (torch.tensor(x, device=device) for x in ([1, 2, 3], [[1, 0]], [3], [0, 3]))
+    return chosen, tokens, n_nodes, tree.topology(device), tree.tensors(device)[0], starts, tree.depth
 
 
 def _keys(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.arange(9, device=device).view(3, 3) - 1)
 
 
+def _draw_children(device: torch.device) -> tuple[Any, ...]:
+    ids, probs = torch.arange(15, device=device).view(3, 5), torch.rand(3, 5, device=device)
+    return (
+        ids,
+        probs,
+        torch.tensor([0, 0, 1], device=device),
+        torch.tensor([2, 0, 1], device=device),
+        *_keys(device),
+        0,
+        2,
+        False,
+    )
+
+
+def _draw_row(device: torch.device) -> tuple[Any, ...]:
+    row, ids = torch.tensor([3, 0, 1], device=device), torch.tensor([[0, 5], [-1, 2], [-1, -1]], device=device)
+    return *_laws(4, device), row, ids, torch.rand(3, 2, device=device), *_keys(device), 2, False
+
+
 CASES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "uniform": lambda d: (*_keys(d), 1),
-    "draw": lambda d: (torch.rand(3, 7, device=d), *_keys(d), 1),
-    "draw_distinct": lambda d: (torch.rand(3, 7, device=d), *_keys(d), 1, 2),
+    "draw": lambda d: (torch.rand(3, 7, device=d), *_keys(d), 1, False),
+    "draw_children": _draw_children,
+    "draw_row": _draw_row,
     "top_support": lambda d: (*_laws(3, d)[:2], 0, 4),
     "row_law": lambda d: (*_laws(3, d)[:2], 3),
-    "verify_greedy": lambda d: tuple(torch.tensor(x, device=d) for x in ([[1, 2, 3]], [[1, 0]], [2])),
-    "verify_chain": _verify_chain,
+    "verify_greedy": _verify_greedy,
+    "verify_tree": _verify_tree,
     "ancestor_words": lambda d: (torch.tensor([[-1, 0, 0, 1]], device=d),),
     "kv_append_": lambda d: (
         *(torch.randn(2, 3, 8, 4, device=d) for _ in "kv"), *(torch.randn(2, 3, 4, device=d) for _ in "kv"),

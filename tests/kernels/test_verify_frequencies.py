@@ -6,120 +6,147 @@ import math
 
 import pytest
 import torch
-from chains import chain_case, check_decisions, law_rows, on, verify_chain
-from frequencies import N_DRAWS, P_VALUE, in_bulk, p_value
+from frequencies import P_VALUE, in_bulk, p_value
 from rows import OFF, Knobs
+from torch import Tensor
+from trees import RAGGED, RULES, WALKS, TreeCase, bonus_of, check_decisions, tree_case
 
 from specdec.kernels.draw import draw
+from specdec.kernels.draw_children import draw_children
 from specdec.kernels.noise import DRAFT
-from specdec.kernels.row_law import row_law, row_law_reference, row_probs
+from specdec.kernels.row_law import row_law, row_probs
 from specdec.kernels.top_support import top_support
+from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 
+N_TEXTS = 48_000
+
+
+def _draft(
+    proposal: Tensor, rows: Tensor, n_hubs: int, size: int, n_children: int, seed: Tensor, position: Tensor, node: int
+) -> tuple[Tensor, ...]:
+    """Children of one node of all samples, whose draft logits are `proposal[rows]`: tokens, places and law."""
+    neutral = torch.tensor([1.0, 1.0, 0.0], device=rows.device)
+    ids, probs = (x[rows] for x in top_support(proposal, neutral, 0, size))
+    full = torch.full_like(rows, n_hubs), torch.full_like(rows, n_children)
+    key = seed, position, torch.full_like(rows, node)
+    places = draw_children(ids, probs, *full, *key, DRAFT, n_children, False)
+    return ids.gather(1, places.clamp(min=0)), places, ids, probs
+
 
 @in_bulk
-@pytest.mark.parametrize("support_size", [1, 2, 4])
+@WALKS
+@RULES
 @pytest.mark.parametrize(
-    ("vocab", "dtype", "setting"),
-    [(4, torch.float32, OFF), (9, torch.bfloat16, (0.8, 0.9, 0.05, 5))],
+    ("vocab", "size", "dtype", "setting"),
+    [(4, 3, torch.float32, OFF), (9, 4, torch.bfloat16, (0.8, 0.9, 0.05, 5)), (3, 1, torch.float32, OFF)],
 )
-def test_draft_and_verify_frequencies(
-    support_size: int, vocab: int, dtype: torch.dtype, setting: Knobs, device: torch.device
+def test_what_trees_emit_follows_the_target(
+    n_hubs: int, vocab: int, size: int, dtype: torch.dtype, setting: Knobs, sequence: bool, device: torch.device
 ) -> None:
-    """Two drafted places, drawn and verified with the real noise: pairs of tokens follow the target's law."""
-    generator = torch.Generator().manual_seed(support_size)
-    logits = (torch.rand(1 + vocab, vocab, generator=generator) ** 2).log().to(dtype)  # row 1 + x follows token x
+    """Triples of tokens from binary trees, of which a third of the samples have one level, and a third none."""
+    generator = torch.Generator().manual_seed(vocab)
+    n_rows = 1 + vocab + vocab**2  # row 1 + x follows token x, row 1 + vocab + vocab * x + y follows x and y
+    logits = (torch.rand(n_rows, vocab, generator=generator) ** 2 + 0.02).log().to(dtype)
     logits[0, 1] = logits[3, 2] = -math.inf
-    logits = logits.to(device)
-    knobs, top_k = torch.tensor(setting[:3], device=device), setting[3]
-    law = row_law(logits, knobs, top_k)
+    proposal = (logits.float().clamp(min=-3) + 2 * torch.rand(n_rows, vocab, generator=generator)).to(device)
+    logits, knobs = logits.to(device), torch.tensor(setting[:3], device=device)
+    law = row_law(logits, knobs, setting[3])
     target = row_probs(logits, knobs, *law)
-    assert (target == 0).sum() > 2 or top_k == 0
-    noise = torch.rand(1 + vocab, vocab, generator=generator).to(device)
-    proposal = logits.float().clamp(min=-3) + 2 * noise
-    neutral = torch.tensor([1.0, 1.0, 0.0], device=device)
-    seed = torch.arange(N_DRAWS, device=device)
-    position, one, root = seed % 5 + 3, torch.ones_like(seed), torch.zeros_like(seed)
 
-    ids_1, support_1 = top_support(proposal[:1].expand(N_DRAWS, -1), neutral, 0, support_size)
-    first = ids_1.gather(1, draw(support_1, seed, position, one, DRAFT)[:, None])[:, 0]
-    ids_2, support_2 = top_support(proposal[1:][first], neutral, 0, support_size)
-    second = ids_2.gather(1, draw(support_2, seed, position + 1, 2 * one, DRAFT)[:, None])[:, 0]
-    rows = torch.stack([root, 1 + first, 1 + second], 1).flatten()
-    n_drafted = seed % 3  # 0, 1 and 2 of the two places
-    n_accepted, bonus = verify_chain(
-        logits[rows], knobs, *(x[rows] for x in law), torch.stack([first, second], 1), n_drafted,
-        torch.stack([ids_1, ids_2], 1), torch.stack([support_1, support_2], 1), seed, position,
+    seed = torch.arange(N_TEXTS, device=device)
+    position, zero, tree = seed % 5 + 3, torch.zeros_like(seed), TokenTree.from_widths(2, 2)
+    nodes = [_draft(proposal, zero, n_hubs, size, 2, seed, position, 0)]
+    after = nodes[0][0]  # [B, 2], the first level
+    nodes += [_draft(proposal, 1 + after[:, i], n_hubs, size, 2, seed, position + 1, 1 + i) for i in range(2)]
+    tokens, places = (torch.cat(x, 1) for x in list(zip(*nodes, strict=True))[:2])
+    support = [torch.stack(x, 1) for x in list(zip(*nodes, strict=True))[2:]]
+    below = 1 + vocab + vocab * after.repeat_interleave(2, 1) + tokens[:, 2:]
+    rows = torch.cat([zero[:, None], 1 + after, below], 1).flatten()
+    n_nodes = torch.tensor([1, 3, 7], device=device)[seed % 3]
+    case = TreeCase(
+        logits[rows], knobs, *(x[rows] for x in law), tree.topology(device), places, n_nodes, *support,
+        torch.full_like(places[:, :3], n_hubs), seed, position, torch.arange(N_TEXTS + 1, device=device) * 7,
+        tree.depth,
     )  # fmt: skip
-    assert (n_accepted <= n_drafted).all()
-    assert set(n_accepted.tolist()) == {0, 1, 2}
+    path, n_accepted, bonus = bonus_of(case, sequence, device)
 
-    x = torch.where(n_accepted >= 1, first, bonus)
-    y_left = draw(target[1:][x], seed, position + 1, one, DRAFT + 17)  # the next step, had it been run
-    y = torch.where(n_accepted >= 2, second, torch.where(n_accepted == 1, bonus, y_left))
-    for n in range(3):
-        own = n_drafted == n
-        counts = (x * vocab + y)[own].bincount(minlength=vocab**2).cpu()
-        assert p_value(counts, (target[0][:, None] * target[1:]).flatten().cpu()) > P_VALUE
+    emitted = torch.cat([torch.gather(tokens, 1, (path[:, 1:] - 1).clamp(min=0)), zero[:, None]], 1)
+    emitted.scatter_(1, n_accepted[:, None], bonus[:, None])
+    x, y, z = emitted.T
+    other = 17 + DRAFT  # a stream nobody uses: the next step, had it been run
+    y = torch.where(n_accepted >= 1, y, draw(target[1 + x], seed, position + 1, zero, other))
+    z = torch.where(n_accepted >= 2, z, draw(target[1 + vocab + vocab * x + y], seed, position + 2, zero, other))
+    pairs = target[0][:, None] * target[1 : 1 + vocab]
+    expected = (pairs[..., None] * target[1 + vocab :].view(vocab, vocab, vocab)).flatten().cpu()
+    for levels in range(3):
+        own = n_nodes == (1, 3, 7)[levels]
+        assert n_accepted[own].max() == levels
+        counts = ((x * vocab + y) * vocab + z)[own].bincount(minlength=vocab**3).cpu()
+        assert p_value(counts, expected) > P_VALUE
 
 
 @in_bulk
-def test_a_draft_law_of_nan_costs_the_draft_and_nothing_else(device: torch.device) -> None:
-    key = torch.arange(4000)
+@WALKS
+@RULES
+def test_frequencies_over_several_blocks(n_hubs: int, sequence: bool, device: torch.device) -> None:
+    """Twelve tokens in four blocks of the vocabulary, more than half of them in the support."""
+    vocab, n_texts = 13_000, 6000
+    own = torch.tensor([3, 4, 4000, 4095, 4096, 4097, 8000, 8191, 8192, 12_287, 12_288, 12_999])
+    generator = torch.Generator().manual_seed(n_hubs)
+    logits = torch.full((4, vocab), -9.0)
+    logits[:, own] = torch.rand(12, generator=generator) * 2
+    logits, knobs = logits.to(device), torch.tensor([1.3, 1.0, 0.0], device=device)
+    law = row_law(logits, knobs, 12)
+    target = row_probs(logits, knobs, *law)[0].cpu()
+    assert set(target.nonzero()[:, 0].tolist()) == set(own.tolist())
+    seed = torch.arange(n_texts, 2 * n_texts, device=device)
+    position, zero = seed % 7 + 2, torch.zeros_like(seed)
+    proposal = torch.full((1, vocab), -math.inf)
+    proposal[0, own] = torch.rand(12, generator=generator) * 3
+    tokens, places, ids, probs = _draft(proposal.to(device), zero, n_hubs, 7, 3, seed, position, 0)
+    case = TreeCase(
+        logits, knobs, *law, TokenTree.from_widths(3).topology(device), places, zero + 4, ids[:, None], probs[:, None],
+        zero[:, None] + n_hubs, seed, position, torch.zeros(n_texts + 1, dtype=torch.int64, device=device), 1,
+    )  # fmt: skip
+    path, n_accepted, bonus = bonus_of(case, sequence, device)
+    first = torch.where(n_accepted > 0, tokens.gather(1, (path[:, 1:] - 1).clamp(min=0))[:, 0], bonus)
+    assert 500 < n_accepted.sum() < n_texts - 500
+    assert p_value(first.bincount(minlength=vocab).cpu(), target) > P_VALUE
+
+
+@in_bulk
+@WALKS
+@RULES
+def test_a_draft_law_of_nan_leaves_the_targets_frequencies(n_hubs: int, sequence: bool, device: torch.device) -> None:
+    case = tree_case(TokenTree.from_widths(2), 4000, 3, 3, n_hubs)
     law = torch.tensor([0.2, 0.0, 0.8])
-    arguments = [
-        *law_rows(law.expand(4000, 2, 3)), torch.zeros(4000, 1, dtype=torch.int64), torch.ones(4000, dtype=torch.int64),
-        torch.arange(3).expand(4000, 1, 3), torch.full((4000, 1, 3), math.nan), key, key,
-    ]  # fmt: skip
-    n_accepted, bonus = verify_chain(*on(device, arguments))
+    case.set_logits(law.log().expand(12_000, 3).contiguous())
+    case.support_probs[:] = math.nan
+    case.places[:] = torch.tensor([0, 2])
+    _, n_accepted, bonus = bonus_of(case, sequence, device)
     assert (n_accepted == 0).all()
     assert p_value(bonus.bincount(minlength=3).cpu(), law) > P_VALUE
 
 
-@in_bulk
-def test_frequencies_over_several_blocks(device: torch.device) -> None:
-    """Twelve tokens in four blocks, more than half of them drafted: what is emitted follows the target's law."""
-    vocab, n_rows = 13_000, 2000
-    places = torch.tensor([3, 4, 4000, 4095, 4096, 4097, 8000, 8191, 8192, 12_287, 12_288, 12_999])
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.full((1, vocab), -9.0)
-    logits[0, places] = torch.rand(12, generator=generator) * 2
-    knobs = torch.tensor([1.3, 1.0, 0.0], device=device)
-    law = row_law(logits.to(device), knobs, 12)
-    target = row_probs(logits.to(device), knobs, *law)[0].cpu()
-    assert set(target.nonzero()[:, 0].tolist()) == set(places.tolist())
-    ids = places[torch.randperm(12, generator=generator)[:7]].to(device)
-    support = torch.rand(7, generator=generator).to(device) + 0.1
-    support /= support.sum()
-    counts, n_rejected = torch.zeros(vocab, dtype=torch.int64), 0
-    for start in range(0, 3 * n_rows, n_rows):
-        seed = torch.arange(start, start + n_rows, device=device)
-        node = torch.ones_like(seed)
-        draft = ids[draw(support.expand(n_rows, -1), seed, node * 5, node, DRAFT)]
-        n_accepted, bonus = verify_chain(
-            logits.to(device).expand(2 * n_rows, -1), knobs, *(x.expand(2 * n_rows) for x in law), draft[:, None],
-            node, ids.expand(n_rows, 1, -1), support.expand(n_rows, 1, -1), seed, node * 5,
-        )  # fmt: skip
-        counts += torch.where(n_accepted > 0, draft, bonus).bincount(minlength=vocab).cpu()
-        n_rejected += int((n_accepted == 0).sum())
-    assert n_rejected > 500
-    assert p_value(counts, target) > P_VALUE
-
-
-def test_what_the_law_cuts_is_never_emitted(device: torch.device) -> None:
-    """Drafts from a law that is not cut, against one that is: at all places, accepted or not."""
+@WALKS
+def test_what_the_law_cuts_is_never_emitted(sequence: bool, device: torch.device) -> None:
+    """Drafts from laws that are not cut, against ones that are: at all nodes, accepted or not."""
     n_cut = 0
     for seed, vocab in enumerate((60, 5000)):
-        arguments = chain_case(8, 3, vocab, 14, seed=seed, spread=0.5)
-        arguments[0] = arguments[0].round()  # the cut falls among equals
-        arguments[1] = torch.tensor([1.0, 0.8, 0.0])
-        arguments[2:5] = row_law_reference(*arguments[:2], 7)
-        target = row_probs(arguments[0], *arguments[1:5]).view(8, 4, vocab)
-        n_accepted, bonus = check_decisions(arguments, device)
-        n_cut += int((target[:, :3].gather(2, arguments[5][..., None]) == 0).sum())
-        for b in range(8):
-            n = int(n_accepted[b])
-            emitted = [*arguments[5][b, :n].tolist(), int(bonus[b])]
-            assert all(target[b, place, token] > 0 for place, token in enumerate(emitted))
+        case = tree_case(RAGGED, 8, vocab, 14, seed=seed, spread=0.5)
+        case.knobs = torch.tensor([1.0, 0.8, 0.0])
+        case.set_logits(case.logits.round(), 7)  # the cut falls among equals
+        laws = row_probs(case.logits, case.knobs, case.log_total, case.threshold, case.first).view(8, 12, vocab)
+        check_decisions(case, sequence, device)
+        path, _, bonus = (x.cpu() for x in bonus_of(case, sequence, device))
+        parents = torch.tensor(RAGGED.parents[1:])
+        entries = case.topology[4, parents]
+        tokens = case.support_ids[:, entries].gather(2, case.places.clamp(min=0)[..., None])[..., 0]
+        probs = laws[:, parents].gather(2, tokens[..., None])[..., 0]
+        n_cut += int(((probs == 0) & (case.places >= 0)).sum())
+        accepted = torch.zeros(8, 12, dtype=torch.bool).scatter(1, path, True)[:, 1:]
+        assert (probs[accepted] > 0).all()
+        assert (laws[torch.arange(8), path[:, -1], bonus] > 0).all()
     assert n_cut > 10

@@ -1,0 +1,114 @@
+"""Choosing the tree: what this machine takes for a step, and what the draft model gets accepted.
+
+Trees of several shapes are decoded with, uncompiled, for how often the path goes on through each child; the target's
+forward is timed, compiled, at several numbers of nodes. `specdec.best_tree` makes the rest of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
+from specdec.graphs.compiled import CompiledSteps
+from specdec.nodes import Nodes
+from specdec.tree import TokenTree
+from specdec.view import ModelView
+
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Numbers of nodes at which a forward is timed."""
+PROBES = (
+    TokenTree.chain(6),
+    TokenTree.from_widths(2, 2, 2),
+    TokenTree.from_widths(3, 3, 1),
+    TokenTree.from_widths(4, 2),
+)
+"""Trees that acceptance is counted with: nodes with 1, 2, 3 and 4 children."""
+_COMMITTED = 256  # tokens that a timed forward attends to
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tree that was chosen, and why.
+
+    Attributes:
+        tree: the fastest; chain: the fastest chain.
+        acceptance, cost: what they were chosen by (see `specdec.best_tree`).
+    """
+
+    tree: TokenTree
+    chain: TokenTree
+    acceptance: Acceptance
+    cost: StepCost
+
+    def __str__(self) -> str:
+        return f"{self._of(self.tree)}; best chain: {self._of(self.chain)}"
+
+    def _of(self, tree: TokenTree) -> str:
+        tokens, milliseconds = expected_tokens(tree, self.acceptance), 1000 * self.cost.of(tree)
+        shape = f"chain of {tree.depth}" if tree.is_chain else f"tree of {len(tree) - 1} nodes, depth {tree.depth}"
+        return f"{shape}, {tokens:.2f} tokens in {milliseconds:.1f} ms a step"
+
+
+def choose(acceptance: Acceptance, cost: StepCost, depth: int) -> Choice:
+    """The tree, and the chain, of most tokens a second, of at most `depth` levels and one at least."""
+    chains = {1: acceptance[1]}
+    found = [fastest_tree(slots, cost, depth) for slots in (acceptance, chains)]
+    tree, chain = (tree if tree.depth else TokenTree.chain(1) for tree in found)
+    return Choice(tree, chain, acceptance, cost)
+
+
+def measure_cost(target: ModelView, draft: ModelView, n_nodes: int, compiled: bool) -> StepCost:
+    """Seconds of a step of one sample: the target's forward of up to `n_nodes` nodes, the draft's of a level.
+
+    What a level takes hardly depends on how wide it is: it is counted as one of four nodes.
+    """
+    return StepCost(forward_seconds(target, n_nodes, compiled), forward_seconds(draft, 4, compiled)[4])
+
+
+class _Forward:
+    """A model's forward of some flat nodes of one sample."""
+
+    def __init__(self, view: ModelView, n_nodes: int) -> None:
+        self.view, self.n_nodes = view, n_nodes
+        self.bits, self.depths = TokenTree.chain(n_nodes - 1).tensors(view.device)
+        self.lengths = torch.tensor([_COMMITTED], device=view.device)
+
+    def run(self, token: Tensor) -> Tensor:
+        count = torch.ones_like(self.lengths) * token.shape[0]
+        n_slots = self.view.cache.n_slots
+        nodes = Nodes.packed(self.lengths, count, token, self.n_nodes, n_slots, self.bits, self.depths)
+        return self.view.forward(torch.zeros_like(token), nodes).argmax(-1)
+
+
+@torch.no_grad()
+def forward_seconds(view: ModelView, n_nodes: int, compiled: bool, repeats: int = 15) -> dict[int, float]:
+    """Median seconds of a forward of one sample's nodes, by their number, up to `n_nodes`.
+
+    The numbers take turns, so that what else the machine does falls on all alike. The view's cache is used up.
+    """
+    view.allocate(1, 2 * _COMMITTED)
+    forward = _Forward(view, n_nodes)
+    counts = sorted({n for n in COUNTS if n < n_nodes} | {n_nodes})
+    run = CompiledSteps(compiled).get(forward.run, None, 0)
+    tokens = {n: torch.arange(n, device=view.device) for n in counts}
+    seconds: dict[int, list[float]] = {n: [] for n in counts}
+    for turn in range(repeats + 2):  # the first two compile
+        for n, token in tokens.items():
+            torch._dynamo.maybe_mark_dynamic(token, 0)
+            _wait(view.device)
+            start = time.perf_counter()
+            run(token)
+            _wait(view.device)
+            if turn > 1:
+                seconds[n].append(time.perf_counter() - start)
+    return {n: statistics.median(values) for n, values in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
