@@ -69,23 +69,11 @@ def _laws(rows: int, device: torch.device) -> tuple[Tensor, ...]:
 
 def _verify_tree(device: torch.device) -> tuple[Any, ...]:
     """Two samples of three nodes and one, packed."""
-    topology, inner = TokenTree((-1, 0, 1)).topology(device), torch.tensor([[0, 1], [0, -1]], device=device)
+    topology, places = TokenTree((-1, 0, 1)).topology(device), torch.tensor([[0, 1], [0, -1]], device=device)
     ids = torch.tensor([[[0, 3], [4, 1]]] * 2, device=device)
     n_nodes, starts = torch.tensor([3, 1], device=device), torch.tensor([0, 3, 4], device=device)
-    return (
-        *_laws(4, device),
-        topology,
-        inner,
-        n_nodes,
-        ids,
-        ids * 0 + 0.5,
-        ids[..., 0] * 0,
-        n_nodes,
-        n_nodes,
-        starts,
-        2,
-        True,
-    )
+    probs, n_hubs = torch.full_like(ids, 0.5, dtype=torch.float32), torch.zeros_like(ids[..., 0])
+    return *_laws(4, device), topology, places, n_nodes, ids, probs, n_hubs, n_nodes, n_nodes, starts, 2, True
 
 
 def _verify_greedy(device: torch.device) -> tuple[Any, ...]:
@@ -100,16 +88,8 @@ def _keys(device: torch.device) -> tuple[Tensor, ...]:
 
 def _draw_children(device: torch.device) -> tuple[Any, ...]:
     ids, probs = torch.arange(15, device=device).view(3, 5), torch.rand(3, 5, device=device)
-    return (
-        ids,
-        probs,
-        torch.tensor([0, 0, 1], device=device),
-        torch.tensor([2, 0, 1], device=device),
-        *_keys(device),
-        0,
-        2,
-        False,
-    )
+    n_hubs, counts = (torch.tensor(x, device=device) for x in ([0, -1, 1], [2, 0, 2]))
+    return ids, probs, n_hubs, counts, *_keys(device), 0, 2, False
 
 
 def _draw_row(device: torch.device) -> tuple[Any, ...]:

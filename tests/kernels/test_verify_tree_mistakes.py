@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
-from trees import RULES, WALKS, bonus_of, check_decisions, tree_case
+from torch import Tensor
+from trees import RAGGED, RULES, WALKS, bonus_of, check_decisions, tree_case
 
+from specdec.kernels import verify_tree as module
 from specdec.kernels.noise import ACCEPT, uniform_reference
 from specdec.kernels.tree_rules import WITH_REPLACEMENT
 from specdec.kernels.verify_tree import verify_tree, verify_tree_reference
@@ -122,3 +124,26 @@ def test_a_draft_law_of_nan_costs_the_draft_and_nothing_else(
     assert set(bonus.tolist()) == {3, 4, 4500}
     case.support_probs[..., 1:] = 0.5
     check_decisions(case, sequence, device)
+
+
+@WALKS
+def test_no_coin_is_ever_tossed_twice(sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a sample's successive steps, wherever their paths end, nobody sees one (position, node) twice."""
+    seen: list[tuple[int, int]] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def coin(seed: Tensor, position: Tensor, node: Tensor) -> Tensor:
+        seen.append((int(position), int(node)))
+        return torch.rand((), generator=generator)
+
+    monkeypatch.setattr(module, "_coin", coin)
+    position, ends = 1, set()
+    for step in range(60):
+        case = tree_case(RAGGED, 1, 8, 5, seed=step, spread=0.3)
+        case.position[:] = position
+        path, n_accepted, *_ = verify_tree_reference(*case.arguments(sequence))
+        position += int(n_accepted) + 1
+        ends.add(int(path[0, -1]))
+    assert {RAGGED.depths[end] for end in ends} >= {0, 1, 2, 3}
+    assert len(ends) > 5
+    assert len(seen) == len(set(seen)) > 100
