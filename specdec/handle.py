@@ -129,21 +129,28 @@ class Handle:
             task = bar.add_task("")
             for probe in probes:
                 bar.update(task, description=f"acceptance of {len(probe) - 1} drafted nodes")
-                config = replace(self.config, tree=probe, depth=None, compile=False)
-                model = Handle(self._model, self._draft, config).attach(self._wrapper)
-                model.generate(input_ids, attention_mask=mask, **settings)
-                stats = model.specdec.stats
-                if stats.fallbacks:
-                    raise ValueError(f"these calls run transformers' own loop: {', '.join(stats.fallbacks)}")
-                for k, counts in stats.slots.items():
+                for k, counts in self._probe(probe, False, input_ids, mask, settings).slots.items():
                     slots.update({(k, i): count for i, count in enumerate(counts)})
-            bar.update(task, description="seconds of a step")
             acceptance = {k: [slots[k, i] / slots[k, 0] for i in range(1, k + 1)] for k, i in slots if i == 0}
-            cost = measure_cost(ModelView(self._model), ModelView(self._draft), max_nodes, self.config.compile)
+            bar.update(task, description="seconds of a step")
+            stats = self._probe(TokenTree.chain(1), True, input_ids[:1], mask[:1], settings)
+            step = stats.seconds["decode"] / max(stats.steps, 1)
+            cost = measure_cost(ModelView(self._model), ModelView(self._draft), max_nodes, self.config.compile, step)
             choice = choose(acceptance, cost, max_depth)
             self.config = replace(self.config, tree=choice.tree, depth=None)
             self.stats.tree, self._decoders = str(choice), {}
         return choice
+
+    def _probe(self, tree: TokenTree, timed: bool, ids: Tensor, mask: Tensor, settings: dict[str, Any]) -> Stats:
+        """What happens when these prompts are decoded with this tree; timed ones are decoded twice, compiled."""
+        config = replace(self.config, tree=tree, depth=None, compile=timed and self.config.compile)
+        model = Handle(self._model, self._draft, config).attach(self._wrapper)
+        for _ in range(1 + timed):
+            model.specdec.stats.reset()
+            model.generate(ids, attention_mask=mask, **settings)
+        if model.specdec.stats.fallbacks:
+            raise ValueError(f"these calls run transformers' own loop: {', '.join(model.specdec.stats.fallbacks)}")
+        return model.specdec.stats
 
     @property
     def _is_warming_up(self) -> bool:

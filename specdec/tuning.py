@@ -62,19 +62,26 @@ def choose(acceptance: Acceptance, cost: StepCost, depth: int) -> Choice:
     return Choice(tree, chain, acceptance, cost)
 
 
-def measure_cost(target: ModelView, draft: ModelView, n_nodes: int, compiled: bool) -> StepCost:
-    """Seconds of a step of one sample: the target's forward of up to `n_nodes` nodes, the draft's of a level.
+def measure_cost(target: ModelView, draft: ModelView, n_nodes: int, compiled: bool, step: float) -> StepCost:
+    """Seconds of a step of one sample: the target's forward of up to `n_nodes` nodes, the draft's of a level, the rest.
 
-    What a level takes hardly depends on how wide it is: it is counted as one of four nodes.
+    What a level takes hardly depends on how wide it is: it is counted as one of two nodes, and as what a forward adds
+    to others of the same graph.
+
+    Args:
+        step: seconds of a whole step that drafts one token, of which the forwards are only part.
     """
-    return StepCost(forward_seconds(target, n_nodes, compiled), forward_seconds(draft, 4, compiled)[4])
+    forwards = forward_seconds(target, n_nodes, compiled)
+    level = max(forward_seconds(draft, 2, compiled, times=4)[2] - forward_seconds(draft, 2, compiled)[2], 0) / 3
+    rest = max(step - forwards[2] - level, 0)
+    return StepCost({n: seconds + rest for n, seconds in forwards.items()}, level)
 
 
 class _Forward:
-    """A model's forward of some flat nodes of one sample."""
+    """A model's forward of some flat nodes of one sample, `times` over."""
 
-    def __init__(self, view: ModelView, n_nodes: int) -> None:
-        self.view, self.n_nodes = view, n_nodes
+    def __init__(self, view: ModelView, n_nodes: int, times: int) -> None:
+        self.view, self.n_nodes, self.times = view, n_nodes, times
         self.bits, self.depths = TokenTree.chain(n_nodes - 1).tensors(view.device)
         self.lengths = torch.tensor([_COMMITTED], device=view.device)
 
@@ -82,17 +89,22 @@ class _Forward:
         count = torch.ones_like(self.lengths) * token.shape[0]
         n_slots = self.view.cache.n_slots
         nodes = Nodes.packed(self.lengths, count, token, self.n_nodes, n_slots, self.bits, self.depths)
-        return self.view.forward(torch.zeros_like(token), nodes).argmax(-1)
+        tokens = torch.zeros_like(token)
+        for _ in range(self.times):
+            tokens = self.view.forward(tokens, nodes).argmax(-1)
+        return tokens
 
 
 @torch.no_grad()
-def forward_seconds(view: ModelView, n_nodes: int, compiled: bool, repeats: int = 15) -> dict[int, float]:
-    """Median seconds of a forward of one sample's nodes, by their number, up to `n_nodes`.
+def forward_seconds(
+    view: ModelView, n_nodes: int, compiled: bool, times: int = 1, repeats: int = 15
+) -> dict[int, float]:
+    """Median seconds of `times` forwards of one sample's nodes, by their number, up to `n_nodes`.
 
     The numbers take turns, so that what else the machine does falls on all alike. The view's cache is used up.
     """
     view.allocate(1, 2 * _COMMITTED)
-    forward = _Forward(view, n_nodes)
+    forward = _Forward(view, n_nodes, times)
     counts = sorted({n for n in COUNTS if n < n_nodes} | {n_nodes})
     run = CompiledSteps(compiled).get(forward.run, None, 0)
     tokens = {n: torch.arange(n, device=view.device) for n in counts}
