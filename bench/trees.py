@@ -26,7 +26,7 @@ from typer import Option
 
 import specdec
 from bench.end_to_end import SIZES, words
-from bench.report import markdown_table, terminal_table
+from bench.report import heading, markdown_table, terminal_table
 from specdec import measure, zoo
 from specdec.best_tree import expected_tokens
 from specdec.tree import TokenTree
@@ -132,9 +132,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _markdown(result: dict[str, Any]) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = ["# Trees and chains, end to end", "", f"`{result['command']}`, {result['date']}, "]
-    lines += [f"{result['machine']['cpu']}, {result['machine']['cores']} cores; {versions}.", ""]
+    lines = heading("Trees and chains, end to end", result)
     for entry in result["results"]:
         lines += markdown_table(_title(entry), HEADER, [_cells(row) for row in entry["paths"]])
         lines += ["", f"By `tune()`, from other prompts: {entry['why']}.", ""]

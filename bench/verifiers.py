@@ -24,7 +24,7 @@ from typer import Option
 
 import specdec
 from bench.end_to_end import numbers
-from bench.report import markdown_table, terminal_table
+from bench.report import heading, markdown_table, terminal_table
 from specdec import measure, zoo
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
@@ -132,11 +132,11 @@ def _gains(rows: list[dict[str, Any]]) -> list[str]:
 
 def _markdown(result: dict[str, Any]) -> list[str]:
     rows = result["results"]
-    lines = ["# Verifiers on the bundled pair", "", f"`{result['command']}`, {result['date']}", ""]
+    lines = heading("Verifiers on the bundled pair", result)
     for temperature in sorted({row["temperature"] for row in rows}):
         cells = [_cells(row) for row in rows if row["temperature"] == temperature]
-        lines += [*markdown_table(_title(temperature), HEADER, cells), ""]
-    return [*lines, "## Gains", "", *_gains(rows)]
+        lines += markdown_table(_title(temperature), HEADER, cells)
+    return [*lines, "", "## Gains", "", *_gains(rows)]
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class Draft:
 
     Attributes:
         tokens: [B, N - 1] int64, of the drafter's tree without its root.
-        counts: [B] int64, how many of the N - 1 each sample drafted: leading ones, and whole levels where several
-            children of a node were drawn together.
+        counts: [B] int64, how many of the N - 1 each sample drafted, the leading ones. May depend on the text and on
+            draft laws, but not on what was drawn.
         law: what tokens were drawn from, or None for tokens that follow from the text without chance. Not looked at
             when decoding greedily.
     """

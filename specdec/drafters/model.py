@@ -57,6 +57,8 @@ class ModelDrafter:
     def __init__(self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO) -> None:
         if tree.depth < 1:
             raise ValueError("the tree of a draft model needs a level of drafts at least")
+        if max(tree.n_children) > SUPPORT_SIZE:
+            raise ValueError(f"a node has {max(tree.n_children)} children, a draft model's at most {SUPPORT_SIZE}")
         self.view, self.tree, self.verifier = ModelView(model), tree, verifier
         device = self.view.device
         self._bits, self._depths = TokenTree((-1, *(p + 1 for p in tree.parents))).tensors(device)
@@ -110,7 +112,7 @@ class ModelDrafter:
         if law.greedy:
             chosen = logits.argmax(-1, keepdim=True) if level.widest == 1 else logits.topk(level.widest).indices
             return (chosen.view(n, width * level.widest)[:, level.flat],)
-        ids, probs = law.support(logits, max(SUPPORT_SIZE, level.widest))
+        ids, probs = law.support(logits, SUPPORT_SIZE)
         rows = sample[:, None].expand(-1, width).flatten()
         node, counts = (x.expand(n, -1).flatten() for x in (level.nodes, level.counts))
         position = state.lengths[rows] + depth + 1
