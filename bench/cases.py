@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import tree_cases
 from bench.cache_cases import append, attention, commit, masked
 from bench.case import Case, Ways, head_shape
 from specdec.kernels.draw import draw, draw_reference
@@ -19,8 +20,10 @@ from specdec.kernels.row_law import row_law, row_law_reference
 from specdec.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from specdec.kernels.top_support import top_support, top_support_reference
 from specdec.kernels.tree_mask import ancestor_words, ancestor_words_reference
-from specdec.kernels.verify import verify_chain, verify_chain_reference, verify_greedy, verify_greedy_reference
 from specdec.zoo import SIZES
+
+CHAIN = (1,) * 5
+"""Widths of a tree, see `TokenTree.from_widths`."""
 
 
 def _linear(size: str, rows: int) -> Case:
@@ -120,62 +123,6 @@ def _draw(rows: int, vocabulary: int) -> Case:
     return Case("draw", f"R {rows} V {vocabulary}", ways, rows * vocabulary * 4)
 
 
-def _greedy_loop(target_ids: Tensor, drafts: Tensor, n_drafted: Tensor) -> list[tuple[int, int]]:
-    accepted = []
-    for ids, draft, count in zip(target_ids.tolist(), drafts.tolist(), n_drafted.tolist(), strict=True):
-        n = next((i for i in range(count) if ids[i] != draft[i]), count)
-        accepted.append((n, ids[n]))
-    return accepted
-
-
-def _verify_greedy(batch: int, drafted: int) -> Case:
-    def ways(device: torch.device) -> Ways:
-        args = (
-            torch.randint(2, (batch, drafted + 1), device=device), torch.randint(2, (batch, drafted), device=device),
-            torch.full((batch,), drafted, device=device),
-        )  # fmt: skip
-        return {
-            "op": partial(verify_greedy, *args),
-            "reference": partial(verify_greedy_reference, *args),
-            "pytorch": partial(_greedy_loop, *args),
-        }
-
-    return Case("verify_greedy", f"B {batch} K {drafted}", ways, 16 * batch * (drafted + 2))
-
-
-def _dense_chain(p: Tensor, drafts: Tensor, ids: Tensor, q: Tensor) -> Tensor:
-    """Rejection sampling as it is usually written: dense laws, torch's own random numbers."""
-    dense = F.pad(torch.zeros_like(p[:, :-1]).scatter_(2, ids, q), (0, 0, 0, 1))
-    ratio = (p[:, :-1] / dense[:, :-1]).gather(2, drafts[..., None])[..., 0]
-    accepted = (torch.rand_like(ratio) < ratio).long().cumprod(-1).sum(-1)
-    row = torch.arange(len(p), device=p.device)
-    return torch.multinomial((p[row, accepted] - dense[row, accepted]).clamp(min=0) + 1e-20, 1)
-
-
-def _verify_chain(batch: int, drafted: int, vocabulary: int, dtype: torch.dtype) -> Case:
-    """Given the rows' laws. PyTorch is given dense probabilities."""
-
-    def ways(device: torch.device) -> Ways:
-        logits = _logits(batch * (drafted + 1), vocabulary, device, dtype)
-        knobs = torch.tensor([1.0, 1.0, 0.0], device=device)
-        law = row_law(logits, knobs, 0)
-        probs = logits.float().softmax(-1).view(batch, drafted + 1, vocabulary)
-        support, ids = probs[:, :-1].topk(64)
-        support = support / support.sum(-1, keepdim=True)
-        drafts = ids[..., 0].contiguous()
-        counts, seed = torch.full((batch,), drafted, device=device), torch.arange(batch, device=device)
-        starts = torch.arange(batch + 1, device=device) * (drafted + 1)
-        args = logits, knobs, *law, drafts, counts, ids, support, seed, seed + 300, starts
-        found: Ways = {
-            "op": partial(verify_chain, *args),
-            "pytorch": partial(_dense_chain, probs, drafts, ids, support),
-        }
-        return found | ({"reference": partial(verify_chain_reference, *args)} if device.type == "cpu" else {})
-
-    shape = f"B {batch} K {drafted} V {vocabulary}"
-    return Case("verify_chain", shape, ways, batch * (vocabulary * dtype.itemsize + drafted * 64 * 12))
-
-
 def _closure(parents: Tensor) -> Tensor:
     reach = F.one_hot(parents.clamp(min=0), parents.shape[1]).bool() & (parents >= 0)[..., None]
     reach = reach | torch.eye(parents.shape[1], dtype=torch.bool, device=parents.device)
@@ -215,10 +162,10 @@ def cpu_cases() -> Iterator[Case]:
         yield _row_law(4, vocabulary, f32)
         yield _row_law(4, vocabulary, f32, 50, 0.9)
         yield _draw(4, vocabulary)
-        yield _verify_chain(4, 5, vocabulary, f32)
+        yield tree_cases.verify(4, CHAIN, vocabulary, f32)
     yield _draw(4, 64)
     for batch in (1, 16):
-        yield _verify_greedy(batch, 5)
+        yield tree_cases.greedy(batch, CHAIN)
     for n_nodes in (8, 64):
         yield _ancestor_words(4, n_nodes)
 
@@ -245,8 +192,8 @@ def gpu_cases() -> Iterator[Case]:
     for rows in (1, 32, 256, 512):
         yield _draw(rows, vocabulary)
     for batch in (1, 32, 256):
-        yield _verify_chain(batch, 5, vocabulary, bf16)
-    yield _verify_greedy(32, 15)
+        yield tree_cases.verify(batch, CHAIN, vocabulary, bf16)
+    yield tree_cases.greedy(32, CHAIN)
     yield _ancestor_words(32, 64)
     for part in ("qkv", "gate, up"):
         for rows in (1, 6, 48):

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from bench import backend, cache_cases, cases, device_time, gpu, gpu_report
+from bench import backend, cache_cases, cases, device_time, gpu, gpu_report, tree_cases
 from bench.case import Case
 from bench.device_time import Timing
 from specdec import measure, zoo
@@ -37,7 +37,7 @@ def _small_cases() -> list[Case]:
     return [
         *_small_attention(), cache_cases.append("25m", 2, 4, 64, bf16), cache_cases.commit("25m", 2, 3, 64, bf16),
         cases._top_support(2, 300, bf16), cases._row_law(2, 300, bf16, 50, 0.9), cases._row_law(2, 300, bf16),
-        cases._draw(2, 300), cases._verify_chain(2, 3, 300, bf16), cases._verify_greedy(2, 3),
+        cases._draw(2, 300), *_small_trees(bf16),
         cases._ancestor_words(2, 5), cases._joined_linear("25m", "qkv", 3),
     ]  # fmt: skip
 
@@ -48,6 +48,13 @@ def _small_attention() -> list[Case]:
         cache_cases.attention("tree_attention", "25m", 2, 4, 64, torch.float32),
         cache_cases.masked("25m", 2, 4, 64, torch.float32),
     ]
+
+
+def _small_trees(dtype: torch.dtype) -> list[Case]:
+    return [
+        tree_cases.draw(2, (3, 2)), tree_cases.draw_of_logits(2, (3, 2), 300, dtype), tree_cases.greedy(2, (3, 2)),
+        tree_cases.verify(2, (1, 1), 300, dtype), tree_cases.verify(2, (3, 2), 300, dtype, of_logits=True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", _small_attention(), ids=str)
