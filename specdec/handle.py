@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from specdec.graphs.compiled import CompiledSteps
 from specdec.request import Request, Unsupported, check_model, has_own_forward, moving_rope
 from specdec.stats import Stats
 from specdec.tree import TokenTree
-from specdec.tuning import PROBES, Choice, choose, measure_cost
+from specdec.tuning import Choice, choose
 from specdec.verifiers import VERIFIERS
 from specdec.view import SUPPORTED_MODEL_TYPES, ModelView
 
@@ -122,27 +122,17 @@ class Handle:
         if max_nodes < 2 or max_depth < 1:
             raise ValueError(f"a draft has 2 nodes and 1 level at least, got max_nodes={max_nodes}, {max_depth=}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        probes = [p for p in PROBES if p.is_chain or self.config.verifier != "block"]
-        slots: Counter[tuple[int, int]] = Counter()
-        columns = (SpinnerColumn(), TextColumn("specdec tunes: {task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar, self._running:
-            task = bar.add_task("")
-            for probe in probes:
-                bar.update(task, description=f"acceptance of {len(probe) - 1} drafted nodes")
-                for k, counts in self._probe(probe, False, input_ids, mask, settings).slots.items():
-                    slots.update({(k, i): count for i, count in enumerate(counts)})
-            acceptance = {k: [slots[k, i] / slots[k, 0] for i in range(1, k + 1)] for k, i in slots if i == 0}
-            bar.update(task, description="seconds of a step")
-            stats = self._probe(TokenTree.chain(1), True, input_ids[:1], mask[:1], settings)
-            step = stats.seconds["decode"] / max(stats.steps, 1)
-            cost = measure_cost(ModelView(self._model), ModelView(self._draft), max_nodes, self.config.compile, step)
-            choice = choose(acceptance, cost, max_depth)
+        probe = partial(self._probe, input_ids, mask, settings)
+        views = ModelView(self._model), ModelView(self._draft)
+        with self._running:
+            choice = choose(probe, *views, max_nodes, max_depth, self.config)
             self.config = replace(self.config, tree=choice.tree, depth=None)
             self.stats.tree, self._decoders = str(choice), {}
         return choice
 
-    def _probe(self, tree: TokenTree, timed: bool, ids: Tensor, mask: Tensor, settings: dict[str, Any]) -> Stats:
-        """What happens when these prompts are decoded with this tree; timed ones are decoded twice, compiled."""
+    def _probe(self, ids: Tensor, mask: Tensor, settings: dict[str, Any], tree: TokenTree, timed: bool) -> Stats:
+        """What happens when prompts are decoded with this tree; or, timed, the first of them twice, compiled."""
+        ids, mask = (ids[:1], mask[:1]) if timed else (ids, mask)
         config = replace(self.config, tree=tree, depth=None, compile=timed and self.config.compile)
         model = Handle(self._model, self._draft, config).attach(self._wrapper)
         for _ in range(1 + timed):

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from specdec.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
+from specdec.config import Config
 from specdec.graphs.compiled import CompiledSteps
 from specdec.nodes import Nodes
+from specdec.stats import Stats
 from specdec.tree import TokenTree
 from specdec.view import ModelView
 
@@ -54,10 +60,31 @@ class Choice:
         return f"{shape}, {tokens:.2f} tokens in {milliseconds:.1f} ms a step"
 
 
-def choose(acceptance: Acceptance, cost: StepCost, depth: int) -> Choice:
-    """The tree, and the chain, of most tokens a second, of at most `depth` levels and one at least."""
-    chains = {1: acceptance[1]}
-    found = [fastest_tree(slots, cost, depth) for slots in (acceptance, chains)]
+def choose(
+    probe: Callable[[TokenTree, bool], Stats], target: ModelView, draft: ModelView, max_nodes: int, max_depth: int,
+    config: Config,
+) -> Choice:  # fmt: skip
+    """Measure, and choose the tree and the chain of most tokens a second, of one level at least.
+
+    Args:
+        probe: decodes with a tree, and says what happened; with True, compiled and timed.
+    """
+    slots: Counter[tuple[int, int]] = Counter()
+    columns = (SpinnerColumn(), TextColumn("specdec tunes: {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        for tree in PROBES:
+            if tree.is_chain or config.verifier != "block":
+                bar.update(task, description=f"acceptance with {len(tree) - 1} drafted nodes")
+                for k, counts in probe(tree, False).slots.items():
+                    slots.update({(k, i): count for i, count in enumerate(counts)})
+        acceptance = {
+            k: [slots[k, i] / slots[k, 0] for i in range(1, k + 1)] for k, i in slots if i == 0 and slots[k, i]
+        }
+        bar.update(task, description="seconds of a step")
+        stats = probe(TokenTree.chain(1), True)
+        cost = measure_cost(target, draft, max_nodes, config.compile, stats.seconds["decode"] / max(stats.steps, 1))
+    found = [fastest_tree(shares, cost, max_depth) for shares in (acceptance, {1: acceptance[1]})]
     tree, chain = (tree if tree.depth else TokenTree.chain(1) for tree in found)
     return Choice(tree, chain, acceptance, cost)
 
