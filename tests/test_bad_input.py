@@ -186,6 +186,7 @@ def test_sampling_from_nan_logits_is_an_error(
     inputs = prompts([6, 2, 9])
     _break_row_of_logits(broken, int(inputs["input_ids"][1, -1]))
     wrapped = wrap(broken, broken if draft == "self" else draft)
+    wrapped.specdec.seeds = [0, 0, 0]  # with others another sample may draw the token after which there is no law
     with pytest.raises((RuntimeError, ValueError), match=r"sample 1.*NaN"):
         wrapped.generate(**inputs, max_new_tokens=8, do_sample=True)
     broken.load_state_dict(model.state_dict())
@@ -211,7 +212,7 @@ class _Insists(NgramDrafter):
     def draft(self, *arguments: Any) -> Draft:
         draft = super().draft(*arguments)
         tokens = torch.full_like(draft.tokens, self.token)
-        return Draft(tokens, torch.full_like(draft.counts, 2), tokens[..., None], draft.support_probs)
+        return Draft(tokens, torch.full_like(draft.counts, 2))
 
 
 def test_nan_after_a_rejected_draft_is_no_error(fresh: Tiny, prompts: Prompts) -> None:
