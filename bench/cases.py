@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,8 @@ from specdec.kernels.top_support import top_support, top_support_reference
 from specdec.kernels.tree_mask import ancestor_words, ancestor_words_reference
 from specdec.zoo import SIZES
 
-CHAIN = (1,) * 5
-"""Widths of a tree, see `TokenTree.from_widths`."""
+CHAIN, TREE, WIDE_TREE = (1,) * 5, (3, 2, 1), (7, 2, 1, 1, 1)
+"""Trees of 6, 16 and 64 nodes (see `TokenTree.from_widths`)."""
 
 
 def _linear(size: str, rows: int) -> Case:
@@ -164,8 +165,14 @@ def cpu_cases() -> Iterator[Case]:
         yield _draw(4, vocabulary)
         yield tree_cases.verify(4, CHAIN, vocabulary, f32)
     yield _draw(4, 64)
-    for batch in (1, 16):
-        yield tree_cases.greedy(batch, CHAIN)
+    for vocabulary in (32000, 128256):
+        yield tree_cases.draw_of_logits(1, TREE, vocabulary, f32)
+    yield tree_cases.draw(8, WIDE_TREE)
+    for batch, widths, vocabulary in ((1, TREE, 32000), (1, WIDE_TREE, 128256), (8, TREE, 128256)):
+        yield tree_cases.verify(batch, widths, vocabulary, f32)
+    yield tree_cases.verify(1, TREE, 128256, f32, of_logits=True)
+    for batch, widths in ((1, CHAIN), (8, TREE), (64, WIDE_TREE)):
+        yield tree_cases.greedy(batch, widths)
     for n_nodes in (8, 64):
         yield _ancestor_words(4, n_nodes)
 
@@ -193,7 +200,13 @@ def gpu_cases() -> Iterator[Case]:
         yield _draw(rows, vocabulary)
     for batch in (1, 32, 256):
         yield tree_cases.verify(batch, CHAIN, vocabulary, bf16)
-    yield tree_cases.greedy(32, CHAIN)
+    for batch, widths in product((1, 8, 64), (TREE, WIDE_TREE)):
+        yield tree_cases.draw(batch, widths)
+        yield tree_cases.greedy(batch, widths)
+        for size in (32000, vocabulary):
+            yield tree_cases.draw_of_logits(batch, widths, size, bf16)
+            yield tree_cases.verify(batch, widths, size, bf16)
+        yield tree_cases.verify(batch, widths, vocabulary, bf16, of_logits=True)
     yield _ancestor_words(32, 64)
     for part in ("qkv", "gate, up"):
         for rows in (1, 6, 48):

@@ -45,9 +45,9 @@ class _Batch:
         self.tree, self.widest = TokenTree.from_widths(*widths), max(widths)
         self.topology = self.tree.topology(device)
         inner = torch.tensor(self.tree.inner, device=device)
-        # Of a spread at which a few tokens hold most of the mass, as after text.
+        # A few tokens hold most of the mass, as after text, and some of every level are accepted, some not.
         logits = torch.randn(batch, len(self.tree), vocabulary, device=device).mul_(6)
-        draft_logits = logits[:, inner] + torch.randn(batch, len(inner), vocabulary, device=device)
+        draft_logits = torch.randn(batch, len(inner), vocabulary, device=device).mul_(2).add_(logits[:, inner])
         self.logits, self.draft_logits = (x.to(dtype).flatten(0, 1) for x in (logits, draft_logits))
         self.seed = torch.arange(batch, device=device)
         self.position = self.seed + 300
@@ -216,14 +216,14 @@ def _walk_of_choices(chosen: Tensor, tokens: Tensor, first_child: Tensor, widths
 
 
 def greedy(batch: int, widths: Widths) -> Case:
-    """A token is its place among its siblings, and every choice one of the widest node's."""
+    """A token is its place among its siblings, and a choice one of these or one that no child has."""
     tree = TokenTree.from_widths(*widths)
 
     def ways(device: torch.device) -> Ways:
         topology, (bits, _) = tree.topology(device), tree.tensors(device)
         tokens = torch.arange(1, len(tree), device=device) - topology[2, topology[0, 1:]]
         tokens = tokens.expand(batch, -1).contiguous()
-        chosen = torch.randint(max(widths), (batch, len(tree)), device=device)
+        chosen = torch.randint(max(widths) + 1, (batch, len(tree)), device=device)
         n_nodes, starts = torch.full((batch,), len(tree), device=device), torch.arange(batch + 1, device=device)
         args = chosen.flatten(), tokens, n_nodes, topology, bits, starts * len(tree), tree.depth
         return {

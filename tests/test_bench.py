@@ -85,6 +85,59 @@ def test_only_visible_keys_are_counted() -> None:
     assert masked.bytes == 2 * 16 * entry + rows + 2 * 4 * 64
 
 
+def _deviation(tokens: Tensor, laws: Tensor) -> float:
+    """How far the counts of tokens [n] are from what their laws [n, V] say, in standard deviations."""
+    counts = torch.nn.functional.one_hot(tokens, laws.shape[1]).sum(0)
+    return ((counts - laws.sum(0)) / (laws * (1 - laws)).sum(0).sqrt()).abs().max().item()
+
+
+def test_ways_of_verifying_trees_keep_the_targets_law() -> None:
+    """The token after the root for both; node by node also the one after the first accepted."""
+    torch.manual_seed(0)
+    ways = tree_cases.verify(20000, (2, 2), 40, torch.float32).ways(torch.device("cpu"))
+    target, _, tokens, *_ = ways["pytorch"].args
+    _, _, _, (_, places, _, ids, *_), *_ = ways["op"].args
+    drafted = {"op": ids[:, 0].gather(1, places[:, :2]), "pytorch": tokens}
+    sample = torch.arange(20000)
+    for way, drafts in drafted.items():
+        path, n_accepted, bonus = ways[way]()
+        child = drafts[sample, (path[:, 1] - 1).clamp(min=0)]
+        assert torch.bincount(n_accepted, minlength=3).min() > 1000  # paths end everywhere
+        assert _deviation(torch.where(n_accepted > 0, child, bonus), target[:, 0]) < 4.5
+    end, n_more = path[:, 2], n_accepted - 1
+    second = torch.where(n_more > 0, tokens[sample, end - 1], bonus)[n_more >= 0]
+    assert _deviation(second, target[sample, path[:, 1]][n_more >= 0]) < 4.5
+
+
+def test_trees_are_verified_alike_from_laws_and_from_logits() -> None:
+    found: list[dict[str, Any]] = []
+    for of_logits in (False, True):
+        torch.manual_seed(0)
+        ways = tree_cases.verify(64, (3, 2), 300, torch.float32, of_logits).ways(torch.device("cpu"))
+        found.append({})
+        for way, call in ways.items():
+            torch.manual_seed(1)
+            found[-1][way] = call()
+    given, of = found
+    for way, expected in (("op", "op"), ("pytorch", "pytorch"), ("op", "reference")):
+        assert all(map(torch.equal, of[way], given[expected]))
+
+
+def test_ways_of_drawing_children_and_of_a_greedy_walk_do_the_same_work() -> None:
+    drawn = tree_cases.draw(4, (3, 2)).ways(torch.device("cpu"))
+    assert torch.equal(drawn["op"](), drawn["reference"]())
+    of_logits = tree_cases.draw_of_logits(4, (3, 3), 300, torch.bfloat16).ways(torch.device("cpu"))
+    for children in (drawn["pytorch"](), of_logits["op"]()[0], of_logits["pytorch"]()[0]):
+        assert children.shape == (16, 3)
+        assert all(len(set(row)) == 3 for row in children.tolist())
+    torch.manual_seed(0)
+    walks = tree_cases.greedy(64, (3, 2, 1)).ways(torch.device("cpu"))
+    path, n_accepted, bonus = walks["op"]()
+    assert set(n_accepted.tolist()) == {0, 1, 2, 3}
+    for way in ("reference", "pytorch"):
+        assert all(map(torch.equal, walks[way](), (path, n_accepted, bonus)))
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {

@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import specdec
+from bench import tree_cases
 from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.graphs.backend import specdec as backend
@@ -75,16 +76,32 @@ def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warp
     assert (state.lengths > torch.tensor([8, 3], device="cuda")).all()
 
 
-def test_a_law_costs_no_copy_of_the_logits() -> None:
-    logits = torch.randn(64, 128256, device="cuda", dtype=torch.bfloat16)
-    knobs = torch.tensor([1.3, 0.9, 0.0], device="cuda")
-    row_law(logits, knobs, 50)
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most device memory a call holds at once, beyond what was held before it; results count."""
+    call()  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    row_law(logits, knobs, 50)
+    call()
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_a_law_costs_no_copy_of_the_logits() -> None:
+    logits = torch.randn(64, 128256, device="cuda", dtype=torch.bfloat16)
+    knobs = torch.tensor([1.3, 0.9, 0.0], device="cuda")
+    assert peak_bytes(lambda: row_law(logits, knobs, 50)) < 1 << 20
+
+
+def test_a_tree_is_drawn_and_verified_without_a_row_of_the_vocabulary() -> None:
+    """8 trees of 64 nodes: less than one of the 512 rows in float32, or two in bfloat16. Children are drawn from laws
+    of 64 ids, so the whole of the draft's results counts."""
+    batch, widths, vocabulary = 8, (7, 2, 1, 1, 1), 128256
+    for case in (
+        tree_cases.draw(batch, widths),
+        tree_cases.verify(batch, widths, vocabulary, torch.bfloat16),
+    ):
+        assert peak_bytes(case.ways(torch.device("cuda"))["op"]) < 4 * vocabulary
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
