@@ -120,15 +120,17 @@ def test_a_step_takes_the_fused_op_and_a_prompt_does_not(
     assert took == ["fused"] * (3 if has_kernel else 0)
 
 
-def test_the_next_level_of_a_chain_is_one_node_further() -> None:
-    """As if packed anew: for samples that are there, finished, or without a root; nobody's stay in scratch."""
+@pytest.mark.parametrize("own", [[3], [4, 5], [2, 3, 4]])
+def test_nodes_spread_are_nodes_packed_anew(own: list[int]) -> None:
+    """For samples that are there, finished, or without a root; nobody's tokens stay in scratch."""
     bits, depths = TokenTree.chain(6).tensors(torch.device("cpu"))
-    lengths, counts = torch.tensor([4, 0, -1, 9]), torch.tensor([1, 0, 1, 1])
-    nodes = Nodes.packed(lengths, counts, torch.arange(5), 1, 32, bits, depths, 2)
-    for first in (3, 4, 5):
-        nodes = nodes.next_level()
-        again = Nodes.packed(lengths, counts, torch.arange(5), 1, 32, bits, depths, first)
-        for name in ("slot", "starts", "lengths", "sample"):
-            assert torch.equal(getattr(nodes, name), getattr(again, name)), name
-        for name in ("position", "node"):
-            assert torch.equal(getattr(nodes, name)[:3], getattr(again, name)[:3]), name
+    lengths, counts, width = torch.tensor([4, 0, -1, 9]), torch.tensor([1, 0, 1, 1]), len(own)
+    nodes = Nodes.packed(lengths, counts, torch.arange(5), 1, 32, bits, depths, 1).spread(torch.tensor(own), 32)
+    again = Nodes.packed(lengths, width * counts, torch.arange(5 * width), width, 32, bits, depths, own[0])
+    assert torch.equal(nodes.starts, again.starts)
+    assert nodes.rows == again.rows
+    for name in ("slot", "sample", "position", "node"):
+        found = getattr(nodes, name)
+        assert found.is_contiguous()  # C++ kernels read on from the first
+        assert torch.equal(found[: 3 * width], getattr(again, name)[: 3 * width]), name
+    assert (nodes.slot[3 * width :] % 32 == 31).all()

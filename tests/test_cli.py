@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import specdec.kernels.kv_cache
-import specdec.kernels.verify  # noqa: F401
+import specdec.kernels.verify_greedy  # noqa: F401
 from specdec import info, measure
 from specdec.cli import app
 

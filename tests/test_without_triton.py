@@ -27,7 +27,7 @@ def test_no_op_claims_to_run_on_a_gpu() -> None:
     done = subprocess.run([sys.executable, "-c", _CODE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     table, registered, words = json.loads(done.stdout)
-    assert {"tree_attention", "kv_append_", "kv_commit_", "draw", "verify_chain"} <= set(table)
+    assert {"tree_attention", "kv_append_", "kv_commit_", "draw", "verify_tree"} <= set(table)
     assert {on_gpu for _, on_gpu in table.values()} == {"none"}
     assert registered == []
     assert {on_cpu for on_cpu, _ in table.values()} == {"PyTorch, fused by Inductor", "C++ kernel"}
