@@ -51,6 +51,8 @@ class Handle:
         self._running = threading.Lock()
         self._here = threading.local()  # whether this thread's call of generate() is a warm-up
         self._check_draft(draft)
+        if config.tree is not None and not (draft is None or isinstance(draft, PreTrainedModel)):
+            raise ValueError("tree is what a draft model drafts; n-grams are chains, and a Drafter brings its own")
 
     def attach(self, wrapper: type[PreTrainedModel]) -> PreTrainedModel:
         """The user's model as an object of this class, with all it holds and this handle."""

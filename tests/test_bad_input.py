@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
+from specdec import TokenTree
 from specdec.drafters.base import Draft
 from specdec.drafters.ngram import NgramDrafter
+
+TREE = TokenTree.from_widths(2, 1)
 
 
 @pytest.fixture
@@ -71,6 +74,37 @@ def test_options(model: PreTrainedModel) -> None:
     for options in ({"depth": 0}, {"depth": -1}, {"max_ngram": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least 1"):
             specdec.compile(model, draft="ngram", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"verifier": "best"}, ValueError, r"verifier must be one of auto, seqhub, .*coupled, got 'best'"),
+        ({"verifier": None}, ValueError, "verifier must be one of .*, got None"),
+        ({"tree": (2, 2, 1)}, TypeError, "tree must be a TokenTree, got tuple"),
+        ({"tree": TREE, "depth": 2}, ValueError, "depth=2 asks for a chain, and tree for a tree of depth 2"),
+        ({"tree": TokenTree.chain(0)}, ValueError, "no drafted nodes"),
+        ({"tree": TREE, "verifier": "block"}, ValueError, '"block" verifies chains.*"traversal"'),
+    ],
+)
+def test_trees_and_verifiers(
+    options: dict[str, Any], error: type[Exception], message: str, model: PreTrainedModel
+) -> None:
+    with pytest.raises(error, match=message):
+        wrap(model, model, **options)
+
+
+def test_a_tree_is_for_a_draft_model(model: PreTrainedModel, prompts: Prompts) -> None:
+    for draft in ("ngram", NgramDrafter(2)):
+        with pytest.raises(ValueError, match="tree is what a draft model drafts"):
+            wrap(model, draft, tree=TREE)
+    wrapped = wrap(model, None, tree=TREE)  # which a call may name
+    wrapped.generate(**prompts([5]), max_new_tokens=6, assistant_model=model)
+    assert wrapped.specdec.stats.accepted == [2, 2]
+
+
+def test_a_chain_may_be_verified_as_a_block(model: PreTrainedModel, still_works: Any) -> None:
+    still_works(wrap(model, model, tree=TokenTree.chain(2), verifier="block"))
 
 
 def test_a_wrapped_model_is_not_wrapped_again(wrapped: PreTrainedModel) -> None:
