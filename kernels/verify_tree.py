@@ -253,7 +253,6 @@ def _verify_tree_kernel(
         logit = tl.load(logits_ptr + row * stride_lt + ids * stride_lv, mask=listed, other=-float("inf"))
         log_total, threshold = tl.load(log_total_ptr + row), tl.load(threshold_ptr + row)
         probs = law_at(logit.to(tl.float32), ids, inverse_temperature, log_total, threshold, tl.load(first_ptr + row))
-        probs = tl.where(listed, probs, 0.0)
         outside = 1 - tl.sum(probs, 0)
         outside = tl.where(outside < 0, 0.0, outside)
         n_hubs, is_child = tl.load(n_hubs_ptr + i_b * M + entry), parent == node

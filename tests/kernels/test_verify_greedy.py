@@ -8,7 +8,7 @@ from aot import compiles_without_spilling, meta
 from torch import Tensor
 from trees import RAGGED, strided
 
-from specdec.kernels.verify_greedy import verify_greedy, verify_greedy_triton
+from specdec.kernels.verify_greedy import verify_greedy, verify_greedy_reference, verify_greedy_triton
 from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
@@ -78,18 +78,19 @@ def test_of_equal_siblings_the_one_that_leads_on(device: torch.device) -> None:
 
 
 def test_samples_bring_as_many_rows_as_they_have_nodes(device: torch.device) -> None:
-    """Packed rows give what a grid gives; a sample without rows disturbs nobody."""
+    """Packed rows give what a grid gives; a sample without rows is given some other's."""
     tree = TokenTree.from_widths(2, 2)
-    chosen, tokens, _, topology, bits, starts = _case(tree, 10, 2)
-    n_nodes = torch.tensor([1, 7, 3, 2, 6, 0, 5, 7, 4, 0])
-    fixed = topology.to(device), bits.to(device)
-    expected = verify_greedy(*(x.to(device) for x in (chosen, tokens, n_nodes)), *fixed, starts.to(device), 2)
-    own = torch.cat([7 * b + torch.arange(n) for b, n in enumerate(n_nodes.tolist())])
-    packed = torch.nn.functional.pad(n_nodes.cumsum(0), (1, 0))
-    got = verify_greedy(*(x.to(device) for x in (chosen[own], tokens, n_nodes)), *fixed, packed.to(device), 2)
-    present = n_nodes > 0
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a.cpu()[present], b.cpu()[present])
+    chosen, tokens, _, *fixed, starts = _case(tree, 10, 2)
+    n_rows = torch.tensor([1, 7, 3, 2, 6, 0, 5, 7, 4, 0])
+    expected = verify_greedy_reference(chosen, tokens, n_rows, *fixed, starts, 2)
+    own = torch.cat([7 * b + torch.arange(n) for b, n in enumerate(n_rows.tolist())])
+    starts = torch.nn.functional.pad(n_rows.cumsum(0), (1, 0))
+    packed = chosen[own], tokens, torch.where(n_rows > 0, n_rows, 7), *fixed, starts
+    got = [x.cpu() for x in verify_greedy(*(x.to(device) for x in packed), 2)]
+    present = n_rows > 0
+    for a, b, c in zip(got, expected, verify_greedy_reference(*packed, 2), strict=True):
+        assert torch.equal(a[present], b[present])
+        assert torch.equal(a, c)
     assert set(got[1].tolist()) == {0, 1, 2}
 
 

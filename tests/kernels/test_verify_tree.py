@@ -60,7 +60,7 @@ def test_decisions_of_every_rule(n_hubs: int, sequence: bool, device: torch.devi
     assert ends & {1, 2, 3, 4, 5, 6}
     assert ends & set(range(7, 15))
     assert ((ids >= 0).any(1) == (path[:, -1] < 7)).all()
-    check_decisions(tree_case(RAGGED, 12, 30, 6, n_hubs, seed=3, cut=True), sequence, device)
+    check_decisions(tree_case(RAGGED, 6, 30, 6, n_hubs, seed=3, cut=True), sequence, device)
 
 
 @jit
@@ -92,8 +92,8 @@ def test_weights_of_the_kernel_are_those_of_the_definition(n_hubs: int, device: 
     weight = torch.where(torch.arange(n) % 2 == 0, 1.0, torch.rand(n, generator=generator) + 0.05).clamp(max=1)
     shuffled = torch.where(draft_probs > 0, torch.rand(n, size, generator=generator), -1)
     places = shuffled.topk(4).indices
-    places = torch.where(draft_probs.gather(1, places) > 0, places, -1)
-    assert (places < 0).any()
+    is_drafted = (draft_probs.gather(1, places) > 0) & (torch.rand(n, 4, generator=generator) < 0.7)
+    places = torch.where(is_drafted, places, -1)
     expected = weigh_children_reference(n_hubs, weight, target_probs, outside, draft_probs, places)
     inputs = torch.cat([weight[:, None], outside[:, None], target_probs, draft_probs], 1).to(device)
     among_others = torch.nn.functional.pad(places, (2, 2)).to(device)
@@ -169,6 +169,7 @@ def test_samples_bring_as_many_rows_as_they_have_nodes(sequence: bool, device: t
     own = torch.cat([7 * b + torch.arange(n) for b, n in enumerate(n_rows.tolist())])
     rows = {name: getattr(case, name)[own] for name in ("logits", "log_total", "threshold", "first")}
     packed = replace(case, **rows, starts=torch.nn.functional.pad(n_rows.cumsum(0), (1, 0)))
+    packed.n_nodes = torch.where(n_rows > 0, n_rows, 7)
     path, n_accepted, row, *exit_law = check_decisions(packed, sequence, device)
     present = n_rows > 0
     assert torch.equal(own[row][present], expected[2][present])

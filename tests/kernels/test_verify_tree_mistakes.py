@@ -22,7 +22,7 @@ pytestmark = pytest.mark.kernels
 @RULES
 def test_rejected_children_are_not_left(n_hubs: int, sequence: bool, device: torch.device) -> None:
     """Whoever could have been the path's next token and was not is no bonus token: the residual has lost it."""
-    case = tree_case(TokenTree.from_widths(3, 2), 16, 12, 6, n_hubs, seed=1, spread=2.0)
+    case = tree_case(TokenTree.from_widths(3, 2), 10, 12, 6, n_hubs, seed=1, spread=2.0)
     path, _, _, ids, weights = (x.cpu() for x in verify_tree(*case.on(device).arguments(sequence)))
     n_rejected = 0
     for b, end in enumerate(path[:, -1].tolist()):
@@ -32,7 +32,7 @@ def test_rejected_children_are_not_left(n_hubs: int, sequence: bool, device: tor
             assert (weights[b, own] == 0).all()
             assert (ids[b, own] >= 0).all()
             n_rejected += len(own)
-    assert n_rejected > 10
+    assert n_rejected > 5
 
 
 @WALKS
@@ -111,7 +111,7 @@ def test_laws_of_nan_harm_no_other_sample(sequence: bool, device: torch.device) 
 def test_a_draft_law_of_nan_costs_the_draft_and_nothing_else(
     n_hubs: int, sequence: bool, device: torch.device
 ) -> None:  # fmt: skip
-    case = tree_case(TokenTree.from_widths(2), 16, 5000, 3, n_hubs)
+    case = tree_case(TokenTree.from_widths(2), 8, 5000, 3, n_hubs)
     case.logits[:] = -math.inf
     case.logits[:, [3, 4, 4500]] = torch.tensor([0.2, 0.4, 0.4]).log()
     case.set_logits(case.logits)
@@ -121,7 +121,7 @@ def test_a_draft_law_of_nan_costs_the_draft_and_nothing_else(
     check_decisions(case, sequence, device)
     _, n_accepted, bonus = bonus_of(case, sequence, device)
     assert (n_accepted == 0).all()
-    assert set(bonus.tolist()) == {3, 4, 4500}
+    assert {4, 4500} <= set(bonus.tolist()) <= {3, 4, 4500}
     case.support_probs[..., 1:] = 0.5
     check_decisions(case, sequence, device)
 
