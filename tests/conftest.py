@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import specdec
 
-pytest.register_assert_rewrite("aot", "side_by_side", "chains")  # their asserts show what they compared, as tests' do
+pytest.register_assert_rewrite("aot", "side_by_side", "trees")  # their asserts show what they compared, as tests' do
 torch.set_num_threads(1)
 
 VOCAB = 97
