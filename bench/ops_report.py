@@ -42,7 +42,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['datetime'][:10]}; {hardware}; " + ", ".join(f"{k} {v}" for k, v in measure.versions().items()) + ".",
         "",
         "Medians of 50 rounds. On a CPU an op made of PyTorch operations runs compiled, as inside a step. *PyTorch*: "
-        "the same work as one would write it. Rates count the fewest bytes and operations the work can do with.", "",
+        "the same work as one would write it; with trees, whose children level by level are in brackets, on dense laws "
+        "of the whole vocabulary. Rates count the fewest bytes and operations the work can do with.", "",
         "| " + " | ".join(HEADER) + " |", "| --- | --- |" + " ---: |" * (len(HEADER) - 2),
     ]  # fmt: skip
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(result["benchmarks"])), ""])
