@@ -85,7 +85,7 @@ extern "C" void draw_children(
   std::vector<std::pair<float, int64_t>> entries;
   for (int64_t r = 0; r < rows; r++) {
     int64_t* const own = out + r * K;
-    const int64_t count = counts[r], hubs = std::min(std::max<int64_t>(n_hubs[r], 0), count);
+    const int64_t count = std::min(counts[r], K), hubs = std::min(std::max<int64_t>(n_hubs[r], 0), count);
     const float* const p = probs + r * C;
     // The winners of a race of the entries from `begin` on, whose noise starts at index `offset`, into own[at ...].
     const auto winners = [&](int64_t begin, int64_t offset, int64_t at, int64_t n) {
@@ -131,7 +131,8 @@ def draw_children_cpu(
         return draw_children_reference(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
     _check(probs)
     out = _fake(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
-    inputs = [x.contiguous() for x in (ids, probs.float(), n_hubs, counts, seed, position, node)]
+    integers = (x.long().contiguous() for x in (n_hubs, counts, seed, position, node))
+    inputs = [ids.long().contiguous(), probs.float().contiguous(), *integers]
     _cpp()(*(x.data_ptr() for x in inputs), out.data_ptr(), *probs.shape, n_children, stream, int(shared))
     return out
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from specdec.kernels.cpu import build, has_compiler
 from specdec.kernels.library import jit, register, tl, triton
 
-# One stream per use of noise; two uses never share a number. A draw from a long row uses a second stream, this far
-# from its own, to choose among blocks of the row (see specdec.kernels.draw).
+# One stream per use of noise; two uses never share a number, except that coupled drafts are drawn with the target's. A
+# draw from a long row uses a second stream, this far from its own, to choose among blocks of the row (see
+# specdec.kernels.draw).
 DRAFT, ACCEPT, BONUS = 0, 1, 2
 BLOCK_STREAM = 1 << 16
 

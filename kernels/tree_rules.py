@@ -19,7 +19,7 @@ generalisation, the best any rule can do with children drafted so, and h = k nee
 with replacement (RRS) are the same with a q that stays. Handing weights down makes block verification of a chain,
 traversal verification of an RRSw tree, and a better SpecHub of a hub tree.
 
-How many hubs a node has may depend on its q, but never on what was drawn.
+How many hubs a node has may depend on its q, but never on what was drawn from it.
 
 All sums run over the support of q alone: outside of it m is p times one number, the scale.
 
@@ -48,7 +48,7 @@ def weigh_children_reference(
         n_hubs: so many leading children are hubs (all, if there are fewer), or WITH_REPLACEMENT.
         weight: [...], of the node; 1 for a root.
         target_probs: [..., C], p of the support's ids. outside: [...], p's mass outside of the support.
-        draft_probs: [..., C], q; entries of probability zero (or NaN) do not belong to the support.
+        draft_probs: [..., C], q, which sums to one; entries of probability zero (or NaN) do not belong to the support.
         places: [..., K] int64, the children's places in the support, -1 for none. The first `n_hubs` are tested last.
 
     Returns:

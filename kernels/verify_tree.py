@@ -46,8 +46,8 @@ def verify_tree_reference(
         topology: [5, N] int64, see `TokenTree.topology`.
         places: [B, N - 1] int64, each drafted node's place in the support of its parent, -1 for none.
         n_nodes: [B] int64, how many of the N nodes a sample has, the leading ones.
-        support_ids, support_probs: [B, M, C] int64 and float32, the draft law after each inner node. Ids are distinct
-            among entries of positive probability; the others may hold any id of the vocabulary.
+        support_ids, support_probs: [B, M, C] int64 and float32, the draft law after each inner node, which sums to
+            one. Ids are distinct among entries of positive probability; the others may hold any of the vocabulary.
         n_hubs: [B, M] int64, how many of an inner node's children are hubs, see `tree_rules`.
         seed: [B] int64. position: [B] int64, position of the root's children in their sample.
         starts: [B + 1] int64. A sample without rows is given some other's, and its result means nothing.
@@ -203,7 +203,7 @@ def verify_tree_cpu(
     if not has_compiler():
         return verify_tree_reference(*inputs, depth, sequence)
     out = _fake(*inputs, depth, sequence)
-    arrays = [(x.float() if x.is_floating_point() else x).contiguous() for x in inputs]
+    arrays = [(x.float() if x.is_floating_point() else x.long()).contiguous() for x in inputs]
     sizes = n_nodes.shape[0], *logits.shape, topology.shape[1], *support_ids.shape[1:], depth + 1
     _kernel()(*arrays, *out, *sizes, int(sequence), torch.get_num_threads())
     return out

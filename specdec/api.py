@@ -26,8 +26,8 @@ def compile(  # the name is the point: specdec.compile
         options: fields of `specdec.config.Config`.
 
     Returns:
-        A model whose `specdec` attribute holds the statistics, the seeds and `warmup()`. Calls it cannot speed up run
-        transformers' own loop and warn once with the reason.
+        A model whose `specdec` attribute holds the statistics, the seeds, `warmup()` and `tune()`. Calls it cannot
+        speed up run transformers' own loop and warn once with the reason.
 
     Raises:
         TypeError: `model` or `draft` is none of the above, or an option is unknown.

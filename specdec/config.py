@@ -18,8 +18,8 @@ class Config:
         verifier: how candidates are drawn and accepted when sampling; the output law is the same with all of them.
             "auto" and "seqhub" (the best candidates and one drawn, a whole tree judged at once), "traversal" (drawn
             without replacement, a whole tree judged at once), "block" (the same for chains), "spechub", "rrsw", "rrs"
-            (node by node), "target" (the best candidates, nothing drawn), "coupled" (the text of a seed does not
-            depend on the draft).
+            (node by node), "target" (the best candidates, nothing drawn), "coupled" (a seed's text is the
+            same with any draft, or none).
         max_ngram: longest suffix the n-gram drafter looks up.
         compile: False runs every step eagerly, for debugging.
 

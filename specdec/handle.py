@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from specdec.config import Config
 from specdec.decoder import Decoder
 from specdec.drafters.base import Drafter
-from specdec.drafters.model import ModelDrafter
+from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.graphs.captured import CapturedSteps
@@ -38,7 +38,7 @@ class Handle:
 
     Attributes:
         stats: what happened so far (`specdec.stats.Stats`).
-        config: the options given to `compile`.
+        config: the options given to `compile`, with the tree that `tune()` chose.
     """
 
     def __init__(self, model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | None, config: Config) -> None:
@@ -109,8 +109,9 @@ class Handle:
     ) -> Choice:  # fmt: skip
         """Choose what the draft model drafts, a tree or a chain, by what gets accepted and what this machine takes.
 
-        Decodes the prompts with a few trees, uncompiled, and times both models' forwards. Later calls use the tree
-        that promises the most tokens a second; which, and by how much over the best chain, `stats.tree` says.
+        Decodes the prompts with a few trees, uncompiled, and times both models' forwards and one step, compiled for
+        it: minutes, where compilers' caches are cold. Later calls use the tree that promises the most tokens a second;
+        which, and by how much over the best chain, `stats.tree` says. Torch's generator is left as it was.
 
         Args:
             input_ids, attention_mask: prompts like those to come, [B, length]. max_nodes: the most nodes, the root
@@ -126,7 +127,7 @@ class Handle:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
         views = ModelView(self._model), ModelView(self._draft)
-        with self._running:
+        with self._running, torch.random.fork_rng(devices=[]):
             choice = choose(probe, *views, max_nodes, max_depth, self.config)
             self.config = replace(self.config, tree=choice.tree, depth=None)
             self.stats.tree, self._decoders = str(choice), {}
@@ -142,6 +143,8 @@ class Handle:
             model.generate(ids, attention_mask=mask, **settings)
         if model.specdec.stats.fallbacks:
             raise ValueError(f"these calls run transformers' own loop: {', '.join(model.specdec.stats.fallbacks)}")
+        if not model.specdec.stats.slots:
+            raise ValueError(f"nothing was drafted in calls with {settings}; specdec decodes without beams")
         return model.specdec.stats
 
     @property
@@ -232,6 +235,8 @@ class Handle:
                 raise ValueError(f"draft is on {draft.device}, target is on {self._model.device}")
             if draft.config.model_type not in SUPPORTED_MODEL_TYPES:
                 raise ValueError(f"drafts of type {draft.config.model_type} are not supported yet")
+            if self.config.tree is not None and (widest := max(self.config.tree.n_children)) > SUPPORT_SIZE:
+                raise ValueError(f"tree has a node with {widest} children; a draft model drafts {SUPPORT_SIZE} at most")
             if has_own_forward(draft):
                 raise ValueError("the draft has a forward of its own; give specdec the model as it was loaded")
             if (rope := moving_rope(draft.config)) is not None:

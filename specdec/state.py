@@ -27,7 +27,8 @@ class BatchState:
         finished: [B] bool.
         new_tokens: [B, D + 1] int64, what the last step added to each text.
         n_new: [B] int64, how many of them count.
-        proposed, accepted: [N] int64, by node, summed over live samples and steps; the root is always accepted.
+        proposed, accepted, reached: [N] int64, by node, summed over live samples and steps: how often the node was
+            drafted, was on the accepted path (the root always is), and was there with children to go on to.
         broken: [B] bool, the target's law held a NaN.
     """
 
@@ -42,8 +43,8 @@ class BatchState:
         self.finished, self.broken = (zeros(n_rows, dtype=torch.bool) for _ in range(2))
         self.eos_ids = zeros(n_ends)
         self.new_tokens = zeros(n_rows, tree.depth + 1)
-        self.proposed, self.accepted = zeros(len(tree)), zeros(len(tree))
-        self._depths = tree.tensors(device)[1]
+        self.proposed, self.accepted, self.reached = (zeros(len(tree)) for _ in range(3))
+        _, self._depths, self._first_child, *_ = tree.topology(device)
         self._mark_dynamic()
 
     @classmethod
@@ -82,8 +83,8 @@ class BatchState:
         self.broken.zero_()
         # Filled up with an id no token has.
         self.eos_ids.copy_(F.pad(eos_ids, (0, len(self.eos_ids) - len(eos_ids)), value=-1))
-        self.proposed.zero_()
-        self.accepted.zero_()
+        for counts in (self.proposed, self.accepted, self.reached):
+            counts.zero_()
 
     def admit(self, row: int, prompt: Tensor, max_new_tokens: int, seed: Tensor) -> None:
         """Begin another text in a row whose own has ended; the other rows go on.
@@ -143,7 +144,10 @@ class BatchState:
         node = torch.arange(len(self.proposed), device=bonus.device)
         self.proposed += ((node < n_nodes[:, None]) & (self._depths <= room[:, None])).sum(0)
         counted = (place <= torch.minimum(n_accepted, room)[:, None]) & ~self.finished[:, None]
-        self.accepted += ((path[..., None] == node) & counted[..., None]).sum((0, 1))
+        taken = (path[..., None] == node) & counted[..., None]  # [B, D + 1, N]
+        self.accepted += taken.sum((0, 1))
+        goes_on = (place < room[:, None])[..., None] & (self._first_child < n_nodes[:, None])[:, None]
+        self.reached += (taken & goes_on).sum((0, 1))
 
         # Places past the end write the text's last column, which no text reaches.
         column = torch.where(place < n_new[:, None], self.lengths[:, None] + 1 + place, self.tokens.shape[1] - 1)

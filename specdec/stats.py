@@ -65,9 +65,9 @@ class Stats:
 
     def count_nodes(self, state: BatchState, tree: TokenTree) -> None:
         """Move the device's counts by node into the totals."""
-        proposed, accepted = state.proposed.tolist(), state.accepted.tolist()
-        state.proposed.zero_()
-        state.accepted.zero_()
+        proposed, accepted, reached = (x.tolist() for x in (state.proposed, state.accepted, state.reached))
+        for device_counts in (state.proposed, state.accepted, state.reached):
+            device_counts.zero_()
         for totals in (self.proposed, self.accepted):
             totals.extend([0] * (tree.depth - len(totals)))
         for depth in range(1, tree.depth + 1):
@@ -76,8 +76,8 @@ class Stats:
             self.accepted[tree.depths[node] - 1] += accepted[node]
         for node in tree.inner:
             first, k = tree.first_child[node], tree.n_children[node]
-            if proposed[first]:
-                counts = [accepted[node], *accepted[first : first + k]]
+            if reached[node]:
+                counts = [reached[node], *accepted[first : first + k]]
                 self.slots[k] = [a + b for a, b in zip(self.slots.get(k, [0] * (k + 1)), counts, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def forward_seconds(
 
     The numbers take turns, so that what else the machine does falls on all alike. The view's cache is used up.
     """
-    view.allocate(1, 2 * _COMMITTED)
+    view.allocate(1, _COMMITTED + n_nodes + 1)  # the last slot is scratch
     forward = _Forward(view, n_nodes, times)
     counts = sorted({n for n in COUNTS if n < n_nodes} | {n_nodes})
     run = CompiledSteps(compiled).get(forward.run, None, 0)

@@ -53,7 +53,7 @@ class Verifier:
         hubs: how many of a node's children are the best of its law; the others are drawn.
         sequence: whether the weights of nodes are handed down the tree (see `specdec.kernels.verify_tree`).
         coupled: whether target and draft share the noise of a position, and a draft is accepted exactly when the
-            target draws the same token: fewer tokens a step, and the very text that decoding without drafts writes.
+            target draws the same token: fewer tokens a step, and for equal seeds one text with any draft or none.
     """
 
     name: str

@@ -98,6 +98,8 @@ def test_a_tree_is_for_a_draft_model(model: PreTrainedModel, prompts: Prompts) -
     for draft in ("ngram", NgramDrafter(2)):
         with pytest.raises(ValueError, match="tree is what a draft model drafts"):
             wrap(model, draft, tree=TREE)
+    with pytest.raises(ValueError, match="a node with 65 children; a draft model drafts 64"):
+        wrap(model, model, tree=TokenTree.from_widths(65))
     wrapped = wrap(model, None, tree=TREE)  # which a call may name
     wrapped.generate(**prompts([5]), max_new_tokens=6, assistant_model=model)
     assert wrapped.specdec.stats.accepted == [2, 2]

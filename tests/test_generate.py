@@ -81,7 +81,6 @@ def test_several_return_sequences(wrapped: PreTrainedModel, prompts: Prompts) ->
 
 def test_max_time_stops_early_with_a_true_beginning(tiny: Tiny, model: PreTrainedModel, prompts: Prompts) -> None:
     class Slow:
-
         def __init__(self) -> None:
             self.inner = specdec.drafters.ngram.NgramDrafter(1)
             self.tree = self.inner.tree

@@ -12,7 +12,7 @@ import pytest
 import torch
 from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import specdec
 from specdec import TokenTree
@@ -125,6 +125,21 @@ def test_no_slot_to_spare(
     assert decoder.target.cache.generation > 3
 
 
+def test_more_children_than_the_vocabulary_has_tokens() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.tensor([[0, 2, 1, 1]])
+    for tree in (TokenTree.from_widths(5, 2), TokenTree.from_widths(4)):
+        wrapped = wrap(model, model, tree=tree)
+        same(wrapped, model, input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
+        wrapped.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=12)
+        assert not wrapped.specdec.stats.fallbacks
+
+
 class _Walks:
     """The statistics of greedy decoding, from the texts and the draft's plain forward over them."""
 
@@ -142,7 +157,7 @@ class _Walks:
                 self.proposed[level] += 1
             while True:
                 k = self.tree.n_children[node]
-                if k and depth <= room:
+                if k and depth < room:
                     self.slots[k][0] += 1
                 if k == 0 or depth >= room:
                     break

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from specdec import TokenTree
 from specdec.best_tree import StepCost, expected_tokens, fastest_tree
 from specdec.handle import Handle
-from specdec.tuning import PROBES, Choice
+from specdec.tuning import PROBES, Choice, forward_seconds
+from specdec.view import ModelView
 
 FREE = StepCost({1: 1.0, 8: 1.0}, 0.0)  # drafts cost nothing
 DEAR = StepCost({1: 1.0, 8: 8.0}, 5.0)
@@ -105,15 +106,34 @@ def test_acceptance_is_that_of_the_given_calls(
 ) -> None:
     costs(FREE)
     greedy = wrap(model, model).specdec.tune(**prompts(RAGGED), do_sample=False, max_new_tokens=43)
-    # The draft is the target: the first child is the one, but for a text's last step, which has no room for it.
+    # The draft is the target: the first child is the one. A text's last steps, with room for no child, do not count.
     for first, *others in greedy.acceptance.values():
-        assert first > 0.8
+        assert first == 1
         assert others == [0] * len(others)
     tree = wrap(model, draft).specdec.tune(**prompts(RAGGED), max_depth=2, **SETTINGS).tree
     assert tree.depth <= 2
     blocks = wrap(model, draft, verifier="block").specdec.tune(**prompts(RAGGED), **SETTINGS)
     assert [*blocks.acceptance] == [1]
     assert blocks.tree.is_chain
+
+
+def test_more_nodes_than_a_cache_bucket(model: PreTrainedModel) -> None:
+    seconds = forward_seconds(ModelView(model), 300, False, repeats=1)
+    assert max(seconds) == 300
+
+
+def test_calls_that_draft_nothing(model: PreTrainedModel, draft: PreTrainedModel, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="nothing was drafted.*num_beams"):
+        wrap(model, draft).specdec.tune(**prompts([5]), num_beams=2, max_new_tokens=5)
+
+
+def test_torchs_generator_is_left_as_it_was(
+    model: PreTrainedModel, draft: PreTrainedModel, prompts: Prompts, costs: Callable[[StepCost], None]
+) -> None:
+    costs(FREE)
+    before = torch.random.get_rng_state()
+    wrap(model, draft).specdec.tune(**prompts([5]), **SETTINGS)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_what_is_decoded_and_timed(

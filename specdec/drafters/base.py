@@ -24,9 +24,10 @@ class DraftLaw:
     Attributes:
         places: [B, N - 1] int64, each drafted node's place in the support of its parent; -1 where there was nothing
             to draw, and then no node.
-        support_ids, support_probs: [B, M, C] int64 and float32, the law the children of each inner node were drawn
-            from. Ids of positive probability are distinct; the others are any of the vocabulary.
-        n_hubs: [B, M] int64, how many of them are hubs (see `specdec.kernels.tree_rules`).
+        support_ids, support_probs: [B, M, C] int64 and float32, the law the children of each inner node, in the order
+            of `TokenTree.inner`, were drawn from. Each sums to one. Ids of positive probability are distinct; the
+            others are any of the vocabulary.
+        n_hubs: [B, M] int64, how many of them are hubs, or WITH_REPLACEMENT (see `specdec.kernels.tree_rules`).
     """
 
     places: Tensor
@@ -54,8 +55,9 @@ class Draft:
 
     Attributes:
         tokens: [B, N - 1] int64, of the drafter's tree without its root.
-        counts: [B] int64, how many of the N - 1 each sample drafted, the leading ones. May depend on the text and on
-            draft laws, but not on what was drawn.
+        counts: [B] int64, how many of the N - 1 each sample drafted, the leading ones. Whether a node is there may
+            depend on the text and on the draft laws of its ancestors, but never on its own token, its siblings' or
+            anything below: a draft that stops because of what was drawn changes the output law.
         law: what tokens were drawn from, or None for tokens that follow from the text without chance. Not looked at
             when decoding greedily.
     """
@@ -80,7 +82,8 @@ class Drafter(Protocol):
         """Changes when memory that `draft` reads or writes has moved."""
 
     def begin(self, prompts: list[Tensor], n_slots: int) -> None:
-        """A new batch of prompts, [length] int64 each; caches need `n_slots` slots a sample."""
+        """A new batch of prompts, [length] int64 each, empty for rows that are not used; caches need `n_slots` slots a
+        sample."""
 
     def admit(self, row: int, prompt: Tensor) -> None:
         """Another prompt, [length] int64, in a row whose text has ended."""

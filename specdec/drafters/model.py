@@ -110,7 +110,10 @@ class ModelDrafter:
         """
         n, width = len(sample), len(level.nodes)
         if law.greedy:
-            chosen = logits.argmax(-1, keepdim=True) if level.widest == 1 else logits.topk(level.widest).indices
+            chosen = logits.argmax(-1, keepdim=True)
+            if level.widest > 1:
+                best = logits.topk(min(level.widest, logits.shape[-1])).indices
+                chosen = torch.cat([best, chosen.expand(-1, level.widest - best.shape[1])], 1)  # a small vocabulary
             return (chosen.view(n, width * level.widest)[:, level.flat],)
         ids, probs = law.support(logits, SUPPORT_SIZE)
         rows = sample[:, None].expand(-1, width).flatten()
