@@ -123,7 +123,7 @@ def test_more_nodes_than_a_cache_bucket(model: PreTrainedModel) -> None:
 
 
 def test_calls_that_draft_nothing(model: PreTrainedModel, draft: PreTrainedModel, prompts: Prompts) -> None:
-    with pytest.raises(ValueError, match="nothing was drafted.*num_beams"):
+    with pytest.raises(ValueError, match=r"nothing was drafted.*num_beams"):
         wrap(model, draft).specdec.tune(**prompts([5]), num_beams=2, max_new_tokens=5)
 
 
