@@ -41,6 +41,7 @@ bench: setup
 	$(RUN) -m bench.ops_report .benchmarks/ops.json > bench/results/ops.md
 	$(RUN) -m bench.end_to_end --sizes $(SIZES) --prompts $(PROMPTS)
 	$(RUN) -m bench.backend --sizes $(SIZES)
+	$(RUN) -m bench.verification
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check

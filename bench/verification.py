@@ -30,6 +30,7 @@ from typer import Option
 from bench import verification_report as report
 from specdec import measure
 from specdec.kernels.tree_rules import WITH_REPLACEMENT, weigh_children_reference
+from specdec.verifiers import HUB_SHARE
 
 Laws = tuple[Tensor, Tensor]  # target_probs, draft_probs
 Family = Callable[[torch.Generator], Laws]
@@ -233,6 +234,8 @@ def main(
             for name, (family, expected) in FAMILIES.items()
         ]
         sweep = {exponent: node_values(partial(zipf, exponent, 1), seeds, step) for exponent in EXPONENTS}
+        for values in sweep.values():
+            values["auto"] = torch.where(values["draft max"] >= HUB_SHARE, values["hub"], values["RRSw"])
         result["sweep"] = [
             {"exponent": exponent, "means": {name: column.mean().item() for name, column in values.items()}}
             for exponent, values in sweep.items()

@@ -16,7 +16,7 @@ TOLERANCE = 3  # standard errors
 LINES: dict[str, tuple[str, str]] = {
     "single": ("0.65", "-"), "chain": ("0.65", "-"), "block": ("0.65", "--"), "RRS": ("#9ecae1", "-"),
     "RRSw": ("#4292c6", "-"), "traversal": ("#4292c6", "--"), "hub": ("#e6550d", "-"), "seqhub": ("#e6550d", "--"),
-    "optimum distinct": ("0.2", ":"),
+    "auto": ("#31a354", "-."), "optimum distinct": ("0.2", ":"),
 }  # fmt: skip
 """Colour and dash; with weights handed down, a rule's line is dashed."""
 
