@@ -43,8 +43,10 @@ def verify_greedy_reference(
     choices = chosen[rows]  # [B, N]
     differs = (tokens != choices[:, parents[1:]]) | (node[1:] >= n_nodes[:, None])
     differs = torch.nn.functional.pad(differs, (1, 0))  # the root is what it is
+    words = torch.nn.functional.pad(differs.long(), (0, -n_all % 64)).unflatten(1, (-1, 64))
+    words = (words << torch.arange(64, device=tokens.device)).sum(-1)  # [B, W]
+    is_path = ((words[:, None] & bits) == 0).all(-1)
     ancestors = unpack_words(bits, n_all)
-    is_path = ~(differs[:, None] & ancestors).any(-1)
     end = torch.where(is_path, depths * n_all + n_all - node, 0).argmax(1)  # the deepest, of equals the first
     place = torch.arange(depth + 1, device=tokens.device)
     on_path = ancestors[end][:, None] & (depths == place[:, None])  # [B, P, N]
