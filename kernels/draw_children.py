@@ -182,7 +182,7 @@ def draw_children_triton(
         _draw_children_kernel[(n_rows,)](
             ids, probs, *(x.contiguous() for x in (n_hubs, counts, seed, position, node)), out, size, n_children,
             stream, *ids.stride(), *probs.stride(), SHARED=shared, BLOCK_K=triton.next_power_of_2(n_children),
-            **race_config(size),
+            maxnreg=255, **race_config(size),  # left to itself ptxas spills at 128
         )  # fmt: skip
     return out
 
