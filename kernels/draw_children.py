@@ -45,6 +45,8 @@ def draw_children_reference(
     Returns:
         [R, K] int64 places, -1 where a row has no such child: past its count, and where no entry of positive
         probability is left for it.
+
+    Reads its numbers on the host: a definition, which steps run only without a compiler, eagerly and on a CPU.
     """
     _check(probs)
     size = probs.shape[-1]

@@ -3,7 +3,8 @@
 The same key always gives the same number, so a sample's randomness depends on nothing but its own seed and place in
 its own text: not on the row it sits in, its neighbours, the batch size or how many steps were needed. A (position,
 node) pair never recurs within one stream of one sample: the root of the tree moves strictly forward, hence the depth
-at which a given position is drafted strictly decreases from step to step.
+at which a given position is drafted strictly decreases from step to step. (Coupled verification is the
+exception, on purpose: there a position has one noise, for target and drafts, in every step.)
 
 On a CPU with a compiler the numbers come from C++: traced into a graph, every use would unroll ten rounds of integer
 arithmetic, which takes Inductor minutes. Triton kernels call the device functions below.

@@ -57,6 +57,8 @@ def verify_tree_reference(
         path [B, P] int64, the accepted nodes, the root first; past their end it holds the last of them.
         n_accepted [B] int64, drafted nodes on the path. row [B] int64, whose law the bonus token follows, except that
         ids exit_ids [B, C] int64 have the weights exit_weights [B, C] instead of their probabilities; -1 for none.
+
+    Reads its numbers on the host: a definition, which steps run only without a compiler, eagerly and on a CPU.
     """
     parents, depths, first_child, n_children, inner = topology.tolist()
     n_batch, last, size = n_nodes.shape[0], len(logits) - 1, support_ids.shape[-1]

@@ -107,8 +107,8 @@ class Decoder:
         path, n_accepted, bonus = self.verify(state, law, draft, n_nodes, nodes, logits)
         if not self.tree.is_chain:  # a chain's accepted entries are already in place
             n_path = torch.where(state.finished, 0, n_accepted + 1)
-            for cache in (self.target.cache, self.drafter):
-                cache.commit(state.lengths, path, n_path)
+            self.target.cache.commit(state.lengths, path, n_path)
+            self.drafter.commit(state.lengths, path, n_path)
         state.commit(tokens, n_nodes, path, n_accepted, bonus)
         return state.report()
 

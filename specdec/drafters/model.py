@@ -46,7 +46,7 @@ class ModelDrafter:
 
     Args:
         model: the draft model, on the target's device.
-        tree: the shape of the draft, at least one level.
+        tree: the shape of the draft, at least one level, and at most SUPPORT_SIZE children a node.
         verifier: says how children are drawn.
 
     The draft's cache trails the target's by one token: its root is the token before the pending one. After a fully
@@ -57,8 +57,6 @@ class ModelDrafter:
     def __init__(self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO) -> None:
         if tree.depth < 1:
             raise ValueError("the tree of a draft model needs a level of drafts at least")
-        if max(tree.n_children) > SUPPORT_SIZE:
-            raise ValueError(f"a node has {max(tree.n_children)} children, a draft model's at most {SUPPORT_SIZE}")
         self.view, self.tree, self.verifier = ModelView(model), tree, verifier
         device = self.view.device
         self._bits, self._depths = TokenTree((-1, *(p + 1 for p in tree.parents))).tensors(device)
