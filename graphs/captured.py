@@ -1,4 +1,5 @@
-"""Steps as CUDA graphs: one replay a step, captured once per shape and kept for the life of the buffers.
+"""Steps as CUDA graphs: a replay for its draft and one for its judgement, captured once per shape and kept for the life
+of the buffers.
 
 The first call of a shape runs the step, compiled by Inductor: that compiles what it needs and warms the libraries up.
 The second call records it, and from then on it is replayed. A recording holds addresses, so everything a step reads or
@@ -12,6 +13,7 @@ next may overwrite: a step's report is copied out before the next step.
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -30,17 +32,17 @@ class Recording:
     """One step, recorded: replaying it is all a call does.
 
     Args:
-        step: `step(state, law, live) -> report`. arguments: those to record.
+        step: takes a state, a law, and more. arguments: those to record.
         pool: memory pool handle shared by all recordings.
     """
 
-    def __init__(self, step: Callable[..., Tensor], arguments: tuple[Any, ...], pool: Any) -> None:
-        state, self._given, live = arguments
+    def __init__(self, step: Callable[..., Any], arguments: tuple[Any, ...], pool: Any) -> None:
+        state, self._given, *rest = arguments
         # Kept: their memory must not be used for anything else. The law is a copy, because others' numbers go into it.
-        self.arguments = state, copy.deepcopy(self._given), live
+        self.arguments = state, copy.deepcopy(self._given), *rest
         self._replay = self._record(step, pool)
 
-    def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:
+    def _record(self, step: Callable[..., Any], pool: Any) -> Callable[[], Any]:
         """The step as a call without arguments."""
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile; only this thread's calls must be of the kind that can be recorded.
@@ -50,15 +52,15 @@ class Recording:
             torch.compiler.set_stance("fail_on_recompile"),
             torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
         ):
-            report = step(*self.arguments)
+            result = step(*self.arguments)
 
-        def replay() -> Tensor:
+        def replay() -> Any:
             graph.replay()
-            return report
+            return result
 
         return replay
 
-    def __call__(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Tensor:
+    def __call__(self, state: BatchState, law: SamplingLaw, *rest: Any) -> Any:
         if law is not self._given:
             for mine, given in zip(self.arguments[1].tensors(), law.tensors(), strict=True):
                 mine.copy_(given)
@@ -95,8 +97,8 @@ class CapturedSteps:
         self.recordings: dict[Hashable, Recording] = {}
         self._is_full = False
 
-    def get(self, step: Callable[..., Tensor], key: Hashable, size: int) -> Callable[..., Tensor]:
-        """`step` for laws and batches of this key, and this many samples alive at most."""
+    def get(self, step: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
+        """`step` under `key`, for tensors of this size."""
         run, shape = self._compiled.get(step, key, size), (key, size)
         if shape in self._seen and shape not in self.recordings and not self._is_full:
             self.was_compiling = True
@@ -105,7 +107,7 @@ class CapturedSteps:
         self._seen.add(shape)
         return self.recordings.get(shape, run)
 
-    def _record(self, step: Callable[..., Tensor], shape: Hashable, *arguments: Any) -> Tensor:
+    def _record(self, step: Callable[..., Any], shape: Hashable, *arguments: Any) -> Any:
         """Record, then run what was recorded; where that can't be, just run: recording changes nothing by itself."""
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
@@ -126,7 +128,7 @@ class Readback:
     """A report on its way to the host.
 
     Args:
-        report: [B, K + 4] int64. On a GPU it is copied without waiting, into memory the device can write by itself.
+        report: [B, D + 6] int64. On a GPU it is copied without waiting, into memory the device can write by itself.
     """
 
     def __init__(self, report: Tensor) -> None:
@@ -144,3 +146,19 @@ class Readback:
             self._event.synchronize()
         # The host must know which samples have ended and hand out what came; on a GPU the next step runs meanwhile.
         return self._host.tolist()
+
+
+class Mark:
+    """A moment in the work of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def until(self, later: Mark) -> float:
+        """Seconds; both must have passed."""
+        if self._event is not None and later._event is not None:
+            return self._event.elapsed_time(later._event) / 1000
+        return later._time - self._time

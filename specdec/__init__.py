@@ -4,17 +4,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.api import compile as compile
+    from specdec.batching import Result as Result
+    from specdec.batching import generate_many as generate_many
     from specdec.tree import TokenTree as TokenTree
 
 __version__ = "0.1.0"
-__all__ = ["TokenTree", "__version__", "compile"]
+__all__ = ["Result", "TokenTree", "__version__", "compile", "generate_many"]
 
 
 def __getattr__(name: str) -> Any:
     # Public names load on first use, so that importing specdec costs nothing.
     import importlib
 
-    homes = {"compile": "specdec.api", "TokenTree": "specdec.tree"}
+    homes = {
+        "compile": "specdec.api", "generate_many": "specdec.batching", "Result": "specdec.batching",
+        "TokenTree": "specdec.tree",
+    }  # fmt: skip
     if name not in homes:
         raise AttributeError(f"module 'specdec' has no attribute {name!r}")
     return getattr(importlib.import_module(homes[name]), name)

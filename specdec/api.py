@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from specdec.config import Config
 from specdec.drafters.base import Drafter
+from specdec.drafters.make import check_draft
 from specdec.drafters.ngram import NgramDrafter
 from specdec.handle import Handle
 from specdec.request import Unsupported
@@ -73,7 +74,7 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
         try:
             draft = _draft_of_call(generation_config, assistant_model, assistant_tokenizer)
-            self.specdec._check_draft(draft)
+            check_draft(draft, self.specdec._model, self.specdec.config)
         except (Unsupported, ValueError) as reason:
             return self.specdec._fall_back(str(reason), parents_loop)
         return self.specdec.generate(parents_loop, self, *arguments, model_kwargs, draft)

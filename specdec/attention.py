@@ -66,6 +66,8 @@ def attention_forward(
         )  # fmt: skip
         return out[None], None
     assert attention_mask is not None
+    if nodes.among is not None:
+        key, value = (x[:, nodes.among, : nodes.reach] for x in (key, value))
     out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap)
     return nodes.from_grid(out)[None], None
 
@@ -104,10 +106,11 @@ def build_mask(
     The kernels need none: they read lengths, ancestor words and the window.
     """
     cache: RaggedCache = config.specdec_cache
-    assert cache.nodes is not None
-    if cache.is_fused or runs_triton(cache.nodes.slot):
+    nodes = cache.nodes
+    assert nodes is not None
+    if cache.is_fused or runs_triton(nodes.slot):
         return None
-    return cache.nodes.mask(mask_function, cache.n_slots, dtype)
+    return nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)
 
 
 def install() -> None:

@@ -78,6 +78,10 @@ class RaggedCache(Cache):
                 layer.values[:, row].zero_()
 
     @property
+    def n_batch(self) -> int:
+        return self.layers[0].keys.shape[1]
+
+    @property
     def n_slots(self) -> int:
         return self.layers[0].keys.shape[2]
 

@@ -20,6 +20,8 @@ class Config:
             without replacement, a whole tree judged at once), "block" (the same for chains), "spechub", "rrsw", "rrs"
             (node by node), "target" (the best candidates, nothing drawn), "coupled" (a seed's text is the
             same with any draft, or none).
+        adapt: whether to draft less, or nothing, where that is faster; None where texts do not depend on what is
+            drafted: greedily, and with "coupled". With True, sampled texts of equal seeds can differ from run to run.
         max_ngram: longest suffix the n-gram drafter looks up.
         compile: False runs every step eagerly, for debugging.
 
@@ -30,6 +32,7 @@ class Config:
     depth: int | None = None
     tree: TokenTree | None = None
     verifier: str = "auto"
+    adapt: bool | None = None
     max_ngram: int = 3
     compile: bool = True
 

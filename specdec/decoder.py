@@ -1,30 +1,33 @@
-"""The decoder: prefill, step, run. Read this file first.
+"""The decoder: draft, judge, run. Read this file first.
 
 A step drafts a tree from every sample's pending token, lets the target judge all of it in one forward, and commits the
-path it accepts plus one token of its own. Nothing in a step asks the host anything: the whole of it is one compiled
-function.
+path it accepts plus one token of its own. Drafting and judging are one compiled function each, and neither asks the
+host anything. Which texts are in the batch and how much is drafted is decided between steps.
 
-Letters: B samples, N nodes of the tree (node 0 is the pending token), D its depth, V vocabulary.
+Letters: B samples, N nodes of the tree (node 0 is the pending token), D its depth, T tokens of the target's forward,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import Draft, Drafter, DraftLaw
-from specdec.graphs.captured import CapturedSteps, Readback
+from specdec.control import Controller, Plan
+from specdec.drafters.base import Drafter, DraftLaw
+from specdec.graphs.captured import CapturedSteps, Mark, Readback
 from specdec.graphs.compiled import CompiledSteps
 from specdec.kernels.draw_row import draw_row
 from specdec.kernels.noise import BONUS
 from specdec.kernels.verify_greedy import verify_greedy
 from specdec.kernels.verify_tree import verify_tree
 from specdec.nodes import Nodes
+from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
 from specdec.stats import Stats
@@ -33,16 +36,37 @@ from specdec.view import ModelView
 
 Steps = CompiledSteps | CapturedSteps
 SLOT_BUCKET = 256
-"""Cache capacity is a multiple of this many slots; attention reads the capacity, so it grows with the text."""
+"""Cache capacity is a multiple of this many slots, and grows with the text."""
+CHUNK = 256
+"""Tokens of newcomers' prompts that are written between two steps of the others, which are kept waiting."""
+FIRST_CHUNK = 2048
+"""The same where no text is waiting."""
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """What one step added to one text: the tokens, and whether the text has ended."""
+    """What happened to one text: tokens were added, or it ended, or an error kept it from being decoded."""
 
-    row: int
+    text: Text
     tokens: list[int]
-    finished: bool
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step on its way: what it was to do, for whom, its report, and when its parts began and ended."""
+
+    plan: Plan
+    live: dict[int, Text]
+    report: Readback
+    marks: tuple[Mark, Mark, Mark] | None
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """Of its draft and its judgement, once the report has arrived; None if it compiled."""
+        if self.marks is None:
+            return None
+        begin, drafted, judged = self.marks
+        return begin.until(drafted), drafted.until(judged)
 
 
 class Decoder:
@@ -54,57 +78,48 @@ class Decoder:
         steps: compiles or records the step, or runs it as it is.
         stats: what happened is added here.
         verifier: the rule that accepts candidates when sampling.
+        adapt: whether to draft less where that is faster; None for where texts do not depend on it.
     """
 
     def __init__(
-        self, target: ModelView, drafter: Drafter, steps: Steps, stats: Stats, verifier: Verifier = AUTO
-    ) -> None:
+        self, target: ModelView, drafter: Drafter, steps: Steps, stats: Stats, verifier: Verifier = AUTO,
+        adapt: bool | None = None,
+    ) -> None:  # fmt: skip
         self.target, self.drafter, self.steps, self.stats, self.verifier = target, drafter, steps, stats, verifier
-        self.tree = drafter.tree
+        self.tree, self.adapt = drafter.tree, adapt
         self._state: BatchState | None = None
         self._places: tuple[int, ...] = ()
-        self._live: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._controllers: dict[object, Controller] = {}
         self.bits, self.depths = self.tree.tensors(target.device)
         self.topology = self.tree.topology(target.device)
 
-    def prefill(self, prompts: list[Tensor], n_slots: int) -> None:
-        """Write the keys and values of all but each prompt's last token, which becomes the pending one."""
-        self.target.allocate(len(prompts), n_slots)
-        self.target.prefill([prompt[:-1] for prompt in prompts])
-        self.drafter.begin(prompts, n_slots)
-
-    @torch.no_grad()
-    def admit(self, state: BatchState, row: int, prompt: Tensor, max_new_tokens: int, seed: Tensor) -> None:
-        """Begin another text, between two steps, in a row whose own has ended.
-
-        Args:
-            prompt: [length] int64, at least one token. seed: [] int64.
-
-        Raises:
-            ValueError: the row has no room for prompt and new tokens.
-        """
-        state.admit(row, prompt, max_new_tokens, seed)
-        self._make_room(len(prompt))
-        self.target.admit(row, prompt[:-1])
-        self.drafter.admit(row, prompt)
-
-    def step(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Tensor:
-        """Draft, verify, accept and commit, on the device.
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> None:
+        """Draft `depth` levels of the tree, on the device.
 
         Args:
             live: [n] int64, 0, 1, ..., n - 1: at most n samples are unfinished.
+        """
+        state.check_rows()
+        state.propose(self.drafter.draft(state, law, live, depth))
+
+    def judge(self, state: BatchState, law: SamplingLaw, token: Tensor) -> Tensor:
+        """Verify what was drafted, accept and commit, on the device.
+
+        Args:
+            token: [T] int64, 0, 1, ..., T - 1: of what was drafted as much is judged as is allowed and there is room
+                for; every unfinished sample's root is.
 
         Returns:
-            The state's report, [B, D + 4] int64.
+            The state's report, [B, D + 6] int64.
         """
-        draft = self.drafter.draft(state, law, live)
-        n_nodes = torch.where(state.finished, 0, draft.counts + 1)
-        rows, n_slots = len(self.tree), self.target.cache.n_slots
-        token = torch.arange(len(live) * rows, device=live.device)
-        nodes = Nodes.packed(state.lengths, n_nodes, token, rows, n_slots, self.bits, self.depths)
-        tokens = torch.cat([state.pending[:, None], draft.tokens], 1)  # [B, N]
+        state.check_rows()
+        n_nodes = state.n_nodes(token.shape[0])
+        n_slots = self.target.cache.n_slots
+        nodes = Nodes.packed(state.lengths, n_nodes, token, len(self.tree), n_slots, self.bits, self.depths)
+        tokens = torch.cat([state.pending[:, None], state.draft.tokens], 1)  # [B, N]
         logits = self.target.forward(tokens[nodes.sample, nodes.node], nodes)
-        path, n_accepted, bonus = self.verify(state, law, draft, n_nodes, nodes, logits)
+        path, n_accepted, bonus = self.verify(state, law, n_nodes, nodes, logits)
         if not self.tree.is_chain:  # a chain's accepted entries are already in place
             n_path = torch.where(state.finished, 0, n_accepted + 1)
             self.target.cache.commit(state.lengths, path, n_path)
@@ -113,11 +128,11 @@ class Decoder:
         return state.report()
 
     def verify(
-        self, state: BatchState, law: SamplingLaw, draft: Draft, n_nodes: Tensor, nodes: Nodes, logits: Tensor
+        self, state: BatchState, law: SamplingLaw, n_nodes: Tensor, nodes: Nodes, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The path the target accepts, given its logits [T, V] after each node: path [B, D + 1], n_accepted [B] and
         bonus [B], int64 (see the verification kernels)."""
-        tree = self.topology, self.bits, nodes.starts, self.tree.depth
+        draft, tree = state.draft, (self.topology, self.bits, nodes.starts, self.tree.depth)
         if law.greedy:
             return verify_greedy(logits.argmax(-1), draft.tokens, n_nodes, *tree)
         laws = law.rows(logits)
@@ -143,111 +158,172 @@ class Decoder:
         return path, n_accepted, bonus
 
     def run(
-        self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, seeds: Tensor, eos_ids: Tensor
+        self, texts: Iterable[Text], n_rows: int, longest: int, room: int, law: SamplingLaw, eos_ids: Tensor
     ) -> Generator[list[Emitted]]:
         """Decode until every text has ended, yielding what each step added.
 
         Args:
-            prompts: one [length] int64 tensor a sample, at least one token each.
-            law: the sampling law. max_new_tokens: at most this many are added to a text.
-            seeds: [B] int64. eos_ids: [E] int64, tokens that end a text.
-
-        Raises:
-            RuntimeError: when the target's law holds a NaN; transformers' sampling raises the same.
+            texts: taken one by one as rows come free. n_rows: so many are decoded at once.
+            longest: no text is longer, prompt and new tokens. room: memory is allocated for texts of this length at
+                first, and grows with them. law: the sampling law. eos_ids: [E] int64, tokens that end a text.
         """
-        start = time.perf_counter()
-        state = self._begin(prompts, max_new_tokens, seeds, eos_ids)
-        self.stats.seconds["prefill"] += time.perf_counter() - start
-
-        ended, lengths = [False] * len(prompts), [len(p) for p in prompts]
-        limit = max(lengths) + max_new_tokens  # room for which is all that buffers that stay in place ever need
-        on_the_way: deque[Readback] = deque()
-        start = time.perf_counter()
+        state = self._open(n_rows, longest, room, eos_ids)
+        rows = Rows(iter(texts), state, self.target, self.drafter)
+        control = self._controller(law)
+        on_the_way: deque[Flight] = deque()
         try:
-            while not all(ended):
-                unread = len(on_the_way) * (self.tree.depth + 1)  # at most; what came of them is not known yet
-                self._make_room(min(max(lengths) + unread, limit))
-                live = self.live_for(ended.count(False), len(state.lengths))
-                step = self._step_for(law, len(state.lengths), len(live))
-                on_the_way.append(Readback(step(state, law, live)))
-                if len(on_the_way) > self.steps.lag:
+            while True:
+                start = time.perf_counter()
+                failed = rows.fill(n_rows)
+                self._make_room(rows.length)
+                if rows.is_writing:
+                    failed += rows.write(CHUNK if rows.live else FIRST_CHUNK)
+                self.stats.seconds["prefill"] += time.perf_counter() - start
+                if failed:
+                    yield [Emitted(text, []) for text in failed]
+                live = rows.live
+                if not live:
+                    on_the_way.clear()  # they know nothing new of texts that have ended
+                    if not rows.is_writing and not failed:
+                        break
+                    continue
+                start = time.perf_counter()
+                plan = control.plan([text.habit for text in live.values()])
+                # What the drafter has to read must have arrived.
+                waits = bool(plan.depth and on_the_way and any(rows.unread(live).values()))
+                if not waits:
+                    unread = len(on_the_way) * (self.tree.depth + 1)  # at most; what came of them is not known yet
+                    self._make_room(min(rows.length + unread, longest))
+                    on_the_way.append(self._step(state, law, plan, rows))
+                while on_the_way and (waits or len(on_the_way) > self.steps.lag):
                     # The one host read, between two steps: what was added decides which samples go on.
-                    emitted = self._emitted(on_the_way.popleft().wait(), ended)
-                    seconds = time.perf_counter() - start
-                    self.stats.count_step(len(emitted), seconds, compiling=self.steps.was_compiling)
-                    for piece in emitted:
-                        lengths[piece.row] += len(piece.tokens)
-                    yield emitted
+                    yield self._landed(on_the_way.popleft(), control, start)
                     start = time.perf_counter()  # what the caller does is not decoding
         finally:  # also when the caller has had enough
             self.stats.count_nodes(state, self.tree)
+            self.stats.control = control.why
 
-    def warm_up(self, prompts: list[Tensor], law: SamplingLaw, max_new_tokens: int, eos_ids: Tensor) -> None:
-        """Run every step once, or as often as recording it takes, that a batch like this comes to."""
-        state = self._begin(prompts, max_new_tokens, torch.zeros(len(prompts), dtype=torch.int64), eos_ids)
-        n_batch = len(state.lengths)
-        sizes = {n_batch, *range(1, len(prompts) + 1)} if self.steps.keeps_buffers else {n_batch}
-        shapes = {len(live): live for live in (self.live_for(n, n_batch) for n in sizes)}
-        for size in sorted(shapes, reverse=True):  # what is recorded first makes the pool: the largest
-            for _ in range(3 if self.steps.keeps_buffers else 1):
-                state.finished.copy_(torch.arange(n_batch) >= size)
-                self._step_for(law, n_batch, size)(state, law, shapes[size])
+    def _step(self, state: BatchState, law: SamplingLaw, plan: Plan, rows: Rows) -> Flight:
+        """Start a step for the live rows."""
+        live, n_batch = rows.live, len(state.lengths)
+        compiling = False
+        begin = Mark(self.target.device)
+        if plan.depth:
+            rows.read(live)
+            begin = Mark(self.target.device)
+            counted = self.count(self._bucket(min(max(len(live), 2), n_batch), n_batch))
+            draft = self.steps.get(self.draft, ("draft", law.key, n_batch == 1, plan.depth), len(counted))
+            compiling |= self.steps.was_compiling
+            draft(state, law, counted, plan.depth)
+        else:
+            rows.skip(live)
+        drafted = Mark(self.target.device)
+        allowed = torch.zeros(n_batch, dtype=torch.int64)
+        allowed[list(live)] = torch.tensor(plan.allowed)
+        state.allowed.copy_(allowed)
+        # The last sample of a batch is decoded as two, one of them nobody: one would be compiled on its own.
+        token = self.count(self._bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(self.tree)))
+        judge = self.steps.get(self.judge, ("judge", law.key, n_batch == 1, len(token) == 1), len(token))
+        compiling |= self.steps.was_compiling
+        report = Readback(judge(state, law, token))
+        marks = None if compiling else (begin, drafted, Mark(self.target.device))
+        return Flight(plan, live, report, marks)
 
-    @staticmethod
-    def _emitted(report: list[list[int]], ended: list[bool]) -> list[Emitted]:
-        """What a report says of the samples that had not ended, whose ends are noted in `ended`."""
-        emitted = []
-        for row, (*tokens, n_new, finished, broken) in enumerate(report[: len(ended)]):
-            if ended[row]:
+    def _landed(self, flight: Flight, control: Controller, start: float) -> list[Emitted]:
+        """What a step's report says of the texts that had not ended."""
+        report, emitted = flight.report.wait(), []
+        for row, text in flight.live.items():
+            if text.finished:
                 continue
+            *tokens, n_new, n_found, n_judged, finished, broken = report[row]
             if broken:
-                raise RuntimeError(f"the target's logits for sample {row} hold a NaN: there is no law to sample from")
-            emitted.append(Emitted(row, tokens[:n_new], bool(finished)))
-            ended[row] = bool(finished)
+                why = f"the target's logits for sample {row} hold a NaN: there is no law to sample from"
+                text.fail(RuntimeError(why))
+            elif flight.plan.depth and not finished:
+                control.count(text.habit, n_found, n_judged, n_new - 1)
+            emitted.append(Emitted(text, [] if broken else text.take(tokens[:n_new], bool(finished))))
+        control.learn(flight.plan, flight.seconds)
+        n_tokens, seconds = sum(len(piece.tokens) for piece in emitted), time.perf_counter() - start
+        self.stats.count_step(n_tokens, len(emitted), sum(flight.plan.allowed), seconds, compiling=flight.marks is None)
         return emitted
 
-    def _begin(self, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor) -> BatchState:
-        """The batch on the device, prompts written to the caches.
+    def warm_up(self, prompts: list[Tensor], law: SamplingLaw, longest: int, eos_ids: Tensor) -> None:
+        """Run every step that a batch like this comes to, as often as recording and timing it takes."""
+        texts = [Text(prompt, longest - len(prompt)) for prompt in prompts]
+        room, n_live = max(len(prompt) for prompt in prompts), {len(prompts)}
+        if self.steps.keeps_buffers:  # what is recorded first makes the pool: the largest
+            n_live |= {self._bucket(n, len(prompts)) for n in range(1, len(prompts))}
+        state = self._open(len(prompts), longest, room, eos_ids)
+        control = self._controller(law)
+        for n in sorted(n_live, reverse=True):
+            for depth in control.levels:
+                for _ in range(4):  # compiled, recorded, and the rest timed
+                    rows = Rows(iter(texts[:n]), state, self.target, self.drafter)
+                    rows.fill(n)
+                    self._make_room(min(room + self.tree.depth + 1, longest))
+                    while rows.is_writing:
+                        rows.write(FIRST_CHUNK)
+                    plan = control.uniform([text.habit for text in texts[:n]], depth)
+                    flight = self._step(state, law, plan, rows)
+                    flight.report.wait()
+                    control.learn(plan, flight.seconds)
+
+    def memory(self, n_rows: int, longest: int) -> int:
+        """Bytes for a batch of `n_rows` texts of `longest` tokens: caches, and the largest forward's activations."""
+        n_slots, views = self._slots_for(longest), [self.target]
+        if isinstance(drafts := getattr(self.drafter, "view", None), ModelView):
+            views.append(drafts)
+        n_tokens = max(min(FIRST_CHUNK, n_rows * longest), n_rows * len(self.tree))
+        judged = n_rows * len(self.tree)
+        caches = sum(view.cache_bytes(n_rows, n_slots) for view in views)
+        return caches + max(view.activation_bytes(n_tokens, longest, judged) for view in views)
+
+    def _open(self, n_rows: int, longest: int, room: int, eos_ids: Tensor) -> BatchState:
+        """An empty batch on the device.
 
         Where steps are recorded, buffers only ever grow, and have room for the whole of every text at once.
         """
         device = self.target.device
-        wanted = (len(prompts), *BatchState.room_for(prompts, max_new_tokens, eos_ids))
-        n_slots = self._slots_for(max(len(p) for p in prompts))
-        state = self._state if self.steps.keeps_buffers else None
+        # End-of-text ids in whole eights, so that few numbers of them occur.
+        wanted = n_rows, longest + 1, 8 * (len(eos_ids) // 8 + 1)
+        n_slots, state = self._slots_for(room), None
         if self.steps.keeps_buffers:
+            state = self._state
             wanted = wanted[0], self._slots_for(wanted[1]), wanted[2]
             if state is not None:
                 rows, columns, ends = map(max, wanted, state.sizes)
                 wanted = rows, columns, ends
             n_slots = self._slots_for(wanted[1])
         if state is None or state.sizes != wanted:
-            state = self._state = BatchState(*wanted, self.tree, device)
-        state.load(prompts, max_new_tokens, seeds.to(device), eos_ids.to(device))
-        self.prefill(prompts + [prompts[0][:0]] * (wanted[0] - len(prompts)), n_slots)
+            state = self._state = BatchState(*wanted, self.drafter, device)
+        state.clear(eos_ids.to(device))
+        self.target.allocate(wanted[0], n_slots)
+        self.drafter.allocate(wanted[0], n_slots)
         places = (id(state), self.target.cache.generation, self.drafter.generation)
         if places != self._places:
             self.steps.reset()
             self._places = places
         return state
 
-    def live_for(self, n_live: int, n_batch: int) -> Tensor:
-        """`live` of a step with `n_live` of `n_batch` samples unfinished.
+    def _controller(self, law: SamplingLaw) -> Controller:
+        """The controller of calls of this law; it remembers what earlier ones took and got accepted."""
+        adapts = (law.greedy or self.verifier.coupled) if self.adapt is None else self.adapt
+        if law.key not in self._controllers:
+            self._controllers[law.key] = Controller(self.tree, self.drafter.depths, adapts)
+        return self._controllers[law.key]
 
-        The last sample of a batch is decoded as two, one of them nobody: a size of one would be compiled on its own.
-        What is recorded size by size comes in few sizes.
-        """
-        n_live = max(n_live, min(n_batch, 2))
-        if self.steps.keeps_buffers and n_live > 2:
-            n_live = min(4 if n_live <= 4 else -(-n_live // 8) * 8, n_batch)
-        if n_live not in self._live:
-            self._live[n_live] = torch.arange(n_live, device=self.target.device)
-            torch._dynamo.maybe_mark_dynamic(self._live[n_live], 0)
-        return self._live[n_live]
+    def count(self, n: int) -> Tensor:
+        """[n] int64: 0, 1, ..., n - 1; compiled functions take them for any number."""
+        if n not in self._counts:
+            self._counts[n] = torch.arange(n, device=self.target.device)
+            torch._dynamo.maybe_mark_dynamic(self._counts[n], 0)
+        return self._counts[n]
 
-    def _step_for(self, law: SamplingLaw, n_batch: int, n_live: int) -> Callable[..., Tensor]:
-        """The step for shapes like these: a recording serves one size, a compiled function any but one."""
-        return self.steps.get(self.step, (law.key, n_batch == 1), n_live)
+    def _bucket(self, n: int, most: int) -> int:
+        """At least `n`: what is recorded size by size comes in few sizes."""
+        if not self.steps.keeps_buffers or n <= 2:
+            return n
+        return min(4 if n <= 4 else -(-n // 8) * 8, most)
 
     def _slots_for(self, length: int) -> int:
         """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,18 +20,37 @@ from transformers import PreTrainedModel
 
 from specdec.config import Config
 from specdec.decoder import Decoder
-from specdec.drafters.base import Drafter
-from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
-from specdec.drafters.ngram import NgramDrafter
-from specdec.drafters.none import NoDrafter
+from specdec.drafters.make import DraftSource, check_draft, make_drafter
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
-from specdec.request import Request, Unsupported, check_model, has_own_forward, moving_rope
+from specdec.request import Request, Unsupported, check_model
+from specdec.rows import Text
 from specdec.stats import Stats
 from specdec.tree import TokenTree
 from specdec.tuning import Choice, choose
 from specdec.verifiers import VERIFIERS
-from specdec.view import SUPPORTED_MODEL_TYPES, ModelView
+from specdec.view import ModelView
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a `generate()` call comes to.
+
+    Attributes:
+        draft: what drafts for it. limits_whole_text: its limit is of prompt and new tokens together.
+    """
+
+    request: Request
+    draft: DraftSource
+    limits_whole_text: bool
+
+
+class _Here(threading.local):
+    """What this thread's calls of `generate()` are for, if not for decoding."""
+
+    is_warming_up = False
+    asks = False  # for the call as it would be decoded
+    declines: str | None = None  # the reason to run transformers' own loop
 
 
 class Handle:
@@ -41,7 +61,7 @@ class Handle:
         config: the options given to `compile`, with the tree that `tune()` chose.
     """
 
-    def __init__(self, model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | None, config: Config) -> None:
+    def __init__(self, model: PreTrainedModel, draft: DraftSource, config: Config) -> None:
         self.config, self.stats = config, Stats()
         self._seeds: Tensor | None = None
         self._seeds_are_fixed = False
@@ -49,8 +69,8 @@ class Handle:
         self._target: ModelView | None = None
         self._decoders: dict[object, Decoder] = {}
         self._running = threading.Lock()
-        self._here = threading.local()  # whether this thread's call of generate() is a warm-up
-        self._check_draft(draft)
+        self._here = _Here()
+        check_draft(draft, model, config)
         if config.tree is not None and not (draft is None or isinstance(draft, PreTrainedModel)):
             raise ValueError("tree is what a draft model drafts; n-grams are chains, and a Drafter brings its own")
 
@@ -136,7 +156,7 @@ class Handle:
     def _probe(self, ids: Tensor, mask: Tensor, settings: dict[str, Any], tree: TokenTree, timed: bool) -> Stats:
         """What happens when prompts are decoded with this tree; or, timed, the first of them twice, compiled."""
         ids, mask = (ids[:1], mask[:1]) if timed else (ids, mask)
-        config = replace(self.config, tree=tree, depth=None, compile=timed and self.config.compile)
+        config = replace(self.config, tree=tree, depth=None, compile=timed and self.config.compile, adapt=False)
         model = Handle(self._model, self._draft, config).attach(self._wrapper)
         for _ in range(1 + timed):
             model.specdec.stats.reset()
@@ -146,10 +166,6 @@ class Handle:
         if not model.specdec.stats.slots:
             raise ValueError(f"nothing was drafted in calls with {settings}; specdec decodes without beams")
         return model.specdec.stats
-
-    @property
-    def _is_warming_up(self) -> bool:
-        return getattr(self._here, "is_warming_up", False)
 
     def generate(
         self,
@@ -162,10 +178,16 @@ class Handle:
         synced_gpus: bool,
         streamer: Any,
         model_kwargs: dict[str, Any],
-        draft: PreTrainedModel | Drafter | str | None = None,
+        draft: DraftSource = None,
     ) -> Any:
         """Decode one `generate()` call, or run the parent's loop and say why."""
-        if not self._running.acquire(blocking=self._is_warming_up):
+        draft = self._draft if draft is None else draft
+        if self._here.declines is not None:
+            return self._fall_back(self._here.declines, parents_loop)
+        if self._here.asks:
+            request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
+            return Call(request, draft, generation_config.max_new_tokens is None)
+        if not self._running.acquire(blocking=self._here.is_warming_up):
             return self._fall_back("another generate() of this model is running", parents_loop)
         decoder = reason = None
         tokens_before = self.stats.tokens
@@ -176,10 +198,10 @@ class Handle:
             if streamer is not None and input_ids.shape[0] > 1:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
-            decoder = self._decoder(self._draft if draft is None else draft)
-            with _current(model.device), torch.inference_mode(False), torch.no_grad():
-                if self._is_warming_up:
-                    decoder.warm_up(request.prompts, request.law, request.max_new_tokens, request.eos_ids)
+            decoder = self._decoder(draft)
+            with decoding(model):
+                if self._here.is_warming_up:
+                    decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
         except Unsupported as error:
@@ -187,7 +209,8 @@ class Handle:
         except torch.OutOfMemoryError:
             if streamer is not None and self.stats.tokens > tokens_before:  # another loop would hand them out again
                 raise
-            self._decoders, self._target, decoder = {}, None, None  # with their buffers
+            decoder = None
+            self.free()
             reason = f"out of memory for a batch of {len(input_ids)}"
         finally:
             self._running.release()
@@ -197,85 +220,122 @@ class Handle:
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[list[int]]:
         n_batch = len(request.prompts)
-        seeds = self._seeds if self._seeds_are_fixed and self._seeds is not None else torch.randint(2**62, (n_batch,))
-        self._seeds, self._seeds_are_fixed = seeds, False
-        if len(seeds) != n_batch:
-            raise ValueError(f"{len(seeds)} seeds were set for a batch of {n_batch} samples")
-        texts: list[list[int]] = [[] for _ in range(n_batch)]
-        ended = [False] * n_batch
-        prompts = [p.clone() for p in request.prompts]
-        for emitted in decoder.run(prompts, request.law, request.max_new_tokens, seeds, request.eos_ids):
+        seeds = self.seeds_for(n_batch)
+        new = request.max_new_tokens
+        texts = [Text(prompt.clone(), new, next(seeds), request.ends) for prompt in request.prompts]
+        room = max(len(prompt) for prompt in request.prompts)
+        for emitted in decoder.run(texts, n_batch, request.longest, room, request.law, request.eos_ids):
             for piece in emitted:
-                texts[piece.row] += piece.tokens
-                ended[piece.row] = piece.finished
-                self.stats.tokens += len(piece.tokens)
+                if piece.text.error is not None:
+                    raise piece.text.error
                 if streamer is not None:
                     for token in piece.tokens:
                         streamer.put(torch.tensor([token]))
             if request.deadline is not None and time.time() > request.deadline:
-                shortest = min((len(t) for t, e in zip(texts, ended, strict=True) if not e), default=None)
-                texts = [t if e else t[:shortest] for t, e in zip(texts, ended, strict=True)]
+                shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
+                for text in texts:
+                    text.tokens = text.tokens if text.finished else text.tokens[:shortest]
                 break
         if streamer is not None:
             streamer.end()
-        return texts
+        return [text.tokens for text in texts]
+
+    def seeds_for(self, n_texts: int | None) -> Iterator[int]:
+        """A seed for each of so many texts, or of any number: those that were set, or drawn with torch's generator."""
+        if self._seeds_are_fixed and self._seeds is not None:
+            if n_texts is not None and len(self._seeds) != n_texts:
+                raise ValueError(f"{len(self._seeds)} seeds were set for a batch of {n_texts} samples")
+            self._seeds_are_fixed = False
+            return iter(self._seeds.tolist())
+        if n_texts is not None:
+            self._seeds = torch.randint(2**62, (n_texts,))
+            return iter(self._seeds.tolist())
+        self._seeds = None
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        return (int(torch.randint(2**62, (), generator=generator)) for _ in count())
+
+    def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> Call:
+        """What `generate()` would decode for a prompt, [length] int64, after all of transformers' own checks.
+
+        Raises:
+            Unsupported: it would run transformers' own loop; whatever `generate()` raises.
+        """
+        self._here.asks = True
+        try:
+            check_model(model)
+            call = model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
+        finally:
+            self._here.asks = False
+        if not isinstance(call, Call):
+            raise Unsupported("decoding that is not sampling or greedy")
+        if len(call.request.prompts) > 1:
+            raise Unsupported("num_return_sequences in generate_many()")
+        return call
+
+    def decline(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any], reason: str) -> Tensor:
+        """What transformers' own loop makes of a prompt, [length] int64."""
+        self._here.declines = reason
+        try:
+            return model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
+        finally:
+            self._here.declines = None
+
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """No other call is decoded meanwhile.
+
+        Raises:
+            RuntimeError: another one is.
+        """
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("another generate() of this model is running")
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    def decoder_for(self, call: Call) -> Decoder:
+        return self._decoder(call.draft)
+
+    def free(self) -> None:
+        """Give back the memory of all batches."""
+        self._decoders, self._target = {}, None
+
+    def memory(self, batch_size: int, max_length: int) -> int:
+        """Bytes that decoding takes beside the weights, for texts of up to `max_length` tokens, prompt and new ones."""
+        return self._decoder(self._draft).memory(batch_size, max_length)
 
     def _fall_back(self, reason: str, parents_loop: Callable[[], Any]) -> Any:
         if reason not in self.stats.fallbacks:
             warnings.warn(f"specdec runs transformers' own loop: {reason}", stacklevel=5)
         self.stats.fallbacks[reason] += 1
-        return None if self._is_warming_up else parents_loop()
+        return None if self._here.is_warming_up else parents_loop()
 
-    def _check_draft(self, draft: PreTrainedModel | Drafter | str | None) -> None:
-        if isinstance(draft, PreTrainedModel):
-            ours, theirs = (m.config.get_text_config().vocab_size for m in (self._model, draft))
-            if ours != theirs:
-                raise ValueError(f"draft vocabulary {theirs} does not match target vocabulary {ours}")
-            if draft.device != self._model.device:
-                raise ValueError(f"draft is on {draft.device}, target is on {self._model.device}")
-            if draft.config.model_type not in SUPPORTED_MODEL_TYPES:
-                raise ValueError(f"drafts of type {draft.config.model_type} are not supported yet")
-            if self.config.tree is not None and (widest := max(self.config.tree.n_children)) > SUPPORT_SIZE:
-                raise ValueError(f"tree has a node with {widest} children; a draft model drafts {SUPPORT_SIZE} at most")
-            if has_own_forward(draft):
-                raise ValueError("the draft has a forward of its own; give specdec the model as it was loaded")
-            if (rope := moving_rope(draft.config)) is not None:
-                raise ValueError(f"drafts with {rope} rope are not supported")
-        elif isinstance(draft, str) and draft != "ngram":
-            raise ValueError(f'draft must be "ngram", a model, a Drafter or None, got {draft!r}')
-        elif draft is not None and not isinstance(draft, str) and not callable(getattr(draft, "draft", None)):
-            raise TypeError(f'draft must be "ngram", a model, a Drafter or None, got {type(draft).__name__}')
-
-    def _decoder(self, draft: PreTrainedModel | Drafter | str | None) -> Decoder:
+    def _decoder(self, draft: DraftSource) -> Decoder:
         """The decoder for this draft; made anew when the user's model has been given other weights."""
         if self._target is None or not self._target.is_current:
             self._target, self._decoders = ModelView(self._model), {}
         key = draft if isinstance(draft, str) else id(draft)
         decoder = self._decoders.get(key)
         if decoder is None or not decoder.drafter.is_current:
-            self._check_draft(draft)
+            check_draft(draft, self._model, self.config)
             compiled = CompiledSteps(self.config.compile)
             records = self.config.compile and self._target.device.type == "cuda"
             steps = CapturedSteps(compiled) if records else compiled
             verifier = VERIFIERS[self.config.verifier]
-            decoder = self._decoders[key] = Decoder(self._target, self._drafter(draft), steps, self.stats, verifier)
+            decoder = self._decoders[key] = Decoder(
+                self._target, make_drafter(draft, self.config), steps, self.stats, verifier, self.config.adapt
+            )
         return decoder
 
-    def _drafter(self, draft: PreTrainedModel | Drafter | str | None) -> Drafter:
-        depth = self.config.depth
-        if draft is None:
-            return NoDrafter()
-        if isinstance(draft, PreTrainedModel):
-            tree = self.config.tree or TokenTree.chain(depth or 5)
-            return ModelDrafter(draft, tree, VERIFIERS[self.config.verifier])
-        if isinstance(draft, str):
-            return NgramDrafter(depth or 8, self.config.max_ngram)
-        return draft
 
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a model's GPU the current one, which is where kernels are started and graphs recorded."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def decoding(model: PreTrainedModel) -> Generator[None]:
+    """Where to decode: without gradients, and with a model's GPU the current one, on which kernels are started and
+    graphs recorded."""
+    current = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+    with current, torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _assemble(input_ids: Tensor, texts: list[list[int]], pad: Tensor | None) -> Tensor:

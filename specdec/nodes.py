@@ -32,6 +32,8 @@ class Nodes:
         node: [T] int64, the uncommitted slot of each token.
         rows: R, the most tokens of one sample.
         bits, depths: ancestor words [N, W] and depths [N] of the uncommitted slots; None for plain causal text.
+        among, reach: what the host knows of a prompt's text, and not of a step: [A] int64, the samples that have
+            tokens, of which a grid then has rows, and the number of slots any of them can see.
     """
 
     slot: Tensor
@@ -43,6 +45,8 @@ class Nodes:
     rows: int
     bits: Tensor | None = None
     depths: Tensor | None = None
+    among: Tensor | None = None
+    reach: int = 0
 
     @classmethod
     def packed(
@@ -93,27 +97,30 @@ class Nodes:
 
     def to_grid(self, x: Tensor) -> Tensor:
         """[T, ...] to [B, R, ...]; places without a token hold some other token's values."""
-        place = self.starts[:-1, None] + torch.arange(self.rows, device=x.device)
+        first = self.starts[:-1] if self.among is None else self.starts[self.among]
+        place = first[:, None] + torch.arange(self.rows, device=x.device)
         return x[place.clamp(max=len(x) - 1)]
 
     def from_grid(self, x: Tensor) -> Tensor:
         """[B, R, ...] to [T, ...]; tokens of nobody get some other token's values."""
         row = torch.arange(len(self.sample), device=x.device) - self.starts[self.sample]
-        return x[self.sample, row.clamp(0, self.rows - 1)]
+        sample = self.sample if self.among is None else torch.searchsorted(self.among, self.sample)
+        return x[sample, row.clamp(0, self.rows - 1)]
 
     def mask(self, allowed: Callable[..., Tensor], n_slots: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, R, S]: the committed text and one's ancestors, where the model's rule allows it.
+        """Additive mask [B or A, 1, R, S]: the committed text and one's ancestors, where the model's rule allows it.
 
         Args:
             allowed: transformers' mask function `(batch, head, query_position, key_position) -> bool`, evaluated at
                 real positions, so that sliding windows and chunks count tokens of the text and not slots.
         """
         row_node, row_position = self.to_grid(self.node), self.to_grid(self.position)
-        slot = torch.arange(n_slots, device=self.lengths.device)
-        offset = slot - self.lengths[:, None]  # [B, S]; negative for the committed text
+        lengths = self.lengths if self.among is None else self.lengths[self.among]
+        slot = torch.arange(n_slots, device=lengths.device)
+        offset = slot - lengths[:, None]  # [B, S]; negative for the committed text
         if self.bits is None or self.depths is None:
             visible = offset[:, None] <= row_node[..., None]
-            key_position = slot.expand(len(self.lengths), -1)
+            key_position = slot.expand(len(lengths), -1)
         else:
             n_nodes = len(self.depths)
             inside = (offset >= 0) & (offset < n_nodes)
@@ -121,8 +128,8 @@ class Nodes:
             ancestors = unpack_words(self.bits, n_nodes)[row_node]  # [B, R, N]
             ancestors = ancestors.gather(2, key_node[:, None].expand(-1, self.rows, -1))
             visible = (offset < 0)[:, None] | (inside[:, None] & ancestors)
-            key_position = torch.where(inside, self.lengths[:, None] + self.depths[key_node], slot)
-        sample = torch.arange(len(self.lengths), device=slot.device)[:, None, None]
+            key_position = torch.where(inside, lengths[:, None] + self.depths[key_node], slot)
+        sample = torch.arange(len(lengths), device=slot.device)[:, None, None]
         visible = visible & allowed(sample, 0, row_position[..., None], key_position[:, None])
         # A place without a token may see nothing; its row must stay finite all the same, or the NaN it writes to
         # scratch would reach every other row as 0 * NaN.

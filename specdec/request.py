@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ class Request:
         max_new_tokens: at most this many tokens are added to a text.
         eos_ids: [E] int64, may be empty.
         deadline: `time.time()` after which no further step starts, or None.
+        ends: whether the other criteria end the text, given its new tokens; None without any. Of one sample only.
     """
 
     prompts: list[Tensor]
@@ -42,6 +45,12 @@ class Request:
     max_new_tokens: int
     eos_ids: Tensor
     deadline: float | None
+    ends: Callable[[list[int]], bool] | None = None
+
+    @property
+    def longest(self) -> int:
+        """No text gets longer, prompt and new tokens."""
+        return max(len(prompt) for prompt in self.prompts) + self.max_new_tokens
 
     @classmethod
     def parse(
@@ -83,11 +92,14 @@ class Request:
             law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device)
         except NotImplementedError as error:
             raise Unsupported(str(error)) from None
-        max_length, eos_ids, deadline = _read_criteria(criteria)
+        max_length, eos_ids, deadline, others = _read_criteria(criteria)
+        if others and len(input_ids) > 1:
+            raise Unsupported(f"stopping criterion {type(others[0]).__name__} with a batch of several samples")
         if max_length <= input_ids.shape[1]:
             raise Unsupported("no room for a new token")
         _check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
-        return cls(prompts, law, max_length - input_ids.shape[1], eos_ids, deadline)
+        ends = partial(_end, others, input_ids) if others else None
+        return cls(prompts, law, max_length - input_ids.shape[1], eos_ids, deadline, ends)
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -149,8 +161,16 @@ def _check_positions(prompts: list[Tensor], width: int, positions: Tensor | None
             raise Unsupported("position_ids that do not count the tokens of the prompt")
 
 
-def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float | None]:
+def _end(criteria: StoppingCriteriaList, input_ids: Tensor, tokens: list[int]) -> bool:
+    """What transformers' loop asks after each token."""
+    new = torch.tensor([tokens], dtype=input_ids.dtype, device=input_ids.device)
+    return bool(criteria(torch.cat([input_ids, new], 1), None).all())
+
+
+def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float | None, StoppingCriteriaList]:
+    """The longest text, the ends of text, the deadline, and the criteria that are none of these."""
     max_length, eos_ids, deadline = None, torch.empty(0, dtype=torch.int64), None
+    others = StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) is MaxLengthCriteria:
             max_length = min(criterion.max_length, max_length or criterion.max_length)
@@ -160,10 +180,10 @@ def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float |
             ends = criterion.initial_timestamp + criterion.max_time
             deadline = min(ends, deadline or ends)
         else:
-            raise Unsupported(f"stopping criterion {type(criterion).__name__}")
+            others.append(criterion)
     if max_length is None:
         raise Unsupported("no length limit")
-    return max_length, eos_ids, deadline
+    return max_length, eos_ids, deadline, others
 
 
 def _check_context(model: PreTrainedModel, longest: int) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.tree import TokenTree
+from specdec.drafters.base import Draft, Drafter, DraftLaw
 
 
 class BatchState:
@@ -17,80 +17,62 @@ class BatchState:
 
     Args:
         n_rows: B. n_columns: M, one more than the longest text. n_ends: E, room for so many end-of-text ids.
-        tree: the shape of what a step drafts.
+        drafter: says what a draft is made of.
 
     Attributes:
         limits: [B] int64, the length each text may not pass.
         tokens: [B, M] int64. `tokens[b, :lengths[b]]` are committed (their keys and values are in the cache);
             `tokens[b, lengths[b]]` is pending.
         lengths: [B] int64.
-        finished: [B] bool.
+        finished: [B] bool; also where there is no text, or not all of its prompt is in the cache.
+        draft: what was drafted last for each text.
+        allowed: [B] int64, how many drafted nodes of each the target is to judge, at most.
         new_tokens: [B, D + 1] int64, what the last step added to each text.
-        n_new: [B] int64, how many of them count.
+        n_new: [B] int64, how many of them count. n_judged: [B] int64, how many drafted nodes the target judged.
         proposed, accepted, reached: [N] int64, by node, summed over live samples and steps: how often the node was
             drafted, was on the accepted path (the root always is), and was there with children to go on to.
         broken: [B] bool, the target's law held a NaN.
     """
 
-    _PER_SAMPLE = ("limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new")
+    _PER_SAMPLE = (
+        "limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new", "allowed", "n_judged",
+    )  # fmt: skip
 
-    def __init__(self, n_rows: int, n_columns: int, n_ends: int, tree: TokenTree, device: torch.device) -> None:
+    def __init__(self, n_rows: int, n_columns: int, n_ends: int, drafter: Drafter, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.limits, self.lengths, self.seeds, self.n_new = (zeros(n_rows) for _ in range(4))
+        tree, n_kept = drafter.tree, drafter.support_size
+        self.limits, self.lengths, self.seeds, self.n_new, self.allowed, self.n_judged = (
+            zeros(n_rows) for _ in range(6)
+        )
         self.tokens = zeros(n_rows, n_columns)
         self.finished, self.broken = (zeros(n_rows, dtype=torch.bool) for _ in range(2))
         self.eos_ids = zeros(n_ends)
         self.new_tokens = zeros(n_rows, tree.depth + 1)
+        self.draft = Draft(zeros(n_rows, len(tree) - 1), zeros(n_rows))
+        if n_kept:
+            n_inner = len(tree.inner)
+            ids, probs = (zeros(n_rows, n_inner, n_kept, dtype=dtype) for dtype in (torch.int64, torch.float32))
+            self.draft.law = DraftLaw(zeros(n_rows, len(tree) - 1), ids, probs, zeros(n_rows, n_inner))
         self.proposed, self.accepted, self.reached = (zeros(len(tree)) for _ in range(3))
         _, self._depths, self._first_child, *_ = tree.topology(device)
         self._mark_dynamic()
 
-    @classmethod
-    def of(
-        cls, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor, tree: TokenTree
-    ) -> BatchState:
-        """A state of exactly this size; see `load`."""
-        n_columns, n_ends = cls.room_for(prompts, max_new_tokens, eos_ids)
-        state = cls(len(prompts), n_columns, n_ends, tree, seeds.device)
-        state.load(prompts, max_new_tokens, seeds, eos_ids)
-        return state
-
-    @staticmethod
-    def room_for(prompts: list[Tensor], max_new_tokens: int, eos_ids: Tensor) -> tuple[int, int]:
-        """Columns and end-of-text ids that these need; the ids in whole eights, so that few numbers occur."""
-        return max(len(p) for p in prompts) + max_new_tokens + 1, 8 * (len(eos_ids) // 8 + 1)
-
-    def load(self, prompts: list[Tensor], max_new_tokens: int, seeds: Tensor, eos_ids: Tensor) -> None:
-        """Begin a batch in place. Rows beyond the prompts are finished from the start.
-
-        Args:
-            prompts: one [length] int64 tensor a sample, at least one token each.
-            max_new_tokens: at most this many tokens are added to a text.
-            seeds: [B] int64, one per prompt. eos_ids: [E] int64, tokens that end a text; may be empty.
-        """
-        n_rows, n_columns = self.tokens.shape
-        tokens = torch.zeros(n_rows, n_columns, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        sizes = torch.tensor([len(p) for p in prompts] + [1] * (n_rows - len(prompts)))
-        self.tokens.copy_(tokens)
-        self.lengths.copy_(sizes - 1)
-        self.limits.copy_(sizes + max_new_tokens)
-        self.seeds[: len(prompts)] = seeds
-        self.finished.copy_(torch.arange(n_rows) >= len(prompts))
-        self.broken.zero_()
+    def clear(self, eos_ids: Tensor) -> None:
+        """No texts; `eos_ids` [E] int64 end those to come, and may be empty."""
+        self.finished.fill_(True)
+        self.lengths.zero_()
         # Filled up with an id no token has.
         self.eos_ids.copy_(F.pad(eos_ids, (0, len(self.eos_ids) - len(eos_ids)), value=-1))
         for counts in (self.proposed, self.accepted, self.reached):
             counts.zero_()
 
-    def admit(self, row: int, prompt: Tensor, max_new_tokens: int, seed: Tensor) -> None:
-        """Begin another text in a row whose own has ended; the other rows go on.
+    def admit(self, row: int, prompt: Tensor, max_new_tokens: int, seed: int) -> None:
+        """Another text in a row that has none, or whose own has ended; `finished` until `start`.
 
         Args:
-            prompt: [length] int64, at least one token. seed: [] int64.
+            prompt: [length] int64, at least one token. seed: int64.
 
         Raises:
             ValueError: there is no prompt or nothing to write, or the row has no room for it.
@@ -100,18 +82,37 @@ class BatchState:
             raise ValueError(f"a prompt of {length} tokens and {max_new_tokens} new ones: both must be at least 1")
         if length + max_new_tokens + 1 > n_columns:
             raise ValueError(f"{length} tokens and {max_new_tokens} new ones do not fit into {n_columns} columns")
+        self.finished[row] = True
         self.tokens[row].zero_()
         self.tokens[row, :length] = prompt
         self.lengths[row], self.limits[row] = length - 1, length + max_new_tokens
         self.seeds[row] = seed
-        self.finished[row] = self.broken[row] = False
+        self.broken[row] = False
+
+    def start(self, row: int) -> None:
+        """The row's prompt is in the caches: decode it."""
+        self.finished[row] = False
+
+    def stop(self, row: int) -> None:
+        """Decode it no further."""
+        self.finished[row] = True
 
     def _mark_dynamic(self) -> None:
         """One compiled step serves texts of any length, and one serves all batches of several samples."""
         torch._dynamo.maybe_mark_dynamic(self.tokens, 1)
         if len(self.lengths) > 1:
-            for name in self._PER_SAMPLE:
-                torch._dynamo.maybe_mark_dynamic(getattr(self, name), 0)
+            for tensor in self._per_sample():
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def _per_sample(self) -> list[Tensor]:
+        law = () if self.draft.law is None else vars(self.draft.law).values()
+        return [*(getattr(self, name) for name in self._PER_SAMPLE), self.draft.tokens, self.draft.counts, *law]
+
+    def check_rows(self) -> None:
+        """Every tensor has B rows. A compiled function must know before its first layer: layers are compiled with the
+        names of sizes, which change when two turn out to be one."""
+        for tensor in self._per_sample():
+            torch._check(tensor.shape[0] == self.lengths.shape[0])
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -122,6 +123,23 @@ class BatchState:
     def pending(self) -> Tensor:
         """[B] int64, the last token of each text, not yet in the cache."""
         return self.tokens.gather(1, self.lengths[:, None])[:, 0]
+
+    def propose(self, draft: Draft) -> None:
+        """Keep a draft of the tree, or of its first levels."""
+        pairs = [(self.draft.tokens, draft.tokens)]
+        if self.draft.law is not None and draft.law is not None:
+            pairs += zip(vars(self.draft.law).values(), vars(draft.law).values(), strict=True)
+        for kept, new in pairs:
+            kept[:, : new.shape[1]].copy_(new)
+        self.draft.counts.copy_(draft.counts)
+
+    def n_nodes(self, n_tokens: int) -> Tensor:
+        """[B] int64: how many nodes of each tree a forward of `n_tokens` tokens takes: all roots of unfinished samples,
+        and of their drafts as much as is allowed and there is room for, first come, first served."""
+        alive = (~self.finished).long()
+        wanted = torch.minimum(self.draft.counts, self.allowed) * alive
+        room = n_tokens - alive.sum() - (wanted.cumsum(0) - wanted)
+        return alive + torch.minimum(wanted, room.clamp(min=0))
 
     def commit(self, tokens: Tensor, n_nodes: Tensor, path: Tensor, n_accepted: Tensor, bonus: Tensor) -> None:
         """Append the accepted path's tokens and the bonus token, up to the first end of text or the length limit.
@@ -156,8 +174,10 @@ class BatchState:
         self.finished |= ends.any(1) | (self.lengths + 1 >= self.limits)
         self.new_tokens.copy_(new)
         self.n_new.copy_(n_new)
+        self.n_judged.copy_((n_nodes - 1).clamp(min=0))
 
     def report(self) -> Tensor:
-        """[B, D + 4] int64 for the host: the new tokens, their number, whether finished, whether broken."""
-        flags = torch.stack([self.n_new, self.finished.long(), self.broken.long()], 1)
-        return torch.cat([self.new_tokens, flags], 1)
+        """[B, D + 6] int64 for the host: the new tokens, their number, how many nodes were drafted and how many of them
+        judged, whether finished, whether broken."""
+        rest = (self.n_new, self.draft.counts, self.n_judged, self.finished.long(), self.broken.long())
+        return torch.cat([self.new_tokens, torch.stack(rest, 1)], 1)

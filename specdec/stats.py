@@ -18,7 +18,8 @@ class Stats:
     """Running totals over all `generate()` calls since the last `reset()`.
 
     Attributes:
-        steps: decoding steps run. sample_steps: the same, counted once per live sample.
+        steps: decoding steps run; undrafted: those of them that drafted nothing. sample_steps: all, counted once per
+            live sample. allowed: drafted nodes that steps were to judge at most.
         tokens: tokens emitted.
         proposed, accepted: by position in the draft (index 0 is the first drafted token): how often a token was
             drafted there, be it one or several to choose from, and how often one was accepted.
@@ -26,17 +27,21 @@ class Stats:
             through its 1st, ..., k-th child.
         seconds: wall-clock seconds by phase: "prefill", "decode", and "compile" for steps that compiled.
         tree: how the tree was chosen, if `tune()` has chosen it.
+        control: how much was drafted in the last call's last steps, and why (see `specdec.control`).
         fallbacks: `generate()` calls that ran transformers' own loop, by reason.
     """
 
     steps: int = 0
+    undrafted: int = 0
     sample_steps: int = 0
+    allowed: int = 0
     tokens: int = 0
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     slots: dict[int, list[int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "compile": 0.0, "decode": 0.0})
     tree: str | None = None
+    control: str | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
 
     def reset(self) -> None:
@@ -53,9 +58,13 @@ class Stats:
         """Share of drafted tokens accepted at each position (a position counts only where it was drafted)."""
         return [a / p if p else 0.0 for a, p in zip(self.accepted, self.proposed, strict=True)]
 
-    def count_step(self, n_samples: int, seconds: float, *, compiling: bool) -> None:
+    def count_step(self, n_tokens: int, n_samples: int, allowed: int, seconds: float, *, compiling: bool) -> None:
+        """A step added tokens to samples, and may have judged some drafted nodes."""
         self.steps += 1
+        self.undrafted += not allowed
+        self.tokens += n_tokens
         self.sample_steps += n_samples
+        self.allowed += allowed
         self.seconds["compile" if compiling else "decode"] += seconds
 
     @property
@@ -84,6 +93,8 @@ class Stats:
         """All totals and the ratios made of them, ready for JSON."""
         return {
             "steps": self.steps,
+            "undrafted": self.undrafted,
+            "allowed": self.allowed,
             "tokens": self.tokens,
             "tokens_per_step": self.tokens_per_step,
             "proposed": list(self.proposed),
@@ -92,6 +103,7 @@ class Stats:
             "acceptance_by_slot": {str(k): list(shares) for k, shares in self.acceptance_by_slot.items()},
             "seconds": dict(self.seconds),
             "tree": self.tree,
+            "control": self.control,
             "fallbacks": dict(self.fallbacks),
         }
 
@@ -100,7 +112,8 @@ class Stats:
         from rich.table import Table
 
         table = Table(title="specdec", show_header=False)
-        table.add_row("tokens", f"{self.tokens} in {self.steps} steps")
+        undrafted = f", {self.undrafted} of them undrafted" if self.undrafted and self.accepted else ""
+        table.add_row("tokens", f"{self.tokens} in {self.steps} steps{undrafted}")
         table.add_row("tokens per step and sample", f"{self.tokens_per_step:.2f}")
         table.add_row(
             "acceptance by position", "  ".join(f"{a:.2f}" for a in self.acceptance_by_position) or "no draft"
@@ -108,6 +121,8 @@ class Stats:
         table.add_row("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))
         if self.tree is not None:
             table.add_row("tree", self.tree)
+        if self.control is not None:
+            table.add_row("control", self.control)
         for reason, count in self.fallbacks.items():
             table.add_row("ran transformers' own loop", f"{count} x: {reason}")
         return table

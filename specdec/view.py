@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -94,16 +95,24 @@ class ModelView:
     def device(self) -> torch.device:
         return self.module.device
 
+    def cache_bytes(self, n_batch: int, n_slots: int) -> int:
+        """Of a cache for `n_batch` samples of `n_slots` slots each."""
+        per_slot = sum(2 * groups * dim for groups, dim in self._layer_shapes)
+        return per_slot * n_batch * n_slots * self.module.dtype.itemsize
+
+    def activation_bytes(self, n_tokens: int, reach: int, n_logits: int) -> int:
+        """About what a forward takes beside weights and cache: of `n_tokens` tokens in all that see `reach` each, or of
+        one that makes `n_logits` rows of logits."""
+        config, size = self.module.config.get_text_config(), self.module.dtype.itemsize
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        mlp = n_tokens * (4 * config.hidden_size + 3 * inner) * size
+        dense = 0 if self.device.type == "cuda" else n_tokens * reach * config.num_attention_heads * 3 * 4  # scores
+        return max(mlp, dense, n_logits * config.vocab_size * (size + 4))
+
     def allocate(self, n_batch: int, n_slots: int) -> None:
         """An empty cache for `n_batch` samples of `n_slots` slots each."""
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
         self.cache.allocate(self._layer_shapes, n_batch, n_slots, like)
-
-    def admit(self, row: int, text: Tensor) -> None:
-        """Write the keys and values of another text, [length] int64, in place of a row's own."""
-        self.cache.clear(row)
-        n_batch = self.cache.layers[0].keys.shape[1]
-        self.prefill([text if i == row else text[:0] for i in range(n_batch)])
 
     def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
         """Logits of the flat tokens; their keys and values are written to the cache.
@@ -130,32 +139,42 @@ class ModelView:
         position = nodes.position if self._last_position is None else nodes.position.clamp(max=self._last_position)
         return position[None]
 
-    def prefill(self, texts: list[Tensor], chunk: int = 1024) -> None:
-        """Write the keys and values of the texts, packed without padding, `chunk` tokens a sample at a time.
+    def prefill(self, texts: Mapping[int, tuple[int, Tensor]], chunk: int = 2048) -> None:
+        """Write the keys and values of texts, `chunk` tokens of all together at a time; see `write`."""
+        while texts:
+            texts = self.write(texts, chunk)
+
+    def write(self, texts: Mapping[int, tuple[int, Tensor]], n_tokens: int) -> dict[int, tuple[int, Tensor]]:
+        """Write the keys and values of the next tokens of some texts, packed without padding, in one forward.
 
         Args:
-            texts: one [length] int64 tensor a sample, on any device; an empty one writes nothing.
+            texts: by row of the batch, how many of its leading tokens have been written, and the text, [length] int64,
+                on any device. n_tokens: at most this many of all together, first come, first served.
+
+        Returns:
+            The same of those texts that are not all written yet.
         """
-        decoder = self.module.get_decoder()
-        done = [0] * len(texts)
-        while any(d < len(t) for d, t in zip(done, texts, strict=True)):
-            pieces = [t[d : d + chunk] for d, t in zip(done, texts, strict=True)]
-            counts = [len(p) for p in pieces]
-            device = self.device
-            nodes = Nodes.packed(
-                torch.tensor(done, device=device),
-                torch.tensor(counts, device=device),
-                torch.arange(sum(counts), device=device),
-                max(counts),
-                self.cache.n_slots,
-            )
-            self.cache.nodes = nodes
-            tokens = torch.cat(pieces).to(device)
-            decoder(
-                input_ids=tokens[None],
-                position_ids=self._positions(nodes),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-            self.cache.nodes = None
-            done = [d + c for d, c in zip(done, counts, strict=True)]
+        ends, room = {}, n_tokens
+        for row, (written, text) in texts.items():
+            ends[row] = written + min(len(text) - written, room)
+            room -= ends[row] - written
+        rows = sorted(row for row in texts if ends[row] > texts[row][0])
+        if rows:
+            self._write({row: (texts[row][0], texts[row][1][texts[row][0] : ends[row]]) for row in rows})
+        return {row: (ends[row], text) for row, (_, text) in texts.items() if ends[row] < len(text)}
+
+    def _write(self, pieces: Mapping[int, tuple[int, Tensor]]) -> None:
+        """One forward of pieces of texts, in ascending order of rows: where each begins, and its tokens."""
+        device, rows = self.device, list(pieces)
+        done, counts = (torch.zeros(self.cache.n_batch, dtype=torch.int64) for _ in range(2))
+        for row, (written, piece) in pieces.items():
+            done[row], counts[row] = written, len(piece)
+        tokens = torch.cat([piece for _, piece in pieces.values()]).to(device)
+        token = torch.arange(len(tokens), device=device)
+        nodes = Nodes.packed(done.to(device), counts.to(device), token, int(counts.max()), self.cache.n_slots)
+        reach = int((done + counts).max())
+        self.cache.nodes = replace(nodes, among=torch.tensor(rows, device=device), reach=reach)
+        self.module.get_decoder()(
+            input_ids=tokens[None], position_ids=self._positions(nodes), past_key_values=self.cache, use_cache=True
+        )
+        self.cache.nodes = None

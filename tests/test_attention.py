@@ -111,7 +111,7 @@ def test_a_step_takes_the_fused_op_and_a_prompt_does_not(
     lengths, counts = torch.tensor([[5, 3], [6, 6]], device=device)
     with torch.no_grad():
         view.allocate(2, 64)
-        view.prefill([torch.arange(1, 6), torch.arange(1, 4)])
+        view.prefill({0: (0, torch.arange(1, 6)), 1: (0, torch.arange(1, 4))})
         assert not took
         nodes = Nodes.packed(lengths, counts, torch.arange(12, device=device), 6, 64, bits, depths)
         logits = view.forward(torch.arange(12, device=device), nodes)

@@ -19,6 +19,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.graphs.captured import CapturedSteps, Recording
 from specdec.graphs.compiled import CompiledSteps
+from specdec.rows import Text
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
 from specdec.tree import TokenTree
@@ -33,13 +34,13 @@ class Rerun(Recording):
 
     made = 0
 
-    def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:
+    def _record(self, step: Callable[..., Any], pool: Any) -> Callable[[], Any]:
         type(self).made += 1
         decoder: Any = step.__self__  # type: ignore[attr-defined]
         caches = [view.cache for view in (decoder.target, getattr(decoder.drafter, "view", None)) if view is not None]
         recorded = [cache.layers for cache in caches]
 
-        def replay() -> Tensor:
+        def replay() -> Any:
             """On the caches of the recording, wherever they are now."""
             now = [cache.layers for cache in caches]
             for cache, layers in zip(caches, recorded, strict=True):
@@ -54,15 +55,16 @@ class Rerun(Recording):
 
 
 @pytest.fixture
-def decoders(tiny: Tiny) -> Callable[[str], tuple[Decoder, Decoder]]:
-    def make(kind: str) -> tuple[Decoder, Decoder]:
+def decoders(tiny: Tiny) -> Callable[..., tuple[Decoder, Decoder]]:
+    def make(kind: str, adapt: bool | None = False) -> tuple[Decoder, Decoder]:
         def drafter() -> Drafter:
             tree = TokenTree.from_widths(2, 1)
             return ModelDrafter(tiny("llama", seed=1), tree) if kind == "model" else NgramDrafter(3)
 
         target = tiny("llama")
-        recorded = Decoder(ModelView(target), drafter(), CapturedSteps(CompiledSteps(False), Rerun), Stats())
-        return recorded, Decoder(ModelView(target), drafter(), CompiledSteps(False), Stats())
+        steps = CapturedSteps(CompiledSteps(False), Rerun), CompiledSteps(False)
+        recorded, plain = (Decoder(ModelView(target), drafter(), s, Stats(), adapt=adapt) for s in steps)
+        return recorded, plain
 
     return make
 
@@ -75,18 +77,20 @@ def _law(temperature: float | None) -> SamplingLaw:
 def _texts(decoder: Decoder, lengths: list[int], law: SamplingLaw, new: int, eos: Tensor, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(1, 97, (n,), generator=generator) for n in lengths]
-    texts: list[list[int]] = [[] for _ in prompts]
+    texts = [Text(prompt, new, seed + i) for i, prompt in enumerate(prompts)]
     with torch.no_grad():
-        for emitted in decoder.run(prompts, law, new, torch.arange(len(lengths)) + seed, eos):
-            for piece in emitted:
-                texts[piece.row] += piece.tokens
-    return texts
+        for _ in decoder.run(texts, len(texts), max(lengths) + new, max(lengths), law, eos):
+            pass
+    return [text.tokens for text in texts]
 
 
+@pytest.mark.parametrize("adapt", [False, None])
 @pytest.mark.parametrize("kind", ["model", "ngram"])
-def test_recorded_steps_write_the_same_texts(kind: str, decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+def test_recorded_steps_write_the_same_texts(
+    kind: str, adapt: bool | None, decoders: Callable[..., tuple[Decoder, Decoder]]
+) -> None:
     """Batches that shrink, grow, end at different times, change their law and outgrow their buffers."""
-    recorded, plain = decoders(kind)
+    recorded, plain = decoders(kind, adapt)
     calls = [
         ([5, 3], None, 12, NO_EOS), ([5, 3], 0.7, 12, NO_EOS), ([2], 1.3, 9, NO_EOS), ([1, 1], 0.7, 9, NO_EOS),
         ([4, 9, 2], None, 30, torch.tensor([3, 7, 20])), ([4, 9, 2], 0.9, 30, torch.tensor([3, 7, 20])),
@@ -97,10 +101,13 @@ def test_recorded_steps_write_the_same_texts(kind: str, decoders: Callable[[str]
         expected = _texts(plain, lengths, law, new, eos, seed)
         assert _texts(recorded, lengths, law, new, eos, seed) == expected
         assert max(len(text) for text in expected) <= new
-    assert (recorded.stats.proposed, recorded.stats.accepted) == (plain.stats.proposed, plain.stats.accepted)
+    if adapt is None:
+        assert recorded.stats.undrafted > 0
+    else:
+        assert (recorded.stats.proposed, recorded.stats.accepted) == (plain.stats.proposed, plain.stats.accepted)
 
 
-def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
     recorded, _ = decoders("model")
     made = Rerun.made
     _texts(recorded, [5, 3], _law(None), 20, NO_EOS, 0)
@@ -121,7 +128,10 @@ def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[[str], tu
 def test_two_decoders_of_one_target_do_not_trust_each_others_buffers(tiny: Tiny) -> None:
     """A larger batch of one moves the cache that the other's recordings know."""
     view = ModelView(tiny("llama"))
-    one, other = (Decoder(view, NgramDrafter(3), CapturedSteps(CompiledSteps(False), Rerun), Stats()) for _ in range(2))
+    one, other = (
+        Decoder(view, NgramDrafter(3), CapturedSteps(CompiledSteps(False), Rerun), Stats(), adapt=False)
+        for _ in range(2)
+    )
     plain = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CompiledSteps(False), Stats())
     expected = _texts(plain, [6], _law(None), 16, NO_EOS, 3)
     assert _texts(one, [6], _law(None), 16, NO_EOS, 3) == expected
@@ -134,7 +144,7 @@ def test_two_decoders_of_one_target_do_not_trust_each_others_buffers(tiny: Tiny)
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_what_can_not_be_recorded_runs_as_it_is(
-    error: type[RuntimeError], tiny: Tiny, decoders: Callable[[str], tuple[Decoder, Decoder]]
+    error: type[RuntimeError], tiny: Tiny, decoders: Callable[..., tuple[Decoder, Decoder]]
 ) -> None:
     class Full(Recording):
         def _record(self, step: Callable[..., Tensor], pool: Any) -> Callable[[], Tensor]:
@@ -150,7 +160,7 @@ def test_what_can_not_be_recorded_runs_as_it_is(
         assert _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0) == texts
 
 
-def test_a_long_text_moves_no_buffer(decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+def test_a_long_text_moves_no_buffer(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
     """Drafts that are hardly ever accepted: what they might have come to is no reason to make room."""
     recorded, plain = decoders("model")
     text = _texts(recorded, [5], _law(None), 240, NO_EOS, 0)
@@ -158,13 +168,13 @@ def test_a_long_text_moves_no_buffer(decoders: Callable[[str], tuple[Decoder, De
     assert text == _texts(plain, [5], _law(None), 240, NO_EOS, 0)
 
 
-def test_what_can_not_be_compiled_runs_as_it_is(tiny: Tiny, decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+def test_what_can_not_be_compiled_runs_as_it_is(tiny: Tiny, decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
     class Asking(NgramDrafter):
         """Reads a number on the host, so that its step does not trace."""
 
-        def draft(self, state: Any, law: SamplingLaw, live: Tensor) -> Any:
+        def draft(self, state: Any, law: SamplingLaw, live: Tensor, depth: int) -> Any:
             assert state.lengths.sum().item() > 0
-            return super().draft(state, law, live)
+            return super().draft(state, law, live, depth)
 
     _, plain = decoders("ngram")
     decoder = Decoder(ModelView(tiny("llama")), Asking(3), CompiledSteps(True), Stats())
@@ -176,7 +186,7 @@ def test_what_can_not_be_compiled_runs_as_it_is(tiny: Tiny, decoders: Callable[[
         assert _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0) == texts
 
 
-def test_a_law_given_again_is_still_itself(decoders: Callable[[str], tuple[Decoder, Decoder]]) -> None:
+def test_a_law_given_again_is_still_itself(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
     """A recording takes over the numbers of every law it is given, but not into the first law's own tensors."""
     recorded, plain = decoders("ngram")
     cold, hot = _law(0.2), _law(3.0)

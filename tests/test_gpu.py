@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_backend import static_loop
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -20,8 +21,8 @@ from specdec.drafters.model import ModelDrafter
 from specdec.graphs.backend import specdec as backend
 from specdec.graphs.compiled import CompiledSteps
 from specdec.kernels.row_law import row_law
+from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
-from specdec.state import BatchState
 from specdec.stats import Stats
 from specdec.tree import TokenTree
 from specdec.view import ModelView
@@ -61,18 +62,27 @@ def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warp
     decoder = Decoder(target, draft, CompiledSteps(compiled), Stats())
     law = SamplingLaw.from_processors(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
     prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
-    seeds, eos = torch.tensor([3, 4], device="cuda"), torch.tensor([5], device="cuda")
-    state = BatchState.of(prompts, 32, seeds, eos, decoder.tree)
+    texts = [Text(prompt, 32, seed) for seed, prompt in enumerate(prompts)]
     with torch.no_grad():
-        decoder.prefill(prompts, 256)
-        live = decoder.live_for(2, 2)
-        decoder._step_for(law, 2, 2)(state, law, live)  # compiles
-        step = decoder._step_for(law, 2, 2)
-        step(state, law, live)
+        state = decoder._open(2, 41, 9, torch.tensor([5]))
+        rows = Rows(iter(texts), state, target, draft)
+        assert not rows.fill(2)
+        while rows.is_writing:
+            assert not rows.write(64)
+        rows.read(rows.live)
+        state.allowed.fill_(3)
+        live, token = decoder.count(2), decoder.count(8)
+
+        def step() -> Tensor:
+            decoder.steps.get(decoder.draft, "draft", 2)(state, law, live, 3)
+            return decoder.steps.get(decoder.judge, "judge", 8)(state, law, token)
+
+        for _ in range(2):  # the first compiles
+            step()
         with no_synchronisation():
             for _ in range(4):
-                report = step(state, law, live)
-    assert report.shape == (2, 7)
+                report = step()
+    assert report.shape == (2, 9)
     assert (state.lengths > torch.tensor([8, 3], device="cuda")).all()
 
 

@@ -20,6 +20,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.graphs.compiled import CompiledSteps
+from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
 from specdec.stats import Stats
@@ -64,6 +65,17 @@ def random_prompts(*lengths: int) -> list[torch.Tensor]:
     return [torch.randint(1, 96, (n,)) for n in lengths]
 
 
+def filled(decoder: Decoder, prompts: list[torch.Tensor], new: int, eos: torch.Tensor) -> tuple[BatchState, Rows]:
+    """A batch of these prompts, ready to step."""
+    room = max(map(len, prompts))
+    state = decoder._open(len(prompts), room + new, room, eos)
+    rows = Rows(iter([Text(p, new, seed) for seed, p in enumerate(prompts)]), state, decoder.target, decoder.drafter)
+    assert not rows.fill(len(prompts))
+    while rows.is_writing:
+        assert not rows.write(64)
+    return state, rows
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "dense"])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("kind", ["none", "ngram", "chain", "tree", "coupled tree"])
@@ -88,23 +100,27 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
 
     with torch.no_grad():
         reports = {}
-        for name, step in (
-            ("eager", decoder.step),
-            ("traced", torch.compile(decoder.step, backend=record, fullgraph=True)),
+        for name, draft_, judge in (
+            ("eager", decoder.draft, decoder.judge),
+            ("traced", *(torch.compile(f, backend=record, fullgraph=True) for f in (decoder.draft, decoder.judge))),
         ):
-            state = BatchState.of(prompts, 8, torch.arange(n_batch), torch.tensor([3]), drafter.tree)
-            decoder.prefill(prompts, 256)
-            reports[name] = torch.cat([step(state, law, decoder.live_for(n_batch, n_batch)) for _ in range(3)])
-    assert torch.equal(reports["eager"], reports["traced"])
-    assert len(graphs) == 1
-    modules = [m for m in graphs[0].modules() if isinstance(m, torch.fx.GraphModule)]
+            state, rows = filled(decoder, prompts, 8, torch.tensor([3]))
+            rows.read(rows.live)
+            state.allowed.fill_(len(decoder.tree) - 1)
+            reports[name] = []
+            for _ in range(3):
+                draft_(state, law, decoder.count(n_batch), decoder.tree.depth)
+                reports[name].append(judge(state, law, decoder.count(n_batch * len(decoder.tree))))
+    assert torch.equal(torch.cat(reports["eager"]), torch.cat(reports["traced"]))
+    assert len(graphs) == 2
+    modules = [m for graph in graphs for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
     called = {
         node.target if isinstance(node.target, str) else node.target.__name__.split(".")[0]
         for module in modules
         for node in module.graph.nodes
         if node.op in ("call_function", "call_method")
     }
-    assert {"gather", "argmax", "scatter_"} <= called  # these names are what the graph calls
+    assert {"gather", "argmax", "scatter_"} <= called  # these names are what the graphs call
     assert not called & set(HOST_READS)
 
 

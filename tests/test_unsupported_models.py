@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 import specdec
 from specdec import request
 from specdec.decoder import Decoder, Emitted
+from specdec.rows import Text
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -106,11 +107,11 @@ def test_the_models_gpu_is_the_current_one(
 ) -> None:
     ran_on = []
 
-    def run(*_: Any) -> Iterator[list[Emitted]]:
-        ran_on.append(current[-1].index)
-        yield [Emitted(0, [7], False)]
-        ran_on.append(current[-1].index)
-        yield [Emitted(0, [8], True)]
+    def run(_: Decoder, texts: list[Text], *rest: Any) -> Iterator[list[Emitted]]:
+        for token in (7, 8):
+            ran_on.append(current[-1].index)
+            texts[0].take([token], token == 8)
+            yield [Emitted(texts[0], [token])]
 
     monkeypatch.setattr(Decoder, "run", run)
     monkeypatch.setattr(specdec.handle.Handle, "_decoder", lambda *_: object.__new__(Decoder))

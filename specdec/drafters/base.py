@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,7 +55,7 @@ class Draft:
     """The candidates of one step: a tree of tokens a sample.
 
     Attributes:
-        tokens: [B, N - 1] int64, of the drafter's tree without its root.
+        tokens: [B, N - 1] int64, of the drafter's tree without its root, or of its first levels.
         counts: [B] int64, how many of the N - 1 each sample drafted, the leading ones. Whether a node is there may
             depend on the text and on the draft laws of its ancestors, but never on its own token, its siblings' or
             anything below: a draft that stops because of what was drawn changes the output law.
@@ -72,6 +73,10 @@ class Drafter(Protocol):
 
     tree: TokenTree
     """The shape of what is drafted a step."""
+    depths: tuple[int, ...]
+    """How many levels it can be asked for, ascending, the whole tree last: depths worth a compiled function each."""
+    support_size: int
+    """C, the ids kept of a draft law; 0 where tokens follow from the text without chance."""
 
     @property
     def is_current(self) -> bool:
@@ -81,19 +86,23 @@ class Drafter(Protocol):
     def generation(self) -> int:
         """Changes when memory that `draft` reads or writes has moved."""
 
-    def begin(self, prompts: list[Tensor], n_slots: int) -> None:
-        """A new batch of prompts, [length] int64 each, empty for rows that are not used; caches need `n_slots` slots a
-        sample."""
+    def allocate(self, n_batch: int, n_slots: int) -> None:
+        """A new batch of `n_batch` samples; caches need `n_slots` slots a sample."""
 
-    def admit(self, row: int, prompt: Tensor) -> None:
-        """Another prompt, [length] int64, in a row whose text has ended."""
+    def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
+        """Take in what `draft` has not seen of some rows' texts, the last token pending.
 
-    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
+        Args:
+            texts: by row, how many leading tokens are known, and the whole text, [length] int64. With none known it
+                is another text than before.
+        """
+
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         """Candidates for what follows each sample's pending token.
 
         Args:
             live: [n] int64, 0, 1, ..., n - 1: at most n samples are unfinished. What is drafted for finished ones is
-                ignored.
+                ignored. depth: how many levels, one of `depths`.
         """
 
     def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:

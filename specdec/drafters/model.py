@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +18,8 @@ from specdec.tree import TokenTree
 from specdec.verifiers import AUTO, Verifier
 from specdec.view import ModelView
 
+DEPTHS = (1, 2, 3, 5, 8, 13, 21)
+"""Levels it can be asked for: deep drafts need not be choosable to the token, and each depth is compiled."""
 SUPPORT_SIZE = 64
 """Ids kept of a draft law. Tokens are drawn from exactly the kept, renormalised law, so any size is lossless."""
 
@@ -60,6 +64,8 @@ class ModelDrafter:
         self.view, self.tree, self.verifier = ModelView(model), tree, verifier
         device = self.view.device
         self._bits, self._depths = TokenTree((-1, *(p + 1 for p in tree.parents))).tensors(device)
+        self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
+        self.support_size = min(SUPPORT_SIZE, model.config.get_text_config().vocab_size)
         self._levels = [_Level(tree, depth, device) for depth in range(1, tree.depth + 1)]
 
     @property
@@ -70,14 +76,17 @@ class ModelDrafter:
     def generation(self) -> int:
         return self.view.cache.generation
 
-    def begin(self, prompts: list[Tensor], n_slots: int) -> None:
-        self.view.allocate(len(prompts), n_slots)
-        self.view.prefill([prompt[:-2] for prompt in prompts])
+    def allocate(self, n_batch: int, n_slots: int) -> None:
+        self.view.allocate(n_batch, n_slots)
 
-    def admit(self, row: int, prompt: Tensor) -> None:
-        self.view.admit(row, prompt[:-2])
+    def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
+        for row, (n_known, _) in texts.items():
+            if n_known == 0:
+                self.view.cache.clear(row)
+        # The token before the pending one is written by `draft`.
+        self.view.prefill({row: (max(n_known - 2, 0), text[:-2]) for row, (n_known, text) in texts.items()})
 
-    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         root, alive, n_slots = state.lengths - 1, (~state.finished).long(), self.view.cache.n_slots
         # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.
         before = state.tokens.gather(1, root.clamp(min=0)[:, None])[:, 0]
@@ -87,14 +96,14 @@ class ModelDrafter:
         logits = self.view.forward(fed, nodes, 1 + 2 * live)
         pending = Nodes.packed(root, alive, live, 1, n_slots, self._bits, self._depths, first=1)
         levels: list[tuple[Tensor, ...]] = []
-        for depth, level in enumerate(self._levels):
-            if depth > 0:
-                fed = levels[-1][0][:, self._levels[depth - 1].run].flatten()
+        for above, level in enumerate(self._levels[:depth]):
+            if above > 0:
+                fed = levels[-1][0][:, self._levels[above - 1].run].flatten()
                 logits = self.view.forward(fed, pending.spread(level.nodes + 1, n_slots))
-            levels.append(self._children(logits, law, state, pending.sample, depth, level))
+            levels.append(self._children(logits, law, state, pending.sample, above, level))
         row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
         tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))
-        counts = torch.full_like(root, len(self.tree) - 1)
+        counts = torch.full_like(root, tokens.shape[1])
         return Draft(tokens, counts, DraftLaw(*rest) if rest else None)
 
     def _children(

@@ -5,6 +5,8 @@ Source: Saxena, "Prompt Lookup Decoding", 2023; LLMA, arXiv 2304.04487.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ class NgramDrafter:
         if depth < 1 or max_ngram < 1:
             raise ValueError(f"depth and max_ngram must be at least 1, got {depth} and {max_ngram}")
         self.tree, self.max_ngram = TokenTree.chain(depth), max_ngram
+        self.depths: tuple[int, ...] = (depth,)
+
+    support_size = 0
 
     @property
     def is_current(self) -> bool:
@@ -35,13 +40,13 @@ class NgramDrafter:
     def generation(self) -> int:
         return 0
 
-    def begin(self, prompts: list[Tensor], n_slots: int) -> None:
+    def allocate(self, n_batch: int, n_slots: int) -> None:
         pass
 
-    def admit(self, row: int, prompt: Tensor) -> None:
+    def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
         pass
 
-    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         tokens, last = state.tokens, state.lengths[:, None]  # `last` is the pending token's place
         place = torch.arange(tokens.shape[1], device=tokens.device)
         # matched[b, i]: how many tokens up to and including i equal the suffix that ends at the pending token.
@@ -55,7 +60,6 @@ class NgramDrafter:
         best = (matched * tokens.shape[1] + place).argmax(1, keepdim=True)
         found = matched.gather(1, best)[:, 0] > 0
         # What followed the match; past the end of the text the period between match and suffix goes on.
-        depth = self.tree.depth
         ahead = torch.arange(depth, device=tokens.device)
         period = (last - best).clamp(min=1)
         drafted = tokens.gather(1, (best + 1 + ahead % period).clamp(max=tokens.shape[1] - 1))

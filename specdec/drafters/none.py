@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ class NoDrafter:
     """Drafts nothing; each step yields the target's own next token."""
 
     tree = TokenTree.chain(0)
+    depths: tuple[int, ...] = (0,)
+    support_size = 0
 
     @property
     def is_current(self) -> bool:
@@ -24,13 +28,13 @@ class NoDrafter:
     def generation(self) -> int:
         return 0
 
-    def begin(self, prompts: list[Tensor], n_slots: int) -> None:
+    def allocate(self, n_batch: int, n_slots: int) -> None:
         pass
 
-    def admit(self, row: int, prompt: Tensor) -> None:
+    def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
         pass
 
-    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor) -> Draft:
+    def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         return Draft(state.tokens[:, :0], torch.zeros_like(state.lengths))
 
     def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:

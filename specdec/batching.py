@@ -1,0 +1,230 @@
+"""generate_many(): more prompts than there are rows; rows are filled again as their texts end.
+
+Every prompt is a `generate()` call of its own, with the same settings: its arguments go through transformers' checks,
+and what cannot be decoded here runs transformers' own loop.
+
+Source: continuous batching, Orca, OSDI 2022; EMS-SD, arXiv 2405.07542, for texts that draft, accept and end at their
+own pace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.handle import Call, Handle, decoding
+from specdec.request import Unsupported
+from specdec.rows import Text
+
+Prompt = Tensor | Sequence[int] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a prompt.
+
+    Attributes:
+        index: its place among the prompts.
+        tokens: what `generate()` returns for it, [length] int64, prompt and new tokens, without padding; [n, length]
+            with `num_return_sequences`. With an error: as far as it came, or None.
+        error: what kept it from being decoded to its end, or None.
+    """
+
+    index: int
+    tokens: Tensor | None
+    error: BaseException | None = None
+
+
+def generate_many(
+    model: PreTrainedModel,
+    prompts: Iterable[Prompt],
+    *,
+    max_batch_size: int = 8,
+    max_prompt_length: int | None = None,
+    in_order: bool = True,
+    progress: bool = True,
+    **settings: Any,
+) -> Iterator[Result]:
+    """Decode any number of prompts, `max_batch_size` at once, and hand out results as they come.
+
+        for result in specdec.generate_many(model, prompts, max_new_tokens=256):
+            print(tokenizer.decode(result.tokens))
+
+    One prompt's failure is its own result's `error`. When interrupted, what is complete is handed out first, then what
+    was under way, with the exception as its error; then the exception is raised. Until the iterator has ended or is
+    closed, other calls of this model run transformers' own loop.
+
+    Args:
+        model: from `specdec.compile`.
+        prompts: of token ids: a list, a tensor [length] or [1, length], or what a tokenizer returns for one text.
+        max_batch_size: rows. `model.specdec.memory(max_batch_size, length)` says what they take.
+        max_prompt_length: with it, prompts are read as rows come free, and longer ones are errors; without, all are
+            read at first, because memory is allocated once, for the longest.
+        in_order: hand results out in the order of the prompts; False: as they are complete.
+        progress: show a bar on stderr, where that is a terminal.
+        settings: of every prompt, as for `generate()`. Objects given (criteria, for one) serve all prompts in turns.
+
+    Raises:
+        ValueError: `model` is not from `specdec.compile`, a size is not positive, or as many seeds were set as there
+            are no prompts.
+        RuntimeError: there is no memory for the rows, or steps fail without any text's ending in between.
+    """
+    if not isinstance(getattr(model, "specdec", None), Handle):
+        raise ValueError("generate_many() takes a model from specdec.compile()")
+    if max_batch_size < 1 or (max_prompt_length is not None and max_prompt_length < 1):
+        raise ValueError(f"{max_batch_size=} and {max_prompt_length=} must be at least 1")
+    if max_prompt_length is None:
+        prompts = list(prompts)
+        max_prompt_length = max((_length(prompt) for prompt in prompts), default=1)
+    return _Run(model, prompts, max_batch_size, max_prompt_length, settings).results(in_order, progress)
+
+
+class _Run:
+    """One call of `generate_many`."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Iterable[Prompt], n_rows: int, longest: int, settings: dict[str, Any]
+    ) -> None:
+        self._model, self._handle, self._settings = model, model.specdec, settings
+        self._total = len(prompts) if isinstance(prompts, Sized) else None
+        self._n_rows, self._longest = n_rows if self._total is None else min(n_rows, max(self._total, 1)), longest
+        self._prompts = prompts
+        self._done: list[Result] = []
+        self._under_way: dict[Text, tuple[int, float | None]] = {}  # which prompt's, and its deadline
+        self._call: Call | None = None  # the first prompt's, which all others resemble
+
+    def results(self, in_order: bool, progress: bool) -> Generator[Result]:
+        """All results; see `generate_many`."""
+        waiting: dict[int, Result] = {}
+        following, work = 0, self._work()
+        interruption: BaseException | None = None
+        console = Console(stderr=True)
+        columns = (TextColumn("specdec"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # Drawn when something has been done: a bar that refreshes itself takes time from decoding.
+        hidden = not (progress and console.is_terminal)
+        with Progress(*columns, console=console, disable=hidden, auto_refresh=False) as bar:
+            task = bar.add_task("", total=self._total)
+            has_ended = False
+            while not has_ended:
+                try:
+                    has_ended = next(work, None) is None
+                except BaseException as error:
+                    has_ended, interruption = True, error
+                    self._done += [Result(i, text.ids.cpu(), error) for text, (i, _) in self._under_way.items()]
+                bar.update(task, advance=len(self._done), refresh=bool(self._done))
+                waiting |= {result.index: result for result in self._done}
+                self._done = []
+                while following in waiting or (waiting and (has_ended or not in_order)):
+                    following = following if following in waiting else min(waiting)
+                    yield waiting.pop(following)
+                    following += 1
+        if interruption is not None:
+            raise interruption
+
+    def _work(self) -> Generator[bool]:
+        """Decode, filling `_done`; stops now and then, that it may be emptied."""
+        texts = self._texts()
+        first = next(texts, None)  # its call says how all are decoded
+        if first is None or self._call is None:
+            return
+        request, queue = self._call.request, chain([first], texts)
+        longest = self._longest + request.max_new_tokens
+        if self._call.limits_whole_text:
+            longest = len(first.prompt) + request.max_new_tokens
+        with self._handle.running():
+            n_ended = -1
+            while n_ended:
+                n_ended = 0
+                decoder = self._handle.decoder_for(self._call)
+                run = decoder.run(queue, self._n_rows, longest, longest, request.law, request.eos_ids)
+                try:
+                    while (emitted := self._next(run)) is not None:
+                        n_ended += self._collect([piece.text for piece in emitted])
+                        yield True
+                    return
+                except Exception as error:  # a step's: of all texts under way
+                    for text in self._under_way:
+                        text.fail(error)
+                    self._collect(list(self._under_way))
+                    self._handle.free()
+                    if not n_ended:
+                        size = self._handle.memory(self._n_rows, longest) / 2**30
+                        rows = f"{self._n_rows} rows of {longest} tokens, {size:.1f} GiB"
+                        raise RuntimeError(f"decoding stopped, with {rows}: {error}") from error
+                    yield True
+
+    def _next(self, run: Iterator[Any]) -> Any:
+        with decoding(self._model):  # not while the caller has its turn
+            return next(run, None)
+
+    def _collect(self, texts: Iterable[Text]) -> int:
+        """Results of those texts that have ended, also for lack of time; how many."""
+        n_ended = 0
+        for text in texts:
+            index, deadline = self._under_way[text]
+            if deadline is not None and time.time() > deadline:
+                text.finished = True
+            if text.finished:
+                del self._under_way[text]
+                self._done.append(Result(index, text.ids.cpu(), text.error))
+                n_ended += 1
+        return n_ended
+
+    def _texts(self) -> Generator[Text]:
+        """The prompts that can be decoded together, each checked by transformers when a row is free for it; the others
+        are dealt with."""
+        seeds = self._handle.seeds_for(self._total)
+        for index, prompt in enumerate(self._prompts):
+            seed = next(seeds)
+            try:
+                ids = _ids(prompt, self._model.device)
+                if len(ids) > self._longest:
+                    raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
+                try:
+                    call = self._handle.ask(self._model, ids, self._settings)
+                    self._call = self._call or call
+                except Unsupported as reason:
+                    out = self._handle.decline(self._model, ids, self._settings, str(reason))
+                    self._done.append(Result(index, out[0].cpu() if len(out) == 1 else out.cpu()))
+                    continue
+            except Exception as error:
+                self._done.append(Result(index, None, error))
+                continue
+            request = call.request
+            text = Text(request.prompts[0], request.max_new_tokens, seed, request.ends)
+            self._under_way[text] = index, request.deadline
+            yield text
+
+
+def _length(prompt: Prompt) -> int:
+    """Tokens of a prompt, or 0 where it is none: it fails when its turn comes."""
+    ids = prompt["input_ids"] if isinstance(prompt, Mapping) and "input_ids" in prompt else prompt
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    return len(ids) if isinstance(ids, Sequence) else 0
+
+
+def _ids(prompt: Prompt, device: torch.device) -> Tensor:
+    """[length] int64, without padding.
+
+    Raises:
+        ValueError, TypeError: it is not one text's token ids.
+    """
+    mask = prompt.get("attention_mask") if isinstance(prompt, Mapping) else None
+    ids = torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt)
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ValueError(f"a prompt is one text's token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
+    if mask is not None:
+        ids = ids[torch.as_tensor(mask).flatten().bool()]
+    return ids.to(device, torch.int64)

@@ -1,0 +1,58 @@
+"""Drafters from what users give: a model, a name, a drafter of their own, or None."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel
+
+from specdec.config import Config
+from specdec.drafters.base import Drafter
+from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.request import has_own_forward, moving_rope
+from specdec.tree import TokenTree
+from specdec.verifiers import VERIFIERS
+from specdec.view import SUPPORTED_MODEL_TYPES
+
+DraftSource: TypeAlias = PreTrainedModel | Drafter | str | None
+
+
+def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
+    """Whether this can draft for a target.
+
+    Raises:
+        TypeError: it is none of what a draft can be. ValueError: draft, target and options do not fit together.
+    """
+    if isinstance(draft, PreTrainedModel):
+        ours, theirs = (m.config.get_text_config().vocab_size for m in (target, draft))
+        if ours != theirs:
+            raise ValueError(f"draft vocabulary {theirs} does not match target vocabulary {ours}")
+        if draft.device != target.device:
+            raise ValueError(f"draft is on {draft.device}, target is on {target.device}")
+        if draft.config.model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(f"drafts of type {draft.config.model_type} are not supported yet")
+        if config.tree is not None and (widest := max(config.tree.n_children)) > SUPPORT_SIZE:
+            raise ValueError(f"tree has a node with {widest} children; a draft model drafts {SUPPORT_SIZE} at most")
+        if has_own_forward(draft):
+            raise ValueError("the draft has a forward of its own; give specdec the model as it was loaded")
+        if (rope := moving_rope(draft.config)) is not None:
+            raise ValueError(f"drafts with {rope} rope are not supported")
+    elif isinstance(draft, str) and draft != "ngram":
+        raise ValueError(f'draft must be "ngram", a model, a Drafter or None, got {draft!r}')
+    elif draft is not None and not isinstance(draft, str) and not callable(getattr(draft, "draft", None)):
+        raise TypeError(f'draft must be "ngram", a model, a Drafter or None, got {type(draft).__name__}')
+
+
+def make_drafter(draft: DraftSource, config: Config) -> Drafter:
+    """The drafter that the user means."""
+    depth = config.depth
+    if draft is None:
+        return NoDrafter()
+    if isinstance(draft, PreTrainedModel):
+        tree = config.tree or TokenTree.chain(depth or 5)
+        return ModelDrafter(draft, tree, VERIFIERS[config.verifier])
+    if isinstance(draft, str):
+        return NgramDrafter(depth or 8, config.max_ngram)
+    return draft

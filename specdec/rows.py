@@ -1,0 +1,160 @@
+"""The rows of a running batch: which text is in which, and how much of it the models have read.
+
+Texts take rows as these come free. A newcomer's prompt is written to the target's cache between steps, a piece at a
+time, while the others go on; the draft model reads a text when next something is drafted for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.control import Habit
+from specdec.drafters.base import Drafter
+from specdec.state import BatchState
+from specdec.view import ModelView
+
+
+@dataclass(eq=False)
+class Text:
+    """A text to decode, and what has become of it.
+
+    Attributes:
+        prompt: [length] int64, at least one token. max_new_tokens: at most so many are added. seed: int64.
+        ends: whether the user's criteria end the text, given all new tokens up to one; asked for every one, in order.
+        tokens: what has been added. finished: whether the text has ended; whoever sets it ends the text.
+        error: what kept it from being decoded. habit: what it made of its drafts.
+    """
+
+    prompt: Tensor
+    max_new_tokens: int
+    seed: int = 0
+    ends: Callable[[list[int]], bool] | None = None
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    error: Exception | None = None
+    habit: Habit = field(default_factory=Habit)
+
+    def take(self, new: list[int], finished: bool) -> list[int]:
+        """Add tokens, after which the text has ended or not, and return them; the user's criteria may end it sooner."""
+        if self.ends is not None:
+            try:
+                for n in range(1, len(new) + 1):
+                    if self.ends(self.tokens + new[:n]):
+                        new, finished = new[:n], True
+                        break
+            except Exception as error:
+                self.fail(error)
+                return []
+        self.tokens += new
+        self.finished |= finished
+        return new
+
+    def fail(self, error: Exception) -> None:
+        self.finished, self.error = True, error
+
+    @property
+    def ids(self) -> Tensor:
+        """[length] int64: prompt and new tokens."""
+        return torch.cat([self.prompt, torch.tensor(self.tokens, dtype=torch.int64, device=self.prompt.device)])
+
+
+class Rows:
+    """Texts in the rows of a batch.
+
+    Args:
+        texts: those to decode, taken one by one as rows come free.
+    """
+
+    def __init__(self, texts: Iterator[Text], state: BatchState, target: ModelView, drafter: Drafter) -> None:
+        self._waiting, self._state, self._target, self._drafter = texts, state, target, drafter
+        self._texts: list[Text | None] = [None] * len(state.lengths)
+        self._unwritten: dict[int, tuple[int, Tensor]] = {}
+        self._unread: dict[int, int] = {}  # how many tokens of it the drafter knows
+
+    def fill(self, n_rows: int) -> list[Text]:
+        """Give the first `n_rows` rows, where free, to waiting texts; those that cannot be decoded come back."""
+        failed: list[Text] = []
+        for row in range(n_rows):
+            text = self._texts[row]
+            if text is not None and text.finished:
+                self._clear(row)
+            while self._texts[row] is None and (new := next(self._waiting, None)) is not None:
+                try:
+                    self._state.admit(row, new.prompt, new.max_new_tokens, new.seed)
+                    self._target.cache.clear(row)
+                    self._texts[row], self._unwritten[row], self._unread[row] = new, (0, new.prompt[:-1]), 0
+                except Exception as error:
+                    new.fail(error)
+                    failed.append(new)
+        return failed
+
+    def _clear(self, row: int) -> None:
+        self._state.stop(row)
+        self._texts[row] = None
+        self._unwritten.pop(row, None)
+        self._unread.pop(row, None)
+
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._unwritten)
+
+    def write(self, n_tokens: int) -> list[Text]:
+        """Write the next `n_tokens` tokens of prompts; texts with which that fails come back."""
+        try:
+            self._wrote(self._target.write(self._unwritten, n_tokens))
+            return []
+        except Exception:  # find out with whom
+            failed = []
+            for row, rest in list(self._unwritten.items()):
+                try:
+                    left = self._target.write({row: rest}, n_tokens)
+                except Exception as error:
+                    text = self._texts[row]
+                    assert text is not None
+                    text.fail(error)
+                    failed.append(text)
+                    self._clear(row)
+                else:
+                    others = {r: known for r, known in self._unwritten.items() if r != row}
+                    self._wrote(others | left)
+            return failed
+
+    def _wrote(self, unwritten: dict[int, tuple[int, Tensor]]) -> None:
+        for row in self._unwritten.keys() - unwritten.keys():
+            self._state.start(row)
+        self._unwritten = unwritten
+
+    @property
+    def live(self) -> dict[int, Text]:
+        """The texts that are decoded, by row."""
+        return {
+            row: text
+            for row, text in enumerate(self._texts)
+            if text is not None and not text.finished and row not in self._unwritten
+        }
+
+    @property
+    def length(self) -> int:
+        """Of the longest text, as far as is known."""
+        return max((len(t.prompt) + len(t.tokens) for t in self._texts if t is not None), default=1)
+
+    def skip(self, live: dict[int, Text]) -> None:
+        """A step adds to these texts without the drafter's seeing it."""
+        for row, text in live.items():
+            self._unread.setdefault(row, len(text.prompt) + len(text.tokens))
+
+    def unread(self, live: dict[int, Text]) -> dict[int, int]:
+        """How many tokens the drafter knows of those texts of which it does not know all."""
+        return {row: self._unread[row] for row in live if row in self._unread}
+
+    def read(self, live: dict[int, Text]) -> None:
+        """The drafter takes in what it does not know."""
+        unread = self.unread(live)
+        if unread:
+            self._drafter.read({row: (known, live[row].ids) for row, known in unread.items()})
+            for row in unread:
+                del self._unread[row]
