@@ -15,11 +15,10 @@ Letters: n unfinished texts, d levels, T tokens of the target's forward.
 from __future__ import annotations
 
 import math
-import statistics
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from specdec.tree import TokenTree
@@ -63,51 +62,65 @@ class Plan:
     n_tokens: int
 
 
-@dataclass
-class StepTimes:
-    """Seconds of a step's two parts, as last measured: medians of a few, since other programs disturb."""
+class Curve:
+    """Seconds against a size, from measurements of a few sizes: straight between them, never falling.
 
-    drafts: dict[int, dict[int, deque[float]]] = field(default_factory=dict)
-    forwards: dict[int, deque[float]] = field(default_factory=dict)
+    Of the latest at a size the second shortest counts: other programs only ever add. So does a longer step that took
+    less.
+    """
+
+    def __init__(self, points: Mapping[int, float] | None = None) -> None:
+        self._latest: dict[int, deque[float]] = {}
+        self._points: tuple[list[int], list[float]] | None = None
+        for size, seconds in (points or {}).items():
+            self.learn(size, seconds)
+
+    def learn(self, size: int, seconds: float) -> None:
+        self._latest.setdefault(size, deque(maxlen=5)).append(seconds)
+        self._points = None
+
+    @property
+    def points(self) -> tuple[list[int], list[float]]:
+        """Sizes, ascending, and seconds."""
+        if self._points is None:
+            sizes = sorted(self._latest)
+            seconds = [sorted(self._latest[size])[min(1, len(self._latest[size]) - 1)] for size in sizes]
+            self._points = sizes, list(accumulate(reversed(seconds), min))[::-1]
+        return self._points
+
+    def at(self, size: float) -> float:
+        """Seconds at any size; outside of what was measured on the line through the nearest two, and half of what the
+        nearest takes at least."""
+        sizes, seconds = self.points
+        if len(sizes) == 1:
+            return seconds[0]
+        i = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
+        way = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        return max(seconds[i - 1] + way * (seconds[i] - seconds[i - 1]), 0.5 * seconds[i - 1])
+
+
+class StepTimes:
+    """Seconds of a step's two parts, as last measured: drafting, by depth and texts, and the target's forward, by T."""
+
+    def __init__(self) -> None:
+        self.drafts: dict[int, Curve] = {}
+        self.forwards = Curve()
 
     def learn(self, plan: Plan, draft: float, forward: float) -> None:
-        n = len(plan.allowed)
         if plan.depth:
-            self.drafts.setdefault(plan.depth, {}).setdefault(n, deque(maxlen=5)).append(draft)
-        self.forwards.setdefault(plan.n_tokens, deque(maxlen=5)).append(forward)
+            self.drafts.setdefault(plan.depth, Curve()).learn(len(plan.allowed), draft)
+        self.forwards.learn(plan.n_tokens, forward)
 
     def draft(self, depth: int, n: int) -> float:
         """Seconds to draft `depth` levels for `n` texts; of a depth not tried yet, from those that were."""
-        if not depth:
-            return 0.0
-        known = {d: self._of_texts(times, n) for d, times in self.drafts.items()}
-        return _between({0: 0.0, **known}, depth)
+        return Curve({0: 0.0} | {d: curve.at(n) for d, curve in self.drafts.items()}).at(depth)
 
-    @staticmethod
-    def _of_texts(times: dict[int, deque[float]], n: int) -> float:
-        return _between({m: statistics.median(x) for m, x in times.items()}, n)
-
-    def forward(self, n_tokens: float) -> float:
-        """Seconds of a forward of `n_tokens` tokens."""
-        return _between({t: statistics.median(x) for t, x in self.forwards.items()}, n_tokens)
-
-    def table(self) -> dict[str, dict[int, float]]:
-        """Median seconds of drafts by depth, for as many texts as were seen last, and of forwards by tokens."""
-        drafts = {d: statistics.median(next(reversed(x.values()))) for d, x in sorted(self.drafts.items())}
-        return {"draft": drafts, "forward": {t: statistics.median(x) for t, x in sorted(self.forwards.items())}}
-
-
-def _between(points: dict[int, float], x: float) -> float:
-    """On the line through the two points around `x`, or the two nearest; never less than half the nearest."""
-    places = sorted(points)
-    if len(places) == 1:
-        return points[places[0]]
-    i = min(max(bisect_left(places, x), 1), len(places) - 1)
-    below, above = places[i - 1], places[i]
-    way = (x - below) / (above - below)
-    value = points[below] + way * (points[above] - points[below])
-    nearest = points[below] if way < 0.5 else points[above]
-    return max(value, 0.5 * nearest) if not 0 <= way <= 1 else value
+    def __str__(self) -> str:
+        curves = [(f"draft of {d} by texts", curve) for d, curve in sorted(self.drafts.items())]
+        return "; ".join(
+            f"{name} {', '.join(f'{size}: {1000 * x:.1f}' for size, x in zip(*curve.points, strict=True))} ms"
+            for name, curve in [*curves, ("forward by tokens", self.forwards)]
+        )
 
 
 class Controller:
@@ -162,11 +175,7 @@ class Controller:
         if not self.adapts:
             return f"always the whole draft, of {self._levels} levels"
         survival = ", ".join(f"{share:.2f}" for share in self.survival)
-        parts = "; ".join(
-            f"{name} {', '.join(f'{n}: {1000 * x:.1f}' for n, x in times.items())} ms"
-            for name, times in self.times.table().items()
-        )
-        return f"{self._plan.depth} levels now; survival by level {survival}; {parts}"
+        return f"{self._plan.depth} levels now; survival by level {survival}; {self.times}"
 
     def turns(self, n: int) -> list[int]:
         """Levels to try, the next one last, before steps of about `n` texts are chosen by what they take."""
@@ -224,7 +233,7 @@ class Controller:
         overall = (self._found + 2) / (self._looked + 2)
         chance = [(text.found + 2 * overall) / (text.steps + 2) for text in texts]
         offers = self._offers(texts, chance)
-        rates = {0: n / self.times.forward(n)}
+        rates = {0: n / self.times.forwards.at(n)}
         levels = {0: [0] * n}
         for depth in self.depths:
             able = [offer for offer in offers if offer[3] <= depth]
@@ -260,7 +269,7 @@ class Controller:
         for k, (worth, more, _, _) in enumerate(offers, 1):
             tokens, rows = tokens + worth * more, rows + more
             if k % stride == 0 or k == len(offers):
-                best = max(best, (tokens / (fixed + self.times.forward(rows)), k))
+                best = max(best, (tokens / (fixed + self.times.forwards.at(rows)), k))
         return best
 
 

@@ -18,7 +18,8 @@ RAGGED = [9, 2, 1, 6]
 
 
 def wrap(model: PreTrainedModel, draft: Any = "ngram", **options: Any) -> PreTrainedModel:
-    return specdec.compile(model, draft=draft, compile=False, **options)
+    """As `specdec.compile` does, but eager, and drafting the whole tree whatever it costs."""
+    return specdec.compile(model, draft=draft, compile=False, **{"adapt": False, **options})
 
 
 def same(wrapped: PreTrainedModel, model: PreTrainedModel, **arguments: Any) -> Tensor:

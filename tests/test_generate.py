@@ -95,7 +95,7 @@ def test_max_time_stops_early_with_a_true_beginning(tiny: Tiny, model: PreTraine
     inputs = prompts(RAGGED)
     full = model.generate(**inputs, max_new_tokens=100)
     start = time.perf_counter()
-    out = wrap(model, Slow(), adapt=False).generate(**inputs, max_new_tokens=100, max_time=0.3)
+    out = wrap(model, Slow()).generate(**inputs, max_new_tokens=100, max_time=0.3)
     assert time.perf_counter() - start < 3
     assert 10 <= out.shape[1] < 60
     assert torch.equal(out, full[:, : out.shape[1]])

@@ -27,7 +27,7 @@ def _draft(kind: str, family: str, tiny: Tiny) -> Any:
 
 
 def _wrap(model: PreTrainedModel, draft: Any, **options: Any) -> PreTrainedModel:
-    return specdec.compile(model, draft=draft, compile=False, **options)
+    return specdec.compile(model, draft=draft, compile=False, adapt=False, **options)
 
 
 def _generate_without_fallback(wrapped: PreTrainedModel, **arguments: Any) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from specdec.drafters.ngram import NgramDrafter
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
-from specdec.tree import TokenTree
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
 
@@ -32,8 +31,11 @@ def _search(text: list[int], depth: int, max_ngram: int) -> list[int]:
 def test_proposals_are_those_of_a_plain_search(vocab: int, max_ngram: int) -> None:
     rng = random.Random(vocab * max_ngram)
     texts = [[rng.randrange(vocab) for _ in range(rng.randint(1, 30))] for _ in range(150)]
-    state = BatchState.of([torch.tensor(t) for t in texts], 5, torch.arange(len(texts)), NO_EOS, TokenTree.chain(6))
-    draft = NgramDrafter(6, max_ngram).draft(state, SamplingLaw(True), torch.arange(len(texts)))
+    drafter = NgramDrafter(6, max_ngram)
+    state = BatchState(len(texts), 36, 1, drafter, torch.device("cpu"))
+    for row, text in enumerate(texts):
+        state.admit(row, torch.tensor(text), 5, row)
+    draft = drafter.draft(state, SamplingLaw(True), torch.arange(len(texts)), 6)
     expected = [_search(text, 6, max_ngram) for text in texts]
     assert {len(e) for e in expected} == {0, 6}
     for row, drafted in enumerate(expected):

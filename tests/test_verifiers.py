@@ -113,8 +113,9 @@ class _Repeats(NoDrafter):
     """Proposes what follows from the pending token without chance, some of it twice among siblings."""
 
     tree = TREES["ragged"]
+    depths = (tree.depth,)
 
-    def draft(self, state: Any, law: Any, live: Tensor) -> Draft:
+    def draft(self, state: Any, law: Any, live: Tensor, depth: int) -> Draft:
         steps = torch.tensor([1, 1, 2, 3, 3, 0], device=live.device)
         counts = torch.where(state.pending % 3 == 0, 3, 6)  # one level, or both
         return Draft((state.pending[:, None] + steps) % VOCAB, counts)
@@ -126,8 +127,10 @@ class _Table(NoDrafter):
 
     n_hubs: int
     tree = TREES["ragged"]
+    depths = (tree.depth,)
+    support_size = VOCAB
 
-    def draft(self, state: Any, law: Any, live: Tensor) -> Draft:
+    def draft(self, state: Any, law: Any, live: Tensor, depth: int) -> Draft:
         generator = torch.Generator().manual_seed(3)
         table = torch.rand(VOCAB, VOCAB, generator=generator).square()
         table[:, 5] = 0  # a token that is never drafted
