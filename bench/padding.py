@@ -7,13 +7,15 @@ by transformers with n-gram drafts (`bench.padded`), on the bundled target; targ
 would leave the same traces. A trace is replayed in every cell of the comparison by the same compiled forward and the
 same attention: only how many rows a sample feeds and by how many slots its cache grows differ. Decisions come from the
 trace, so it does not matter what the slots hold: prompts are not written, and padding is read like text. Cells take
-turns, and medians are compared. Drafting, the prompts' forward and compiling are in no cell.
+turns, and a ratio is the median of the rounds' ratios: what else the machine does falls on both of its sides. Drafting,
+the prompts' forward and compiling are in no cell.
 
 Source: EMS-SD, arXiv 2405.07542, which has these cells.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -140,11 +142,10 @@ def padding_cells(
     with torch.compiler.set_stance("fail_on_recompile"):  # nothing that is timed compiles
         seconds = measure.compare(runs, repeats, after_each)
     n_tokens = sum(int(trace.added.sum()) for trace in traces)
-    speed = {name: n_tokens / statistics.median(seconds[name]) for name in plans}
     return [
         {
-            "cell": name, "seconds": seconds[name], "tokens_per_second": speed[name],
-            "speedup": speed[name] / speed["undrafted"], "steps": sum(len(fed) for fed, _ in plan),
+            "cell": name, "seconds": seconds[name], "tokens_per_second": n_tokens / statistics.median(seconds[name]),
+            "steps": sum(len(fed) for fed, _ in plan),
             "rows": sum(int(fed.sum()) for fed, _ in plan), "slots": sum(int(slots.sum()) for _, slots in plan),
         }
         for name, plan in plans.items()
@@ -236,7 +237,7 @@ def main(
         target, _, _ = measure.load_pair(size)
         for n in batch_sizes:
             rows = timed(f"{size}, batch {n}", target, recorded[n], result["settings"], console)
-            result["results"].append({"size": size, "batch": n, "cells": rows})
+            result["results"].append({"size": size, "batch": n, "load": os.getloadavg()[0], "cells": rows})
             report.write(result, out)  # after each: a long run that is stopped leaves what it has
         console.print(report.table(result, size))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ RATIOS = {
 }  # fmt: skip
 """By what is called which: a cell over another."""
 COLORS = {"both": "#08519c", "inputs only": "#4292c6", "KV only": "#9ecae1", "both, finished kept": "0.45"}
-SPEED_HEADER, RATIO_HEADER = ("", *SPEEDS), ("", *RATIOS, "paper: both")
+SPEED_HEADER, RATIO_HEADER = ("", *SPEEDS), ("", *RATIOS, "paper: both", "load average")
 COUNTED = ("both", "vanilla", "vanilla, finished kept")
 COUNT_HEADER = ("", "steps", *(f"{what}: {name}" for what in ("rows", "slots") for name in COUNTED))
 EXECUTION_HEADER = ("", "ragged", "vanilla, simulated", "vanilla, executed")
@@ -31,22 +32,27 @@ def entries_of(result: dict[str, Any], size: str) -> list[dict[str, Any]]:
     return [entry for entry in result["results"] if entry["size"] == size]
 
 
+def ratio(entry: dict[str, Any], cell: str, other: str) -> float:
+    """A cell's throughput over another's: the median of the rounds' ratios."""
+    seconds = {row["cell"]: row["seconds"] for row in entry["cells"]}
+    return statistics.median(b / a for a, b in zip(seconds[cell], seconds[other], strict=True))
+
+
 def ratios(entry: dict[str, Any]) -> dict[str, float]:
     """Throughput over vanilla's, by the names of `RATIOS`."""
-    speed = {row["cell"]: row["tokens_per_second"] for row in entry["cells"]}
-    return {name: speed[a] / speed[b] for name, (a, b) in RATIOS.items()}
+    return {name: ratio(entry, *cells) for name, cells in RATIOS.items()}
 
 
 def speed_cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    rows = {row["cell"]: row for row in entry["cells"]}
-    speeds = (f"{rows[name]['tokens_per_second']:.1f} ({rows[name]['speedup']:.2f})" for name in SPEEDS)
+    speed = {row["cell"]: row["tokens_per_second"] for row in entry["cells"]}
+    speeds = (f"{speed[name]:.1f} ({ratio(entry, name, 'undrafted'):.2f})" for name in SPEEDS)
     return (f"B = {entry['batch']}", *speeds)
 
 
 def ratio_cells(entry: dict[str, Any]) -> tuple[str, ...]:
     paper = PAPER.get(entry["batch"])
     found = (f"{ratio:.2f}" for ratio in ratios(entry).values())
-    return (f"B = {entry['batch']}", *found, f"{paper:.2f}" if paper else "")
+    return (f"B = {entry['batch']}", *found, f"{paper:.2f}" if paper else "", f"{entry['load']:.1f}")
 
 
 def count_cells(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -72,12 +78,15 @@ def markdown(result: dict[str, Any]) -> str:
         f"held-out prompts of {settings['prompt_tokens']} tokens, {settings['new_tokens']} new tokens each, end of "
         "text switched off. Vanilla batches were decoded by transformers on the bundled target, and what each sample "
         "fed and got accepted was written down; every cell replays these decisions with the same forward, "
-        f"{kind}, and the same attention over caches of the same size. Tokens/s of the target's forwards alone, "
-        f"medians of {settings['repeats']} interleaved rounds; neither drafting nor the prompts' forward is in them. "
-        "Prompts are not written and padding is read like text: what slots hold decides nothing here. *vanilla*: cache "
-        "and forward are padded to the batch's most (EMS-SD, arXiv 2405.07542). *KV only*: the cache is not. *inputs "
-        "only*: the forward's rows are not. *both*: neither is, as in this library's steps. Finished samples leave the "
-        "batch, except where they are *kept*: then they are padded until the last has finished.",
+        f"{kind}, and the same attention over caches of the same size. Tokens/s of the target's forwards alone: "
+        "neither drafting nor the prompts' forward is in them. Prompts are not written and padding is read like text: what "
+        f"slots hold decides nothing here. Medians of {settings['repeats']} interleaved rounds; a ratio is the median "
+        "of the rounds' ratios, and need not be that of two medians. *load average*: of the last minute, this "
+        "program's own threads among it; above the number of cores the machine had more to do than it could.",
+        "",
+        "*vanilla*: cache and forward are padded to the batch's most (EMS-SD, arXiv 2405.07542). *KV only*: the cache "
+        "is not. *inputs only*: the forward's rows are not. *both*: neither is, as in this library's steps. Finished "
+        "samples leave the batch, except where they are *kept*: then they are padded until the last has finished.",
     ]
     for size in dict.fromkeys(entry["size"] for entry in result["results"]):
         entries = entries_of(result, size)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from bench import padded, padding
+from bench import padded, padding, padding_report
 from bench import padding_simulator as simulator
 from bench.padding_simulator import SIMULATED, Trace
 from specdec.nodes import Nodes
@@ -223,7 +223,12 @@ def test_cells_of_all_batches_are_counted(model: PreTrainedModel) -> None:
     assert _row(rows, "undrafted") == (4 + 2, 10 + 4, 10 + 4)
     assert len(after) == 3 * len(rows)
     assert all(len(row["seconds"]) == 2 and row["tokens_per_second"] > 0 for row in rows)
-    assert rows[-1]["speedup"] == 1
+
+
+def test_ratios_are_medians_of_what_was_measured_in_one_round() -> None:
+    seconds = {"vanilla": [4.0, 30.0, 6.0], "both": [2.0, 20.0, 5.0]}
+    entry = {"cells": [{"cell": name, "seconds": values} for name, values in seconds.items()]}
+    assert padding_report.ratio(entry, "both", "vanilla") == 1.5  # of 2, 1.5 and 1.2; of the medians it would be 1.2
 
 
 def test_one_compiled_forward_serves_all_cells_and_numbers_of_rows(fresh: Tiny) -> None:
