@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.decoder import Emitted
 from specdec.handle import Call, Handle, decoding
 from specdec.request import Unsupported
 from specdec.rows import Text
@@ -59,9 +61,10 @@ def generate_many(
         for result in specdec.generate_many(model, prompts, max_new_tokens=256):
             print(tokenizer.decode(result.tokens))
 
-    One prompt's failure is its own result's `error`. When interrupted, what is complete is handed out first, then what
-    was under way, with the exception as its error; then the exception is raised. Until the iterator has ended or is
-    closed, other calls of this model run transformers' own loop.
+    One prompt's failure is its own result's `error`. When interrupted, what is complete is handed out first, and what
+    was under way, with the exception as its error; then the exception is raised. One of `prompts` itself is raised
+    when those read are done. Until the iterator has ended or is closed, other calls of this model run transformers'
+    own loop.
 
     Args:
         model: from `specdec.compile`.
@@ -74,14 +77,20 @@ def generate_many(
         settings: of every prompt, as for `generate()`. Objects given (criteria, for one) serve all prompts in turns.
 
     Raises:
-        ValueError: `model` is not from `specdec.compile`, a size is not positive, or as many seeds were set as there
-            are no prompts.
-        RuntimeError: there is no memory for the rows, or steps fail without any text's ending in between.
+        TypeError: `prompts` is a batch in one mapping.
+        ValueError: `model` is not from `specdec.compile`, a size is not positive, there is a streamer, or as many
+            seeds were set as there are no prompts.
+        RuntimeError: there is no memory for the rows, steps fail without any text's ending in between, or another
+            call of this model is running.
     """
     if not isinstance(getattr(model, "specdec", None), Handle):
         raise ValueError("generate_many() takes a model from specdec.compile()")
     if max_batch_size < 1 or (max_prompt_length is not None and max_prompt_length < 1):
         raise ValueError(f"{max_batch_size=} and {max_prompt_length=} must be at least 1")
+    if isinstance(prompts, Mapping):
+        raise TypeError("generate_many() takes one prompt a text, and got a batch in one mapping")
+    if settings.get("streamer") is not None:
+        raise ValueError("generate_many() decodes several texts at once, and a streamer takes one")
     if max_prompt_length is None:
         prompts = list(prompts)
         max_prompt_length = max((_length(prompt) for prompt in prompts), default=1)
@@ -101,12 +110,12 @@ class _Run:
         self._done: list[Result] = []
         self._under_way: dict[Text, tuple[int, float | None]] = {}  # which prompt's, and its deadline
         self._call: Call | None = None  # the first prompt's, which all others resemble
+        self._interruption: BaseException | None = None  # raised in the end
 
     def results(self, in_order: bool, progress: bool) -> Generator[Result]:
         """All results; see `generate_many`."""
         waiting: dict[int, Result] = {}
         following, work = 0, self._work()
-        interruption: BaseException | None = None
         console = Console(stderr=True)
         columns = (TextColumn("specdec"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         # Drawn when something has been done: a bar that refreshes itself takes time from decoding.
@@ -118,7 +127,7 @@ class _Run:
                 try:
                     has_ended = next(work, None) is None
                 except BaseException as error:
-                    has_ended, interruption = True, error
+                    has_ended, self._interruption = True, error
                     self._done += [Result(i, text.ids.cpu(), error) for text, (i, _) in self._under_way.items()]
                 bar.update(task, advance=len(self._done), refresh=bool(self._done))
                 waiting |= {result.index: result for result in self._done}
@@ -127,8 +136,8 @@ class _Run:
                     following = following if following in waiting else min(waiting)
                     yield waiting.pop(following)
                     following += 1
-        if interruption is not None:
-            raise interruption
+        if self._interruption is not None:
+            raise self._interruption
 
     def _work(self) -> Generator[bool]:
         """Decode, filling `_done`; stops now and then, that it may be emptied."""
@@ -146,25 +155,29 @@ class _Run:
                 n_ended = 0
                 decoder = self._handle.decoder_for(self._call)
                 run = decoder.run(queue, self._n_rows, longest, longest, request.law, request.eos_ids)
-                try:
-                    while (emitted := self._next(run)) is not None:
-                        n_ended += self._collect([piece.text for piece in emitted])
-                        yield True
-                    return
-                except Exception as error:  # a step's: of all texts under way
-                    for text in self._under_way:
-                        text.fail(error)
-                    self._collect(list(self._under_way))
-                    self._handle.free()
-                    if not n_ended:
-                        size = self._handle.memory(self._n_rows, longest) / 2**30
-                        rows = f"{self._n_rows} rows of {longest} tokens, {size:.1f} GiB"
-                        raise RuntimeError(f"decoding stopped, with {rows}: {error}") from error
+                while isinstance(emitted := self._next(run), list):
+                    n_ended += self._collect([piece.text for piece in emitted])
                     yield True
+                if emitted is None:
+                    return
+                for text in self._under_way:
+                    text.fail(emitted)
+                self._collect(list(self._under_way))
+                clear_frames(emitted.__traceback__)  # or results would hold the buffers, for which memory may lack
+                self._handle.free()
+                if not n_ended:
+                    size = self._handle.memory(self._n_rows, longest) / 2**30
+                    rows = f"{self._n_rows} rows of {longest} tokens, {size:.1f} GiB"
+                    raise RuntimeError(f"decoding stopped, with {rows}: {emitted}") from emitted
+                yield True
 
-    def _next(self, run: Iterator[Any]) -> Any:
-        with decoding(self._model):  # not while the caller has its turn
-            return next(run, None)
+    def _next(self, run: Iterator[list[Emitted]]) -> list[Emitted] | Exception | None:
+        """What happened in a step, None after the last one, or its error: one of all texts under way."""
+        try:
+            with decoding(self._model):  # not while the caller has its turn
+                return next(run, None)
+        except Exception as error:
+            return error
 
     def _collect(self, texts: Iterable[Text]) -> int:
         """Results of those texts that have ended, also for lack of time; how many."""
@@ -182,18 +195,20 @@ class _Run:
     def _texts(self) -> Generator[Text]:
         """The prompts that can be decoded together, each checked by transformers when a row is free for it; the others
         are dealt with."""
-        seeds = self._handle.seeds_for(self._total)
-        for index, prompt in enumerate(self._prompts):
-            seed = next(seeds)
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        for index, prompt, seed in self._read():
             try:
                 ids = _ids(prompt, self._model.device)
                 if len(ids) > self._longest:
                     raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
+                if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:  # others would fail with it, in a step
+                    raise ValueError(f"tokens {ids.min()} to {ids.max()}, of a model that has {vocabulary}")
                 try:
                     call = self._handle.ask(self._model, ids, self._settings)
                     self._call = self._call or call
                 except Unsupported as reason:
                     out = self._handle.decline(self._model, ids, self._settings, str(reason))
+                    out = getattr(out, "sequences", out)  # with return_dict_in_generate
                     self._done.append(Result(index, out[0].cpu() if len(out) == 1 else out.cpu()))
                     continue
             except Exception as error:
@@ -203,6 +218,18 @@ class _Run:
             text = Text(request.prompts[0], request.max_new_tokens, seed, request.ends)
             self._under_way[text] = index, request.deadline
             yield text
+
+    def _read(self) -> Generator[tuple[int, Prompt, int]]:
+        """Prompts, by their places, with their seeds. An error of theirs ends them, and waits for those read."""
+        seeds = self._handle.seeds_for(self._total)
+        try:
+            for index, prompt in enumerate(self._prompts):
+                seed = next(seeds, None)
+                if seed is None:
+                    raise ValueError(f"{index} seeds were set for more prompts")
+                yield index, prompt, seed
+        except Exception as error:
+            self._interruption = error
 
 
 def _length(prompt: Prompt) -> int:

@@ -20,17 +20,23 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 from specdec.tree import TokenTree
 
-KEEP = 1.03
-"""A plan is dropped for one that promises this many times its tokens per second."""
+T = TypeVar("T")
+KEEP = 1.015
+"""A plan is dropped for one that promises this many times its tokens per second; not drafting counts as so much faster
+than it is, because what drafts bring is only estimated."""
 REPLAN = 8
 """Steps after which the next plan is made, if the same texts go on."""
-TURNS = 3
-"""Steps that every way to draft is tried for, at first."""
-PATIENCE = 128, 4096
-"""Undrafted steps until drafting is tried again, and until then at most, after failing again and again."""
+LEVELS = 1, 2, 3, 5, 8, 13
+"""Levels that are timed at first, beside none and all: some machines' forwards take time by steps of T."""
+FEW = 4
+"""Texts that a look drafts for, where nothing is drafted otherwise."""
+PATIENCE = 100, 3200
+"""The other ways are looked at again after so many times the seconds that a look takes: at first, and at most, after
+doubling for every look in vain."""
 
 
 @dataclass
@@ -54,12 +60,17 @@ class Plan:
 
     Attributes:
         depth: levels to draft, 0 for none. allowed: drafted nodes of each text that the target judges, at most.
-        n_tokens: T.
+        n_tokens: T. trial: what it is tried for, "turn" or "look", if not for being the best.
     """
 
     depth: int
     allowed: tuple[int, ...]
     n_tokens: int
+    trial: str = ""
+
+    def drafted(self, texts: Mapping[int, T]) -> dict[int, T]:
+        """Those of the texts, in their order, for which there is something to judge."""
+        return {row: text for (row, text), nodes in zip(texts.items(), self.allowed, strict=True) if nodes}
 
 
 class Curve:
@@ -136,29 +147,31 @@ class Controller:
         self.times = StepTimes()
         self.switches = 0
         self._levels = tree.depth
+        self._some = [level for level in LEVELS if level < tree.depth]
         self._nodes_to = [bisect_right(tree.depths, d) - 1 for d in range(tree.depth + 1)]  # drafted, down to a level
         self._tried, self._hits = [0.0] * tree.depth, [0.0] * tree.depth
-        self._looked, self._found = 0.0, 0.0
+        self._looked, self._found, self._memory = 0.0, 0.0, 0.99
         self._turns: dict[int, list[int]] = {}
+        self._looks: list[int] = []
+        self._n_looks, self._retries, self._glimpse = 0, 0, (0, 0)
         self._texts: tuple[Habit, ...] = ()
         self._plan = Plan(0, (), 0)
-        self._age = self._idle = 0
-        self._patience = PATIENCE[0]
-        self._trial = 0
+        self._age, self._steady, self._reading, self._patience = 0, 0.0, 0.0, PATIENCE[0]
 
     def plan(self, texts: Sequence[Habit]) -> Plan:
         """What the next step does for these unfinished texts."""
         if not self.adapts:
             return self.uniform(texts, self._levels)
-        turns = self.turns(len(texts))
-        if turns:
-            return self.uniform(texts, turns[-1])
-        if self._trial:
-            return self.uniform(texts, min(2, self._levels))
+        if turns := self.turns(len(texts)):  # the whole draft serves all: no other is compiled for it
+            return self.uniform(texts, turns[-1], self.depths[-1], "turn")
+        if self._looks:
+            return self._glance(len(texts), self._looks.pop())
+        self._memory = 1 - 1 / (20 + 20 * len(texts))  # counts are of about the last twenty steps
         self._age += 1
         if self._age >= REPLAN or len(texts) != len(self._texts) or any(map(_differ, texts, self._texts)):
             before, self._plan = self._plan.depth, self._best(texts)
-            self.switches += before != self._plan.depth
+            if before != self._plan.depth:
+                self.switches, self._steady, self._patience = self.switches + 1, 0.0, PATIENCE[0]
             self._texts, self._age = tuple(texts), 0
         return self._plan
 
@@ -179,39 +192,73 @@ class Controller:
 
     def turns(self, n: int) -> list[int]:
         """Levels to try, the next one last, before steps of about `n` texts are chosen by what they take."""
-        return self._turns.setdefault(n.bit_length(), [0] * TURNS + [self._levels] * TURNS)
+        some = [level for level in self._some for _ in range(3)]
+        whole = [self._levels] * max(3, 24 // n)  # what is accepted must be known too
+        return self._turns.setdefault(n.bit_length(), [0] * 3 + some + whole)
 
-    def learn(self, plan: Plan, seconds: tuple[float, float] | None) -> None:
-        """A step with this plan took so many seconds, for its draft and its forward; None if it compiled."""
+    def learn(self, plan: Plan, seconds: tuple[float, float, float] | None) -> None:
+        """A step with this plan took so many seconds, for the drafter's reading, its draft and the target's forward;
+        None if it compiled."""
         if seconds is None or not self.adapts:
             return
-        self.times.learn(plan, *seconds)
-        turns = self.turns(len(plan.allowed))
-        if turns:
-            turns.pop()
-        elif self._trial:
-            self._trial -= 1
+        reading, draft, forward = seconds
+        self.times.learn(plan, draft, forward)
+        if plan.trial != "look":
+            self._glimpse = 0, 0
+        if plan.trial == "turn":
+            if turns := self.turns(len(plan.allowed)):
+                turns.pop()
+        elif plan.trial == "look":
+            self._reading = max(reading, 0.5 * self._reading)
             self._texts = ()  # plan anew
-        elif plan.depth:
-            self._idle, self._patience = 0, PATIENCE[0]
+            judged, accepted = self._glimpse
+            surprising = accepted > 1.5 * self.survival[0] * judged  # it may be luck
+            if plan.depth and not self._looks and (surprising or (not judged and self._retries)):
+                self._looks, self._retries = [min(2, self._levels)], self._retries - (not judged)  # again at once
+            self._glimpse = 0, 0
         else:
-            self._idle += 1
-            if self._idle >= self._patience:
-                self._trial, self._idle, self._patience = 2, 0, min(2 * self._patience, PATIENCE[1])
-                for counts in (self._tried, self._hits):
-                    counts[:] = [0.5 * x for x in counts]  # what was long ago says less
+            self._steady += reading + draft + forward
+            if self._age == 0:
+                self._look(len(plan.allowed))
+
+    def _look(self, n: int) -> None:
+        """Try the other ways for a step each, if that is not too dear: times and texts change, and what is not done is
+        not measured."""
+        some = [self._some[self._n_looks % len(self._some)]] if self._some else []
+        levels = [*([0] if self._plan.depth else []), *some, self._levels]
+        ways = [self._glance(n, level) for level in levels]
+        cost = self._reading + sum(self.times.draft(w.depth, n) + self.times.forwards.at(w.n_tokens) for w in ways)
+        if self._steady < self._patience * cost:
+            return
+        self._steady, self._patience = 0.0, min(2 * self._patience, PATIENCE[1])
+        self._looks, self._n_looks, self._retries = levels, self._n_looks + 1, 3
+        if not self._plan.depth:  # what was long ago says less
+            for level, tried in enumerate(self._tried):
+                less = max(0.5, min(1, 8 / max(tried, 1)))
+                self._tried[level], self._hits[level] = less * tried, less * self._hits[level]
+
+    def _glance(self, n: int, levels: int) -> Plan:
+        """A step that tries a number of levels; where nothing is drafted otherwise for a few texts, in turns: what the
+        drafter has not read of them, it has to read."""
+        whole = self.uniform([Habit()] * n, levels, trial="look")
+        if self._plan.depth or not levels:
+            return whole
+        chosen = {(self._n_looks + i) % n for i in range(min(n, FEW))}
+        allowed = tuple(nodes if i in chosen else 0 for i, nodes in enumerate(whole.allowed))
+        return Plan(whole.depth, allowed, n + sum(allowed), "look")
 
     def count(self, habit: Habit, n_found: int, n_judged: int, n_accepted: int) -> None:
         """A text's step found a draft of so many nodes; of those judged, a path of `n_accepted` was accepted."""
         judged = bisect_right(self._nodes_to, n_judged) - 1
+        self._glimpse = self._glimpse[0] + (judged > 0), self._glimpse[1] + (n_accepted > 0)
         survival = self.survival
-        habit.expected = 0.9 * habit.expected + sum(survival[:judged])
-        habit.accepted = 0.9 * habit.accepted + n_accepted
+        habit.expected = 0.95 * habit.expected + sum(survival[:judged])
+        habit.accepted = 0.95 * habit.accepted + n_accepted
         habit.steps, habit.found = 0.9 * habit.steps + 1, 0.9 * habit.found + (n_found > 0)
         self._looked, self._found = 0.99 * self._looked + 1, 0.99 * self._found + (n_found > 0)
         for level in range(min(n_accepted + 1, judged)):
-            self._tried[level] = 0.99 * self._tried[level] + 1
-            self._hits[level] = 0.99 * self._hits[level] + (level < n_accepted)
+            self._tried[level] = self._memory * self._tried[level] + 1
+            self._hits[level] = self._memory * self._hits[level] + (level < n_accepted)
 
     @property
     def survival(self) -> list[float]:
@@ -222,55 +269,75 @@ class Controller:
             shares.append(share)
         return list(accumulate(shares, lambda a, b: a * b))
 
-    def uniform(self, texts: Sequence[Habit], levels: int) -> Plan:
-        """The first `levels` levels for every text."""
-        depth = next(d for d in self.depths if d >= levels) if levels else 0
-        return Plan(depth, (self._nodes_to[levels],) * len(texts), len(texts) * (self._nodes_to[levels] + 1))
+    def uniform(self, texts: Sequence[Habit], levels: int, depth: int | None = None, trial: str = "") -> Plan:
+        """The first `levels` levels for every text, of a draft of that depth or more."""
+        if not levels:
+            return Plan(0, (0,) * len(texts), len(texts), trial)
+        nodes = self._nodes_to[levels]
+        depth = depth or next(d for d in self.depths if d >= levels)
+        return Plan(depth, (nodes,) * len(texts), len(texts) * (nodes + 1), trial)
 
     def _best(self, texts: Sequence[Habit]) -> Plan:
         """The plan of most tokens a second; the depth of the last one, unless another promises KEEP times as much."""
         n = len(texts)
-        overall = (self._found + 2) / (self._looked + 2)
-        chance = [(text.found + 2 * overall) / (text.steps + 2) for text in texts]
-        offers = self._offers(texts, chance)
-        rates = {0: n / self.times.forwards.at(n)}
-        levels = {0: [0] * n}
+        offers = self._offers(texts)
+        rates, plans = {0: KEEP * n / self.times.forwards.at(n)}, {0: self.uniform(texts, 0)}
         for depth in self.depths:
-            able = [offer for offer in offers if offer[3] <= depth]
-            rates[depth], cut = self._cut(able, n, self.times.draft(depth, n))
-            levels[depth] = [0] * n
-            for _, _, i, level in able[:cut]:
-                levels[depth][i] = max(levels[depth][i], level)
+            able = [offer for offer in offers if offer.level <= depth]
+            rates[depth], plans[depth] = self._cut(able, n, depth)
         depth = max(rates, key=lambda depth: rates[depth])
-        if rates[depth] < KEEP * rates.get(self._plan.depth, 0.0):
-            depth = self._plan.depth
-        allowed = tuple(self._nodes_to[level] for level in levels[depth])
-        # Where drafts come by chance, room for most of them; who comes last may lose a few.
-        mean = sum(c * nodes for c, nodes in zip(chance, allowed, strict=True))
-        deviation = math.sqrt(sum(c * (1 - c) * nodes**2 for c, nodes in zip(chance, allowed, strict=True)))
-        return Plan(depth, allowed, n + min(math.ceil(mean + deviation), sum(allowed)))
+        return plans[depth if rates[depth] >= KEEP * rates[self._plan.depth] else self._plan.depth]
 
-    def _offers(self, texts: Sequence[Habit], chance: Sequence[float]) -> list[tuple[float, float, int, int]]:
-        """Tokens to be expected of each row, rows to be expected, text, level; the most tokens a row first."""
+    def _offers(self, texts: Sequence[Habit]) -> list[_Offer]:
+        """All levels of all texts, those of the most expected tokens a row first."""
         survival, offers = self.survival, []
+        overall = (self._found + 2) / (self._looked + 2)
         for i, text in enumerate(texts):
-            worth, scale = 1.0, (text.accepted + 2) / (text.expected + 2)
+            chance = (text.found + 2 * overall) / (text.steps + 2)
+            worth, scale = 1.0, (text.accepted + 4) / (text.expected + 4)
             for level in range(1, self._levels + 1):
                 rows = self._nodes_to[level] - self._nodes_to[level - 1]
                 worth = min(worth, scale * survival[level - 1] / rows)  # no level comes before the one above it
-                offers.append((worth, chance[i] * rows, i, level))
-        return sorted(offers, key=lambda offer: (-offer[0], offer[3], offer[2]))
+                offers.append(_Offer(worth, chance, rows, i, level))
+        return sorted(offers, key=lambda offer: (-offer.worth, offer.level, offer.text))
 
-    def _cut(self, offers: Sequence[tuple[float, float, int, int]], n: int, fixed: float) -> tuple[float, int]:
-        """The most tokens a second that the first so many offers make, tried for about sixteen numbers, and how many;
-        drafting them takes `fixed` seconds."""
-        tokens = rows = float(n)
-        best, stride = (0.0, 0), max(1, len(offers) // 16)
-        for k, (worth, more, _, _) in enumerate(offers, 1):
-            tokens, rows = tokens + worth * more, rows + more
+    def _cut(self, offers: Sequence[_Offer], n: int, depth: int) -> tuple[float, Plan]:
+        """The most tokens a second that the first so many offers make, tried for about sixteen numbers, with a draft of
+        `depth` levels; and the plan.
+
+        Where drafts come by chance there is room for most of them, and who comes last may lose a few.
+        """
+        drafting = self.times.draft(depth, n)
+        allowed = [0] * n
+        tokens, mean, variance = float(n), 0.0, 0.0
+        best, stride = (0.0, Plan(depth, (), 0)), max(1, len(offers) // 16)
+        for k, (worth, chance, rows, i, _) in enumerate(offers, 1):
+            tokens, mean = tokens + worth * chance * rows, mean + chance * rows
+            variance += chance * (1 - chance) * ((allowed[i] + rows) ** 2 - allowed[i] ** 2)
+            allowed[i] += rows
             if k % stride == 0 or k == len(offers):
-                best = max(best, (tokens / (fixed + self.times.forwards.at(rows)), k))
+                deviation = math.sqrt(variance)
+                enough = min(math.ceil(mean + deviation), sum(allowed))
+                lost = 0.083 * deviation * worth  # of a normal law what is above its mean and deviation
+                for room, brought in (sum(allowed), tokens), (enough, tokens - lost):
+                    rate = brought / (drafting + self.times.forwards.at(n + room))
+                    if rate > best[0]:
+                        best = rate, Plan(depth, tuple(allowed), n + room)
         return best
+
+
+class _Offer(NamedTuple):
+    """A level of a text's draft.
+
+    Attributes:
+        worth: tokens to be expected of each row, if there is a draft. chance: that there is one. rows: of the level.
+    """
+
+    worth: float
+    chance: float
+    rows: int
+    text: int
+    level: int
 
 
 def _differ(a: object, b: object) -> bool:

@@ -58,15 +58,15 @@ class Flight:
     plan: Plan
     live: dict[int, Text]
     report: Readback
-    marks: tuple[Mark, Mark, Mark] | None
+    marks: tuple[Mark, Mark, Mark, Mark] | None
 
     @property
-    def seconds(self) -> tuple[float, float] | None:
-        """Of its draft and its judgement, once the report has arrived; None if it compiled."""
+    def seconds(self) -> tuple[float, float, float] | None:
+        """Of the drafter's reading, the draft and the judgement, once the report has arrived; None if it compiled."""
         if self.marks is None:
             return None
-        begin, drafted, judged = self.marks
-        return begin.until(drafted), drafted.until(judged)
+        begin, read, drafted, judged = self.marks
+        return begin.until(read), read.until(drafted), drafted.until(judged)
 
 
 class Decoder:
@@ -190,7 +190,7 @@ class Decoder:
                 start = time.perf_counter()
                 plan = control.plan([text.habit for text in live.values()])
                 # What the drafter has to read must have arrived.
-                waits = bool(plan.depth and on_the_way and any(rows.unread(live).values()))
+                waits = bool(on_the_way and any(rows.unread(plan.drafted(live)).values()))
                 if not waits:
                     unread = len(on_the_way) * (self.tree.depth + 1)  # at most; what came of them is not known yet
                     self._make_room(min(rows.length + unread, longest))
@@ -207,10 +207,10 @@ class Decoder:
         """Start a step for the live rows."""
         live, n_batch = rows.live, len(state.lengths)
         compiling = False
-        begin = Mark(self.target.device)
+        begin = read = Mark(self.target.device)
         if plan.depth:
-            rows.read(live)
-            begin = Mark(self.target.device)
+            rows.read(plan.drafted(live))
+            read = Mark(self.target.device)
             counted = self.count(self._bucket(min(max(len(live), 2), n_batch), n_batch))
             draft = self.steps.get(self.draft, ("draft", law.key, n_batch == 1, plan.depth), len(counted))
             compiling |= self.steps.was_compiling
@@ -226,7 +226,7 @@ class Decoder:
         judge = self.steps.get(self.judge, ("judge", law.key, n_batch == 1, len(token) == 1), len(token))
         compiling |= self.steps.was_compiling
         report = Readback(judge(state, law, token))
-        marks = None if compiling else (begin, drafted, Mark(self.target.device))
+        marks = None if compiling else (begin, read, drafted, Mark(self.target.device))
         return Flight(plan, live, report, marks)
 
     def _landed(self, flight: Flight, control: Controller, start: float) -> list[Emitted]:
@@ -255,18 +255,24 @@ class Decoder:
             n_live |= {self._bucket(n, len(prompts)) for n in range(1, len(prompts))}
         state = self._open(len(prompts), longest, room, eos_ids)
         control = self._controller(law)
+        self._make_room(min(room + self.tree.depth + 1, longest))
+
+        def step(n: int, plan: Plan) -> None:
+            rows = Rows(iter(texts[:n]), state, self.target, self.drafter)
+            rows.fill(n)
+            while rows.is_writing:
+                rows.write(FIRST_CHUNK)
+            flight = self._step(state, law, plan, rows)
+            flight.report.wait()
+            control.learn(plan, flight.seconds)
+
         for n in sorted(n_live, reverse=True):
+            habits = [text.habit for text in texts[:n]]
             for depth in control.levels:
-                for _ in range(4):  # compiled, recorded, and the rest timed
-                    rows = Rows(iter(texts[:n]), state, self.target, self.drafter)
-                    rows.fill(n)
-                    self._make_room(min(room + self.tree.depth + 1, longest))
-                    while rows.is_writing:
-                        rows.write(FIRST_CHUNK)
-                    plan = control.uniform([text.habit for text in texts[:n]], depth)
-                    flight = self._step(state, law, plan, rows)
-                    flight.report.wait()
-                    control.learn(plan, flight.seconds)
+                for _ in range(3 if self.steps.keeps_buffers else 2):  # compiled, recorded, timed
+                    step(n, control.uniform(habits, depth, trial="look"))
+            while control.adapts and control.turns(n):
+                step(n, control.plan(habits))
 
     def memory(self, n_rows: int, longest: int) -> int:
         """Bytes for a batch of `n_rows` texts of `longest` tokens: caches, and the largest forward's activations."""

@@ -243,9 +243,9 @@ class Handle:
     def seeds_for(self, n_texts: int | None) -> Iterator[int]:
         """A seed for each of so many texts, or of any number: those that were set, or drawn with torch's generator."""
         if self._seeds_are_fixed and self._seeds is not None:
+            self._seeds_are_fixed = False
             if n_texts is not None and len(self._seeds) != n_texts:
                 raise ValueError(f"{len(self._seeds)} seeds were set for a batch of {n_texts} samples")
-            self._seeds_are_fixed = False
             return iter(self._seeds.tolist())
         if n_texts is not None:
             self._seeds = torch.randint(2**62, (n_texts,))
