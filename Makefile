@@ -3,7 +3,7 @@
 #   PYTHON           the interpreter .venv is made from; for `make gpu`, the one it runs with
 #   TORCH_INDEX_URL  where torch comes from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
 #   SIZES, PROMPTS   for `make bench`: targets of bundled,25m,100m,300m, and prompts decoded with each
-#   OUT, SECTIONS    for `make gpu`: folder of the results, and which of tests,kernels,decode,steps,backend to run
+#   OUT, SECTIONS    for `make gpu`: folder of the results, and which of tests,kernels,decode,steps,backend,padding to run
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 SIZES ?= bundled,100m
 PROMPTS ?= 4
 OUT ?= bench/results/gpu
-SECTIONS ?= tests,kernels,decode,steps,backend
+SECTIONS ?= tests,kernels,decode,steps,backend,padding
 
 # torch goes in first and on its own, so that nothing after it chooses another build.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)

@@ -7,6 +7,7 @@ Sections, each of which can run alone (`--sections kernels,decode`); a later run
     decode   whole `generate()` calls at Llama-3.1-8B shape in bfloat16
     steps    launches, synchronisations and device time of one decoding step, and a profiler trace
     backend  torch.compile's backends on a static-cache loop of one's own, as `bench.backend` measures them
+    padding  padded and ragged batches on one trace, as `bench.padding` measures them
 
 Writes gpu.json, gpu.md, kernels.png and trace.json.gz. Large weights are made on the GPU. Exits with 1 if a test fails
 or the tests take more than half of the time, with 2 where there is no CUDA device.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,17 +35,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer import Option
 
-from bench import backend, end_to_end, gpu_report, profile
+from bench import backend, end_to_end, gpu_report, padding, profile
 from bench.case import Case
 from bench.cases import gpu_cases
 from bench.device_time import time_call
 from specdec import measure, zoo
 
-SECTIONS = ("tests", "kernels", "decode", "steps", "backend")
+SECTIONS = ("tests", "kernels", "decode", "steps", "backend", "padding")
 WAYS = ("transformers", "transformers_assisted", "specdec_plain", "specdec")
 SIZE, BATCHES, PROMPT_TOKENS, NEW_TOKENS, REPEATS = "8b", (1, 8, 32), 64, 96, 2
 DEVICE, ROOF_ELEMENTS, ROOF_SIDE = "cuda", 2**30, 8192
 CAPACITY, BACKEND_BATCHES, BACKEND_FED = 2048, (1, 8), (1, 8)
+PADDING_BATCHES = (2, 4, 8, 16, 24)
 TESTS = ("-m", "(kernels or gpu) and not aot", "tests")
 
 
@@ -183,6 +186,31 @@ def run_backend(clock: Clock, console: Console) -> dict[str, Any]:
     return result
 
 
+def run_padding(clock: Clock, console: Console) -> dict[str, Any]:
+    """One batch's cells a batch size; as long as the one before it took is taken to be needed. Traces are recorded on the
+    bundled target, which computes the same function."""
+    bundled, _, tokenizer = zoo.load_pair()
+    target, _, _ = measure.load_pair(SIZE, torch.bfloat16, DEVICE)
+    ids = zoo.held_out_prompts(tokenizer, max(PADDING_BATCHES), PROMPT_TOKENS)
+    settings = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": REPEATS, "dtype": "bfloat16"}
+    result: dict[str, Any] = {"settings": settings, "results": []}
+    seconds = 60.0
+    for batch in PADDING_BATCHES:
+        if not clock.has(seconds):
+            result["results"].append({"error": f"batch {batch}: not run, out of time"})
+            continue
+        left = clock.left
+
+        def cells(batch: int = batch) -> dict[str, Any]:
+            traces = [run.trace for run in padding.record(bundled, ids[:batch], batch, NEW_TOKENS)]
+            rows = padding.padding_cells(target, traces, PROMPT_TOKENS, REPEATS)
+            return {"size": SIZE, "batch": batch, "load": os.getloadavg()[0], "cells": rows}
+
+        result["results"].append(_guarded(cells, f"batch {batch}"))
+        seconds = left - clock.left
+    return result
+
+
 def _guarded(work: Any, name: str) -> dict[str, Any]:
     """What `work` returns; a failure becomes part of the result, and the rest still runs."""
     try:
@@ -224,6 +252,7 @@ def main(
         "decode": lambda: run_decode(clock, console),
         "steps": lambda: run_steps(clock, console, out),
         "backend": lambda: run_backend(clock, console),
+        "padding": lambda: run_padding(clock, console),
     }
     for section in sections.split(","):
         start = time.monotonic()

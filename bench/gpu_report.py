@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import backend_report, report
+from bench import backend_report, padding_report, report
 
 
 def _row(cells: list[str]) -> str:
@@ -95,7 +95,22 @@ def _tests(result: dict[str, Any]) -> list[str]:
     return ["", "## Tests", "", result["summary"], *(f"- {line}" for line in result["failed"])]
 
 
-_SECTIONS = {"tests": _tests, "kernels": _kernels, "decode": _decode, "steps": _steps, "backend": _backend}
+def _padding(result: dict[str, Any]) -> list[str]:
+    settings = result["settings"]
+    lines = [
+        "", "## Padding", "",
+        f"Padded and ragged batches on traces of n-gram drafts, {settings['dtype']}, {settings['new_tokens']} new "
+        "tokens a sample: the target's forwards alone, tokens/s over those of a vanilla batch.", "",
+        _row(padding_report.RATIO_HEADER), "| --- |" + " ---: |" * (len(padding_report.RATIO_HEADER) - 1),
+    ]  # fmt: skip
+    for entry in result["results"]:
+        lines.append(entry["error"] if "error" in entry else _row([*padding_report.ratio_cells(entry)]))
+    return lines
+
+
+_SECTIONS = {
+    "tests": _tests, "kernels": _kernels, "decode": _decode, "steps": _steps, "backend": _backend, "padding": _padding,
+}  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -147,7 +147,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {
         "SIZE": "bundled", "BATCHES": (1, 2), "PROMPT_TOKENS": 8, "NEW_TOKENS": 4, "REPEATS": 1, "DEVICE": "cpu",
         "ROOF_ELEMENTS": 2**12, "ROOF_SIDE": 32, "time_call": _time_call, "gpu_cases": _small_cases,
-        "CAPACITY": 64, "BACKEND_BATCHES": (2,), "BACKEND_FED": (2,),
+        "CAPACITY": 64, "BACKEND_BATCHES": (2,), "BACKEND_FED": (2,), "PADDING_BATCHES": (2,),
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setattr(gpu, name, value)
@@ -163,6 +163,7 @@ def test_every_section_runs_and_is_reported(small: None, tmp_path: Path) -> None
         "tests": {"exit_code": 1, "summary": "1 failed, 2 passed", "failed": ["FAILED tests/a.py::b"], "tail": []},
         "kernels": gpu.run_kernels(clock, console), "decode": gpu.run_decode(clock, console),
         "steps": gpu.run_steps(clock, console, tmp_path), "backend": gpu.run_backend(clock, console),
+        "padding": gpu.run_padding(clock, console),
     }  # fmt: skip
     assert "error" not in json.dumps(result)
     assert [c["op"] for c in result["kernels"]["cases"]] == [c.op for c in _small_cases()]
@@ -185,6 +186,8 @@ def test_every_section_runs_and_is_reported(small: None, tmp_path: Path) -> None
         "transformers, assisted",
         "graph launches",
         "2 tokens a call",
+        "## Padding",
+        "inputs only",
     ):
         assert words in text
     assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(result))
@@ -198,15 +201,18 @@ def test_what_fails_or_does_not_fit_is_said(small: None, tmp_path: Path, monkeyp
     kernels = gpu.run_kernels(gpu.Clock(9), Console(quiet=True))
     assert len(kernels["cases"]) == len(_small_cases())
     clock = gpu.Clock(0.1)
-    decode, loops = (run(clock, Console(quiet=True)) for run in (gpu.run_decode, gpu.run_backend))
+    runs = (gpu.run_decode, gpu.run_backend, gpu.run_padding)
+    decode, loops, cells = (run(clock, Console(quiet=True)) for run in runs)
     result = {"command": "x", "date": "", "versions": {}, "machine": measure.machine()}
     gpu_report.write(
-        result | {"kernels": kernels, "decode": decode, "steps": {"error": "steps: broken"}, "backend": loops}, tmp_path
-    )
+        result | {"kernels": kernels, "decode": decode, "steps": {"error": "steps: broken"}, "backend": loops}
+        | {"padding": cells}, tmp_path
+    )  # fmt: skip
     text = (tmp_path / "gpu.md").read_text()
     assert "tree_attention 25m B 2 S 64 N 4: ValueError: no such kernel" in text
     assert "batch 1: not run, out of time" in text
     assert "batch 2, 2 a call: not run, out of time" in text
+    assert text.count("batch 2: not run, out of time") == 2  # decoding and padding
     assert "steps: broken" in text
 
 
