@@ -187,8 +187,10 @@ def run_backend(clock: Clock, console: Console) -> dict[str, Any]:
 
 
 def run_padding(clock: Clock, console: Console) -> dict[str, Any]:
-    """One batch's cells a batch size; as long as the one before it took is taken to be needed. Traces are recorded on the
-    bundled target, which computes the same function."""
+    """One batch's cells a batch size; as long as the one before it took is taken to be needed.
+
+    Traces are recorded on the bundled target, which computes the same function.
+    """
     bundled, _, tokenizer = zoo.load_pair()
     target, _, _ = measure.load_pair(SIZE, torch.bfloat16, DEVICE)
     ids = zoo.held_out_prompts(tokenizer, max(PADDING_BATCHES), PROMPT_TOKENS)
