@@ -151,6 +151,7 @@ class Controller:
         self._nodes_to = [bisect_right(tree.depths, d) - 1 for d in range(tree.depth + 1)]  # drafted, down to a level
         self._tried, self._hits = [0.0] * tree.depth, [0.0] * tree.depth
         self._looked, self._found, self._memory = 0.0, 0.0, 0.99
+        self._expected = [0.0, *accumulate(self.survival)]  # levels accepted of so many judged
         self._turns: dict[int, list[int]] = {}
         self._looks: list[int] = []
         self._n_looks, self._retries, self._glimpse = 0, 0, (0, 0)
@@ -203,6 +204,8 @@ class Controller:
             return
         reading, draft, forward = seconds
         self.times.learn(plan, draft, forward)
+        if plan.depth:
+            self._expected = [0.0, *accumulate(self.survival)]
         if plan.trial != "look":
             self._glimpse = 0, 0
         if plan.trial == "turn":
@@ -249,10 +252,11 @@ class Controller:
 
     def count(self, habit: Habit, n_found: int, n_judged: int, n_accepted: int) -> None:
         """A text's step found a draft of so many nodes; of those judged, a path of `n_accepted` was accepted."""
+        if not self.adapts:
+            return
         judged = bisect_right(self._nodes_to, n_judged) - 1
         self._glimpse = self._glimpse[0] + (judged > 0), self._glimpse[1] + (n_accepted > 0)
-        survival = self.survival
-        habit.expected = 0.95 * habit.expected + sum(survival[:judged])
+        habit.expected = 0.95 * habit.expected + self._expected[judged]
         habit.accepted = 0.95 * habit.accepted + n_accepted
         habit.steps, habit.found = 0.9 * habit.steps + 1, 0.9 * habit.found + (n_found > 0)
         self._looked, self._found = 0.99 * self._looked + 1, 0.99 * self._found + (n_found > 0)
