@@ -79,9 +79,9 @@ def markdown(result: dict[str, Any]) -> str:
         "text switched off. Vanilla batches were decoded by transformers on the bundled target, and what each sample "
         "fed and got accepted was written down; every cell replays these decisions with the same forward, "
         f"{kind}, and the same attention over caches of the same size. Tokens/s of the target's forwards alone: "
-        "neither drafting nor the prompts' forward is in them. Prompts are not written and padding is read like text: what "
-        f"slots hold decides nothing here. Medians of {settings['repeats']} interleaved rounds; a ratio is the median "
-        "of the rounds' ratios, and need not be that of two medians. *load average*: of the last minute, this "
+        "neither drafting nor the prompts' forward is in them. Prompts are not written and padding is read like text: "
+        f"what slots hold decides nothing here. Medians of {settings['repeats']} interleaved rounds; a ratio is the "
+        "median of the rounds' ratios, and need not be that of two medians. *load average*: of the last minute, this "
         "program's own threads among it; above the number of cores the machine had more to do than it could.",
         "",
         "*vanilla*: cache and forward are padded to the batch's most (EMS-SD, arXiv 2405.07542). *KV only*: the cache "
@@ -131,7 +131,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.plot(known, [PAPER[n] for n in known], color="0.2", linestyle=":", label=paper)
         _finish(axes, f"{size} target", "tokens/s over vanilla's" if axes is panels[0] else "", batches)
         axes.axhline(1, color="0.2", linewidth=0.8, linestyle="--")
-    panels[0].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150, format="png")
 
 
