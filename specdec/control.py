@@ -32,6 +32,8 @@ REPLAN = 8
 """Steps after which the next plan is made, if the same texts go on."""
 LEVELS = 1, 2, 3, 5, 8, 13
 """Levels that are timed at first, beside none and all: some machines' forwards take time by steps of T."""
+REGAINED = 200
+"""Steps in which drafts should bring in again what reading the texts took."""
 FEW = 4
 """Texts that a look drafts for, where nothing is drafted otherwise."""
 PATIENCE = 100, 3200
@@ -243,7 +245,9 @@ class Controller:
     def _glance(self, n: int, levels: int) -> Plan:
         """A step that tries a number of levels; where nothing is drafted otherwise for a few texts, in turns: what the
         drafter has not read of them, it has to read."""
-        whole = self.uniform([Habit()] * n, levels, trial="look")
+        # No draft is compiled for a look.
+        depth = min((d for d in (*self.times.drafts, *self.depths[-1:]) if d >= levels), default=None)
+        whole = self.uniform([Habit()] * n, levels, depth, "look")
         if self._plan.depth or not levels:
             return whole
         chosen = {(self._n_looks + i) % n for i in range(min(n, FEW))}
@@ -312,6 +316,8 @@ class Controller:
         Where drafts come by chance there is room for most of them, and who comes last may lose a few.
         """
         drafting = self.times.draft(depth, n)
+        if not self._plan.depth:  # what the drafter would have to read first, spread over the steps that follow
+            drafting += self._reading * max(n / FEW, 1) / REGAINED
         allowed = [0] * n
         tokens, mean, variance = float(n), 0.0, 0.0
         best, stride = (0.0, Plan(depth, (), 0)), max(1, len(offers) // 16)
