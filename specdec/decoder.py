@@ -225,9 +225,10 @@ class Decoder:
         token = self.count(self._bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(self.tree)))
         judge = self.steps.get(self.judge, ("judge", law.key, n_batch == 1, len(token) == 1), len(token))
         compiling |= self.steps.was_compiling
-        report = Readback(judge(state, law, token))
-        marks = None if compiling else (begin, read, drafted, Mark(self.target.device))
-        return Flight(plan, live, report, marks)
+        report = judge(state, law, token)
+        judged = Mark(self.target.device)  # before the report's own: all have passed when it has arrived
+        marks = None if compiling else (begin, read, drafted, judged)
+        return Flight(plan, live, Readback(report), marks)
 
     def _landed(self, flight: Flight, control: Controller, start: float) -> list[Emitted]:
         """What a step's report says of the texts that had not ended."""
