@@ -119,22 +119,25 @@ class Decoder:
         nodes = Nodes.packed(state.lengths, n_nodes, token, len(self.tree), n_slots, self.bits, self.depths)
         tokens = torch.cat([state.pending[:, None], state.draft.tokens], 1)  # [B, N]
         logits = self.target.forward(tokens[nodes.sample, nodes.node], nodes)
-        path, n_accepted, bonus = self.verify(state, law, n_nodes, nodes, logits)
+        path, n_accepted, bonus, is_lawless = self.verify(state, law, n_nodes, nodes, logits)
         if not self.tree.is_chain:  # a chain's accepted entries are already in place
             n_path = torch.where(state.finished, 0, n_accepted + 1)
             self.target.cache.commit(state.lengths, path, n_path)
             self.drafter.commit(state.lengths, path, n_path)
         state.commit(tokens, n_nodes, path, n_accepted, bonus)
+        place = torch.arange(path.shape[1], device=path.device)
+        state.broken |= (is_lawless & (place < state.n_new[:, None])).any(1)
         return state.report()
 
     def verify(
         self, state: BatchState, law: SamplingLaw, n_nodes: Tensor, nodes: Nodes, logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The path the target accepts, given its logits [T, V] after each node: path [B, D + 1], n_accepted [B] and
-        bonus [B], int64 (see the verification kernels)."""
+        bonus [B], int64 (see the verification kernels); and [B, D + 1] bool, where on it there was no law to sample."""
         draft, tree = state.draft, (self.topology, self.bits, nodes.starts, self.tree.depth)
         if law.greedy:
-            return verify_greedy(logits.argmax(-1), draft.tokens, n_nodes, *tree)
+            path, n_accepted, bonus = verify_greedy(logits.argmax(-1), draft.tokens, n_nodes, *tree)
+            return path, n_accepted, bonus, torch.zeros_like(path, dtype=torch.bool)
         laws = law.rows(logits)
         position = state.lengths + 1
         if self.verifier.coupled:
@@ -154,8 +157,7 @@ class Decoder:
             at = position + n_accepted
             bonus = draw_row(*laws, row, ids, weights, state.seeds, at, torch.zeros_like(at), BONUS, False)
         lawless = nodes.to_grid(~laws.log_total.isfinite())  # [B, N]
-        state.broken |= lawless.gather(1, path).any(1) & ~state.finished
-        return path, n_accepted, bonus
+        return path, n_accepted, bonus, lawless.gather(1, path)
 
     def run(
         self, texts: Iterable[Text], n_rows: int, longest: int, room: int, law: SamplingLaw, eos_ids: Tensor
@@ -280,7 +282,7 @@ class Decoder:
         n_slots, views = self._slots_for(longest), [self.target]
         if isinstance(drafts := getattr(self.drafter, "view", None), ModelView):
             views.append(drafts)
-        n_tokens = max(min(FIRST_CHUNK, n_rows * longest), n_rows * len(self.tree))
+        n_tokens = n_rows * max(min(FIRST_CHUNK, longest), len(self.tree))  # prompts are laid out in a grid
         judged = n_rows * len(self.tree)
         caches = sum(view.cache_bytes(n_rows, n_slots) for view in views)
         return caches + max(view.activation_bytes(n_tokens, longest, judged) for view in views)

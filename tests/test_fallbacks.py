@@ -81,7 +81,7 @@ def test_custom_criteria_and_processors_fall_back(
     wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts
 ) -> None:
     criteria = StoppingCriteriaList([_StopAt(13)])
-    arguments = {**prompts([6]), "max_new_tokens": 20, "stopping_criteria": criteria}
+    arguments = {**prompts([6, 4]), "max_new_tokens": 20, "stopping_criteria": criteria}
     out, _ = _same_by_falling_back(wrapped, model, "stopping criterion _StopAt", **arguments)
     assert out.shape[1] == 13
     wrapped.specdec.stats.reset()

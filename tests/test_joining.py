@@ -10,6 +10,7 @@ from test_captured import Rerun
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
+import specdec
 import specdec.decoder
 from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
@@ -176,3 +177,24 @@ def test_what_a_broken_text_left_behind_does_not_spread(tiny: Tiny, fused: bool)
         for _ in decoder.run(poison_then(text), 1, 130, 130, law, EOS):
             pass
     assert text.tokens == expected
+
+
+def test_a_law_that_is_none_past_the_end_of_a_text_harms_nobody(fresh: Tiny) -> None:
+    """A draft may reach past a text's limit, to a token after which the target's law holds a NaN."""
+    ids, settings = torch.tensor([[5, 6, 7, 8]]), {"do_sample": True, "pad_token_id": 0}
+
+    def sample(target: PreTrainedModel, new: int) -> list[int]:
+        wrapped = specdec.compile(target, fresh("llama"), compile=False, depth=5)
+        wrapped.specdec.seeds = [3]
+        out = wrapped.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
+        return out[0, 4:].tolist()
+
+    text = sample(fresh("llama"), 24)
+    tried = 0
+    for new in range(1, 20):
+        if text[new] not in (*text[:new], *ids[0].tolist()):
+            broken, tried = fresh("llama"), tried + 1
+            with torch.no_grad():
+                broken.get_input_embeddings().weight[text[new]] = torch.nan
+            assert sample(broken, new) == text[:new]
+    assert tried > 5
