@@ -125,19 +125,19 @@ class Decoder:
             self.target.cache.commit(state.lengths, path, n_path)
             self.drafter.commit(state.lengths, path, n_path)
         state.commit(tokens, n_nodes, path, n_accepted, bonus)
-        place = torch.arange(path.shape[1], device=path.device)
-        state.broken |= (is_lawless & (place < state.n_new[:, None])).any(1)
+        if is_lawless is not None:
+            place = torch.arange(path.shape[1], device=path.device)
+            state.broken |= torch.where(place < state.n_new[:, None], is_lawless, 0).sum(1) > 0
         return state.report()
 
     def verify(
         self, state: BatchState, law: SamplingLaw, n_nodes: Tensor, nodes: Nodes, logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The path the target accepts, given its logits [T, V] after each node: path [B, D + 1], n_accepted [B] and
-        bonus [B], int64 (see the verification kernels); and [B, D + 1] bool, where on it there was no law to sample."""
+        bonus [B], int64 (see the verification kernels); and [B, D + 1] int64, 1 where there was no law on it."""
         draft, tree = state.draft, (self.topology, self.bits, nodes.starts, self.tree.depth)
         if law.greedy:
-            path, n_accepted, bonus = verify_greedy(logits.argmax(-1), draft.tokens, n_nodes, *tree)
-            return path, n_accepted, bonus, torch.zeros_like(path, dtype=torch.bool)
+            return *verify_greedy(logits.argmax(-1), draft.tokens, n_nodes, *tree), None
         laws = law.rows(logits)
         position = state.lengths + 1
         if self.verifier.coupled:
@@ -157,7 +157,7 @@ class Decoder:
             at = position + n_accepted
             bonus = draw_row(*laws, row, ids, weights, state.seeds, at, torch.zeros_like(at), BONUS, False)
         lawless = nodes.to_grid(~laws.log_total.isfinite())  # [B, N]
-        return path, n_accepted, bonus, lawless.gather(1, path)
+        return path, n_accepted, bonus, lawless.long().gather(1, path)
 
     def run(
         self, texts: Iterable[Text], n_rows: int, longest: int, room: int, law: SamplingLaw, eos_ids: Tensor
