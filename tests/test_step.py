@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo
@@ -15,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 import specdec
+from specdec.control import Controller
 from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
@@ -160,3 +163,18 @@ def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
     assert model.specdec.stats.seconds["compile"] == 0
     assert not model.specdec.stats.fallbacks
     assert model.specdec.stats.tokens > 200
+
+
+@pytest.mark.parametrize("kind", ["ngram", "chain"])
+def test_what_the_controller_may_choose_compiles(target, draft, kind, monkeypatch):
+    """For one sample, whose undrafted step has shapes of its own, and for several: nothing, a level, everything."""
+    monkeypatch.setattr(
+        Controller, "plan", lambda self, texts: self.uniform(texts, next(turns) % (self._levels + 1), self.depths[-1])
+    )
+    model = specdec.compile(target, "ngram" if kind == "ngram" else draft, depth=2)
+    for n_batch in (1, 3):
+        turns = itertools.count()
+        ids = torch.randint(1, 96, (n_batch, 7))
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **settings), target.generate(ids, **settings))
+    assert 0 < model.specdec.stats.undrafted < model.specdec.stats.steps
