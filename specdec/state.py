@@ -136,7 +136,7 @@ class BatchState:
     def n_nodes(self, n_tokens: int) -> Tensor:
         """[B] int64: how many nodes of each tree a forward of `n_tokens` tokens takes: all roots of unfinished samples,
         and of their drafts as much as is allowed and there is room for, first come, first served."""
-        alive = 1 - self.finished.long()  # ~finished in a masked kernel is C++ that Inductor's headers refuse
+        alive = (~self.finished).long()
         wanted = torch.minimum(self.draft.counts, self.allowed) * alive
         room = n_tokens - alive.sum() - (wanted.cumsum(0) - wanted)
         return alive + torch.minimum(wanted, room.clamp(min=0))
