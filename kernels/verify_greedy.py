@@ -42,8 +42,9 @@ def verify_greedy_reference(
     rows = (starts[:-1, None] + node).clamp(max=len(chosen) - 1)
     choices = chosen[rows]  # [B, N]
     differs = (tokens != choices[:, parents[1:]]) | (node[1:] >= n_nodes[:, None])
-    differs = torch.nn.functional.pad(differs, (1, 0))  # the root is what it is
-    words = torch.nn.functional.pad(differs.long(), (0, -n_all % 64)).unflatten(1, (-1, 64))
+    # Numbers before padding: a bool in a masked kernel is C++ that Inductor's own headers may refuse.
+    differs = torch.nn.functional.pad(differs.long(), (1, 0))  # the root is what it is
+    words = torch.nn.functional.pad(differs, (0, -n_all % 64)).unflatten(1, (-1, 64))
     words = (words << torch.arange(64, device=tokens.device)).sum(-1)  # [B, W]
     is_path = ((words[:, None] & bits) == 0).all(-1)
     ancestors = unpack_words(bits, n_all)
