@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 from typer import Option
@@ -132,7 +132,6 @@ def main(
         "greedy": True, "compiled": compile,
     }  # fmt: skip
     result: dict[str, Any] = {**measure.run_facts("bench.control"), "settings": settings, "results": []}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     small, *_ = zoo.load_pair()
     for size in chosen:
         target, draft, tokenizer = measure.load_pair(size)
@@ -144,8 +143,7 @@ def main(
         for name in names:
             ways = undrafted | ways_with(target, draft_of(name, draft, small), compile)
             for batch in batch_sizes:
-                # Drawn only between runs: a refreshing bar would take time from what is measured.
-                with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+                with measure.progress(console) as bar:
                     wanted = expected if batch == batch_sizes[0] else None
                     rows = compare(ways, prompts[:batch], new_tokens, repeats, wanted, bar)
                 result["results"].append({"size": size, "draft": name, "batch": batch, "paths": rows})

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 from typer import Option
 
@@ -101,7 +101,6 @@ def main(
         },
         "results": [],
     }  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for size in chosen:
         target, draft, tokenizer = measure.load_pair(size)
         ids = zoo.held_out_prompts(tokenizer, max(prompts, *batch_sizes), prompt_tokens)
@@ -110,8 +109,7 @@ def main(
         for batch in batch_sizes:
             able = {n: p for n, p in ways.items() if n in wanted and (p.max_batch is None or batch <= p.max_batch)}
             pieces = list(ids[: max(prompts, batch)].split(batch))
-            # Drawn only between runs: a refreshing bar would take time from what is measured.
-            with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+            with measure.progress(console) as bar:
                 rows = measure_all(able, pieces, new_tokens, repeats, bar)
             entry = {"size": size, "parameters": sum(p.numel() for p in target.parameters()), "batch": batch}
             result["results"].append(entry | {"paths": rows})

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 from typer import Option
@@ -161,12 +161,10 @@ def main(
         "results": [],
         "memory": [measure_memory(size, batch, compile) for size in weighed],
     }  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for size in chosen:
         target, draft, tokenizer = measure.load_pair(size)
         ways = all_ways(measure.all_paths(target, draft, compiled=compile), batch)
-        # Drawn only between runs: a refreshing bar would take time from what is measured.
-        with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        with measure.progress(console) as bar:
             rows = measure_all(ways, ragged_prompts(tokenizer, prompts), new_tokens, batch, repeats, bar)
         entry = {"size": size, "parameters": sum(p.numel() for p in target.parameters()), "batch": batch}
         result["results"].append(entry | {"ways": rows})

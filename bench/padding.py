@@ -26,7 +26,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 from typer import Option
@@ -156,8 +155,7 @@ def timed(
     label: str, target: PreTrainedModel, runs: Sequence[padded.Decoded], settings: dict[str, Any], console: Console
 ) -> list[dict[str, Any]]:
     """The cells of some vanilla batches, with a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+    with measure.progress(console) as bar:
         task = bar.add_task(label, total=(len(CELLS) + 1) * (settings["repeats"] + 1))
         return padding_cells(
             target, [run.trace for run in runs], settings["prompt_tokens"], settings["repeats"], settings["compiled"],

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 from typer import Option
@@ -106,10 +106,9 @@ def main(
     console = Console()
     settings = {"prompts": prompts, "new_tokens": new_tokens, "repeats": repeats}
     result: dict[str, Any] = {**measure.run_facts("bench.trees"), "settings": settings, "results": []}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for size in words(sizes, SIZES):
         for temperature in map(float, temperatures.split(",")):
-            with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+            with measure.progress(console) as bar:
                 entry = compare(size, temperature, prompts, new_tokens, repeats, bar)
             result["results"].append(entry)
             console.print(terminal_table(_title(entry), HEADER, {_cells(row): True for row in entry["paths"]}))

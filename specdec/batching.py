@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from specdec.decoder import Emitted
 from specdec.handle import Call, Handle, decoding
-from specdec.request import Unsupported
 from specdec.rows import Text
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Any]
@@ -78,8 +77,8 @@ def generate_many(
 
     Raises:
         TypeError: `prompts` is a batch in one mapping.
-        ValueError: `model` is not from `specdec.compile`, a size is not positive, there is a streamer, or as many
-            seeds were set as there are no prompts.
+        ValueError: `model` is not from `specdec.compile`, a size is not positive, there is a streamer, or the seeds
+            that were set are not one a prompt.
         RuntimeError: there is no memory for the rows, steps fail without any text's ending in between, or another
             call of this model is running.
     """
@@ -153,7 +152,7 @@ class _Run:
             n_ended = -1
             while n_ended:
                 n_ended = 0
-                decoder = self._handle.decoder_for(self._call)
+                decoder = self._handle.decoder(self._call.draft)
                 run = decoder.run(queue, self._n_rows, longest, longest, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
@@ -203,14 +202,12 @@ class _Run:
                     raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:  # others would fail with it, in a step
                     raise ValueError(f"tokens {ids.min()} to {ids.max()}, of a model that has {vocabulary}")
-                try:
-                    call = self._handle.ask(self._model, ids, self._settings)
-                    self._call = self._call or call
-                except Unsupported as reason:
-                    out = self._handle.decline(self._model, ids, self._settings, str(reason))
-                    out = getattr(out, "sequences", out)  # with return_dict_in_generate
+                call = self._handle.ask(self._model, ids, self._settings)
+                if not isinstance(call, Call):  # transformers' own result
+                    out = getattr(call, "sequences", call)  # with return_dict_in_generate
                     self._done.append(Result(index, out[0].cpu() if len(out) == 1 else out.cpu()))
                     continue
+                self._call = self._call or call
             except Exception as error:
                 self._done.append(Result(index, None, error))
                 continue

@@ -56,22 +56,19 @@ class RaggedCache(Cache):
     def allocate(self, shapes: list[tuple[int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
         """An empty cache for `shapes[layer] = (G, D)`, dtype and device as `like`.
 
-        A cache of the right size stays where it is, because recorded steps know its addresses. Zeros keep the masked
-        slots of the dense attention finite; Triton's kernel does not care what is in slots it may not see.
+        A cache of the right size stays where it is, because recorded steps know its addresses, and as it is: who takes
+        a row clears it.
         """
         wanted = [(groups, n_batch, n_slots, dim) for groups, dim in shapes]
         if [tuple(layer.keys.shape) for layer in self.layers] == wanted:
-            if not runs_triton(like):
-                for layer in self.layers:
-                    layer.keys.zero_()
-                    layer.values.zero_()
             return
         self.generation += 1
         self._hold([])  # the memory of the old one may be needed for the new one
         self._hold([RaggedLayer(*(like.new_zeros(shape) for _ in "kv")) for shape in wanted])
 
     def clear(self, row: int) -> None:
-        """Zeros for one sample, as `allocate` leaves them for all: what is left there may be NaN."""
+        """Zeros for one sample: they keep the masked slots of the dense attention finite. Triton's kernel does not care
+        what is in slots it may not see."""
         for layer in self.layers:
             if not runs_triton(layer.keys):
                 layer.keys[:, row].zero_()

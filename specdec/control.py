@@ -8,7 +8,7 @@ those of most expected tokens come first, for as long as tokens per second grow;
 Only where a text does not depend on its drafts: greedily, and with coupled sampling. Otherwise a text's noise would be
 read differently from run to run, and the whole tree is drafted always.
 
-Source: goodput of speculation, SmartSpec, arXiv 2406.14066, section 4; per sample and with measured times here.
+Source: goodput of speculation, SmartSpec, arXiv 2406.14066; per sample and with measured times here.
 Letters: n unfinished texts, d levels, T tokens of the target's forward.
 """
 
@@ -20,11 +20,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from operator import is_not
+from typing import NamedTuple
 
 from specdec.tree import TokenTree
 
-T = TypeVar("T")
 KEEP = 1.015
 """A plan is dropped for one that promises this many times its tokens per second; not drafting counts as so much faster
 than it is, because what drafts bring is only estimated."""
@@ -69,10 +69,6 @@ class Plan:
     allowed: tuple[int, ...]
     n_tokens: int
     trial: str = ""
-
-    def drafted(self, texts: Mapping[int, T]) -> dict[int, T]:
-        """Those of the texts, in their order, for which there is something to judge."""
-        return {row: text for (row, text), nodes in zip(texts.items(), self.allowed, strict=True) if nodes}
 
 
 class Curve:
@@ -164,14 +160,14 @@ class Controller:
     def plan(self, texts: Sequence[Habit]) -> Plan:
         """What the next step does for these unfinished texts."""
         if not self.adapts:
-            return self.uniform(texts, self._levels)
+            return self.uniform(len(texts), self._levels)
         if turns := self.turns(len(texts)):  # the whole draft serves all: no other is compiled for it
-            return self.uniform(texts, turns[-1], self.depths[-1], "turn")
+            return self.uniform(len(texts), turns[-1], self.depths[-1], "turn")
         if self._looks:
             return self._glance(len(texts), self._looks.pop())
         self._memory = 1 - 1 / (20 + 20 * len(texts))  # counts are of about the last twenty steps
         self._age += 1
-        if self._age >= REPLAN or len(texts) != len(self._texts) or any(map(_differ, texts, self._texts)):
+        if self._age >= REPLAN or len(texts) != len(self._texts) or any(map(is_not, texts, self._texts)):
             before, self._plan = self._plan.depth, self._best(texts)
             if before != self._plan.depth:
                 self.switches, self._steady, self._patience = self.switches + 1, 0.0, PATIENCE[0]
@@ -191,7 +187,8 @@ class Controller:
         if not self.adapts:
             return f"always the whole draft, of {self._levels} levels"
         survival = ", ".join(f"{share:.2f}" for share in self.survival)
-        return f"{self._plan.depth} levels now; survival by level {survival}; {self.times}"
+        now = f"{self._plan.depth} levels now, after {self.switches} changes"
+        return f"{now}; survival by level {survival}; {self.times}"
 
     def turns(self, n: int) -> list[int]:
         """Levels to try, the next one last, before steps of about `n` texts are chosen by what they take."""
@@ -247,7 +244,7 @@ class Controller:
         drafter has not read of them, it has to read."""
         # No draft is compiled for a look.
         depth = min((d for d in (*self.times.drafts, *self.depths[-1:]) if d >= levels), default=None)
-        whole = self.uniform([Habit()] * n, levels, depth, "look")
+        whole = self.uniform(n, levels, depth, "look")
         if self._plan.depth or not levels:
             return whole
         chosen = {(self._n_looks + i) % n for i in range(min(n, FEW))}
@@ -277,19 +274,19 @@ class Controller:
             shares.append(share)
         return list(accumulate(shares, lambda a, b: a * b))
 
-    def uniform(self, texts: Sequence[Habit], levels: int, depth: int | None = None, trial: str = "") -> Plan:
-        """The first `levels` levels for every text, of a draft of that depth or more."""
+    def uniform(self, n: int, levels: int, depth: int | None = None, trial: str = "") -> Plan:
+        """The first `levels` levels for each of `n` texts, of a draft of that depth or more."""
         if not levels:
-            return Plan(0, (0,) * len(texts), len(texts), trial)
+            return Plan(0, (0,) * n, n, trial)
         nodes = self._nodes_to[levels]
         depth = depth or next(d for d in self.depths if d >= levels)
-        return Plan(depth, (nodes,) * len(texts), len(texts) * (nodes + 1), trial)
+        return Plan(depth, (nodes,) * n, n * (nodes + 1), trial)
 
     def _best(self, texts: Sequence[Habit]) -> Plan:
         """The plan of most tokens a second; the depth of the last one, unless another promises KEEP times as much."""
         n = len(texts)
         offers = self._offers(texts)
-        rates, plans = {0: KEEP * n / self.times.forwards.at(n)}, {0: self.uniform(texts, 0)}
+        rates, plans = {0: KEEP * n / self.times.forwards.at(n)}, {0: self.uniform(n, 0)}
         for depth in self.depths:
             able = [offer for offer in offers if offer.level <= depth]
             rates[depth], plans[depth] = self._cut(able, n, depth)
@@ -348,7 +345,3 @@ class _Offer(NamedTuple):
     rows: int
     text: int
     level: int
-
-
-def _differ(a: object, b: object) -> bool:
-    return a is not b

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.buffers import Buffers
 from specdec.control import Controller, Plan
 from specdec.drafters.base import Drafter, DraftLaw
 from specdec.graphs.captured import CapturedSteps, Mark, Readback
@@ -35,12 +36,6 @@ from specdec.verifiers import AUTO, Verifier
 from specdec.view import ModelView
 
 Steps = CompiledSteps | CapturedSteps
-SLOT_BUCKET = 256
-"""Cache capacity is a multiple of this many slots, and grows with the text."""
-CHUNK = 256
-"""Tokens of newcomers' prompts that are written between two steps of the others, which are kept waiting."""
-FIRST_CHUNK = 2048
-"""The same where no text is waiting."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,7 @@ class Decoder:
     ) -> None:  # fmt: skip
         self.target, self.drafter, self.steps, self.stats, self.verifier = target, drafter, steps, stats, verifier
         self.tree, self.adapt = drafter.tree, adapt
-        self._state: BatchState | None = None
-        self._places: tuple[int, ...] = ()
+        self.buffers = Buffers(target, drafter, steps)
         self._counts: dict[int, Tensor] = {}
         self._controllers: dict[object, Controller] = {}
         self.bits, self.depths = self.tree.tensors(target.device)
@@ -169,7 +163,7 @@ class Decoder:
             longest: no text is longer, prompt and new tokens. room: memory is allocated for texts of this length at
                 first, and grows with them. law: the sampling law. eos_ids: [E] int64, tokens that end a text.
         """
-        state = self._open(n_rows, longest, room, eos_ids)
+        state = self.buffers.open(n_rows, longest, room, eos_ids)
         rows = Rows(iter(texts), state, self.target, self.drafter)
         control = self._controller(law)
         on_the_way: deque[Flight] = deque()
@@ -177,9 +171,9 @@ class Decoder:
             while True:
                 start = time.perf_counter()
                 failed = rows.fill(n_rows)
-                self._make_room(rows.length)
+                self.buffers.grow(rows.length)
                 if rows.is_writing:
-                    failed += rows.write(CHUNK if rows.live else FIRST_CHUNK)
+                    failed += rows.write()
                 self.stats.seconds["prefill"] += time.perf_counter() - start
                 if failed:
                     yield [Emitted(text, []) for text in failed]
@@ -188,15 +182,16 @@ class Decoder:
                     on_the_way.clear()  # they know nothing new of texts that have ended
                     if not rows.is_writing and not failed:
                         break
+                if not live or (rows.is_writing and not rows.is_under_way):  # the first step is of all
                     continue
                 start = time.perf_counter()
                 plan = control.plan([text.habit for text in live.values()])
                 # What the drafter has to read must have arrived.
-                waits = bool(on_the_way and any(rows.unread(plan.drafted(live)).values()))
+                waits = bool(on_the_way and any(rows.unread(_drafted(live, plan)).values()))
                 if not waits:
                     unread = len(on_the_way) * (self.tree.depth + 1)  # at most; what came of them is not known yet
-                    self._make_room(min(rows.length + unread, longest))
-                    on_the_way.append(self._step(state, law, plan, rows))
+                    self.buffers.grow(min(rows.length + unread, longest))
+                    on_the_way.append(self._step(state, law, plan, rows, live))
                 while on_the_way and (waits or len(on_the_way) > self.steps.lag):
                     # The one host read, between two steps: what was added decides which samples go on.
                     yield self._landed(on_the_way.popleft(), control, start)
@@ -205,13 +200,13 @@ class Decoder:
             self.stats.count_nodes(state, self.tree)
             self.stats.control = control.why
 
-    def _step(self, state: BatchState, law: SamplingLaw, plan: Plan, rows: Rows) -> Flight:
+    def _step(self, state: BatchState, law: SamplingLaw, plan: Plan, rows: Rows, live: dict[int, Text]) -> Flight:
         """Start a step for the live rows."""
-        live, n_batch = rows.live, len(state.lengths)
+        n_batch = len(state.lengths)
         compiling = False
         begin = read = Mark(self.target.device)
         if plan.depth:
-            rows.read(plan.drafted(live))
+            rows.read(_drafted(live, plan))
             read = Mark(self.target.device)
             counted = self.count(self._bucket(min(max(len(live), 2), n_batch), n_batch))
             draft = self.steps.get(self.draft, ("draft", law.key, n_batch == 1, plan.depth), len(counted))
@@ -240,7 +235,7 @@ class Decoder:
                 continue
             *tokens, n_new, n_found, n_judged, finished, broken = report[row]
             if broken:
-                why = f"the target's logits for sample {row} hold a NaN: there is no law to sample from"
+                why = f"the target's logits in row {row} of the batch hold a NaN: there is no law to sample from"
                 text.fail(RuntimeError(why))
             elif flight.plan.depth and not finished:
                 control.count(text.habit, n_found, n_judged, n_new - 1)
@@ -256,16 +251,16 @@ class Decoder:
         room, n_live = max(len(prompt) for prompt in prompts), {len(prompts)}
         if self.steps.keeps_buffers:  # what is recorded first makes the pool: the largest
             n_live |= {self._bucket(n, len(prompts)) for n in range(1, len(prompts))}
-        state = self._open(len(prompts), longest, room, eos_ids)
+        state = self.buffers.open(len(prompts), longest, room, eos_ids)
         control = self._controller(law)
-        self._make_room(min(room + self.tree.depth + 1, longest))
+        self.buffers.grow(min(room + self.tree.depth + 1, longest))
 
         def step(n: int, plan: Plan) -> None:
             rows = Rows(iter(texts[:n]), state, self.target, self.drafter)
             rows.fill(n)
             while rows.is_writing:
-                rows.write(FIRST_CHUNK)
-            flight = self._step(state, law, plan, rows)
+                rows.write()
+            flight = self._step(state, law, plan, rows, rows.live)
             flight.report.wait()
             control.learn(plan, flight.seconds)
 
@@ -273,46 +268,9 @@ class Decoder:
             habits = [text.habit for text in texts[:n]]
             for depth in control.levels:
                 for _ in range(3 if self.steps.keeps_buffers else 2):  # compiled, recorded, timed
-                    step(n, control.uniform(habits, depth, trial="look"))
+                    step(n, control.uniform(n, depth, trial="look"))
             while control.adapts and control.turns(n):
                 step(n, control.plan(habits))
-
-    def memory(self, n_rows: int, longest: int) -> int:
-        """Bytes for a batch of `n_rows` texts of `longest` tokens: caches, and the largest forward's activations."""
-        n_slots, views = self._slots_for(longest), [self.target]
-        if isinstance(drafts := getattr(self.drafter, "view", None), ModelView):
-            views.append(drafts)
-        n_tokens = n_rows * max(min(FIRST_CHUNK, longest), len(self.tree))  # prompts are laid out in a grid
-        judged = n_rows * len(self.tree)
-        caches = sum(view.cache_bytes(n_rows, n_slots) for view in views)
-        return caches + max(view.activation_bytes(n_tokens, longest, judged) for view in views)
-
-    def _open(self, n_rows: int, longest: int, room: int, eos_ids: Tensor) -> BatchState:
-        """An empty batch on the device.
-
-        Where steps are recorded, buffers only ever grow, and have room for the whole of every text at once.
-        """
-        device = self.target.device
-        # End-of-text ids in whole eights, so that few numbers of them occur.
-        wanted = n_rows, longest + 1, 8 * (len(eos_ids) // 8 + 1)
-        n_slots, state = self._slots_for(room), None
-        if self.steps.keeps_buffers:
-            state = self._state
-            wanted = wanted[0], self._slots_for(wanted[1]), wanted[2]
-            if state is not None:
-                rows, columns, ends = map(max, wanted, state.sizes)
-                wanted = rows, columns, ends
-            n_slots = self._slots_for(wanted[1])
-        if state is None or state.sizes != wanted:
-            state = self._state = BatchState(*wanted, self.drafter, device)
-        state.clear(eos_ids.to(device))
-        self.target.allocate(wanted[0], n_slots)
-        self.drafter.allocate(wanted[0], n_slots)
-        places = (id(state), self.target.cache.generation, self.drafter.generation)
-        if places != self._places:
-            self.steps.reset()
-            self._places = places
-        return state
 
     def _controller(self, law: SamplingLaw) -> Controller:
         """The controller of calls of this law; it remembers what earlier ones took and got accepted."""
@@ -334,13 +292,7 @@ class Decoder:
             return n
         return min(4 if n <= 4 else -(-n // 8) * 8, most)
 
-    def _slots_for(self, length: int) -> int:
-        """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""
-        needed = length + len(self.tree) + self.tree.depth + 2
-        return -(-needed // SLOT_BUCKET) * SLOT_BUCKET
 
-    def _make_room(self, longest: int) -> None:
-        n_slots = self._slots_for(longest)
-        if n_slots > self.target.cache.n_slots:
-            self.target.cache.grow(n_slots)
-            self.drafter.grow(n_slots)
+def _drafted(live: dict[int, Text], plan: Plan) -> dict[int, Text]:
+    """The texts for which there is something to judge."""
+    return {row: text for (row, text), nodes in zip(live.items(), plan.allowed, strict=True) if nodes}

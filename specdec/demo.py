@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -143,9 +143,7 @@ def _measure(
     paths: dict[str, measure.Path], tokens: Tensor, settings: Settings, console: Console
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Seconds of the timed runs, after an untimed one each, and the texts [1, length] by path."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Drawn only between runs: a refreshing bar would take time from what is measured.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+    with measure.progress(console) as bar:
         task = bar.add_task("warming up", total=len(paths) * (settings.repeats + 1))
 
         def step(name: str) -> None:

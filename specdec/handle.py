@@ -50,7 +50,6 @@ class _Here(threading.local):
 
     is_warming_up = False
     asks = False  # for the call as it would be decoded
-    declines: str | None = None  # the reason to run transformers' own loop
 
 
 class Handle:
@@ -182,10 +181,14 @@ class Handle:
     ) -> Any:
         """Decode one `generate()` call, or run the parent's loop and say why."""
         draft = self._draft if draft is None else draft
-        if self._here.declines is not None:
-            return self._fall_back(self._here.declines, parents_loop)
         if self._here.asks:
-            request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
+            try:
+                check_model(model)
+                request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
+                if len(request.prompts) > 1:
+                    raise Unsupported("num_return_sequences in generate_many()")
+            except Unsupported as why:
+                return self._fall_back(str(why), parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)
         if not self._running.acquire(blocking=self._here.is_warming_up):
             return self._fall_back("another generate() of this model is running", parents_loop)
@@ -198,7 +201,7 @@ class Handle:
             if streamer is not None and input_ids.shape[0] > 1:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
-            decoder = self._decoder(draft)
+            decoder = self.decoder(draft)
             with decoding(model):
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
@@ -254,31 +257,14 @@ class Handle:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         return (int(torch.randint(2**62, (), generator=generator)) for _ in count())
 
-    def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> Call:
-        """What `generate()` would decode for a prompt, [length] int64, after all of transformers' own checks.
-
-        Raises:
-            Unsupported: it would run transformers' own loop; whatever `generate()` raises.
-        """
+    def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> Any:
+        """The `Call` that `generate()` would decode for a prompt, [length] int64, after all of transformers' own
+        checks; or what transformers' own loop makes of it, where that has to run. Raises what `generate()` raises."""
         self._here.asks = True
-        try:
-            check_model(model)
-            call = model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
-        finally:
-            self._here.asks = False
-        if not isinstance(call, Call):
-            raise Unsupported("decoding that is not sampling or greedy")
-        if len(call.request.prompts) > 1:
-            raise Unsupported("num_return_sequences in generate_many()")
-        return call
-
-    def decline(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any], reason: str) -> Tensor:
-        """What transformers' own loop makes of a prompt, [length] int64."""
-        self._here.declines = reason
         try:
             return model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
         finally:
-            self._here.declines = None
+            self._here.asks = False
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -294,16 +280,13 @@ class Handle:
         finally:
             self._running.release()
 
-    def decoder_for(self, call: Call) -> Decoder:
-        return self._decoder(call.draft)
-
     def free(self) -> None:
         """Give back the memory of all batches."""
         self._decoders, self._target = {}, None
 
     def memory(self, batch_size: int, max_length: int) -> int:
         """Bytes that decoding takes beside the weights, for texts of up to `max_length` tokens, prompt and new ones."""
-        return self._decoder(self._draft).memory(batch_size, max_length)
+        return self.decoder(self._draft).buffers.memory(batch_size, max_length)
 
     def _fall_back(self, reason: str, parents_loop: Callable[[], Any]) -> Any:
         if reason not in self.stats.fallbacks:
@@ -311,7 +294,7 @@ class Handle:
         self.stats.fallbacks[reason] += 1
         return None if self._here.is_warming_up else parents_loop()
 
-    def _decoder(self, draft: DraftSource) -> Decoder:
+    def decoder(self, draft: DraftSource) -> Decoder:
         """The decoder for this draft; made anew when the user's model has been given other weights."""
         if self._target is None or not self._target.is_current:
             self._target, self._decoders = ModelView(self._model), {}

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -124,6 +126,12 @@ def compare(
             seconds[name].append(time.perf_counter() - start)
             after_each(name)
     return seconds
+
+
+def progress(console: Console) -> Progress:
+    """A bar that is drawn only when it advances: one that refreshes itself would take time from what is measured."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, auto_refresh=False)
 
 
 def synchronize() -> None:

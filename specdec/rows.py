@@ -17,6 +17,11 @@ from specdec.drafters.base import Drafter
 from specdec.state import BatchState
 from specdec.view import ModelView
 
+CHUNK = 256
+"""Tokens of newcomers' prompts that are written between two steps of the others, which are kept waiting."""
+FIRST_CHUNK = 2048
+"""The same where no text is waiting."""
+
 
 @dataclass(eq=False)
 class Text:
@@ -102,8 +107,9 @@ class Rows:
     def is_writing(self) -> bool:
         return bool(self._unwritten)
 
-    def write(self, n_tokens: int) -> list[Text]:
-        """Write the next `n_tokens` tokens of prompts; texts with which that fails come back."""
+    def write(self) -> list[Text]:
+        """Write the next tokens of prompts; texts with which that fails come back."""
+        n_tokens = CHUNK if self.is_under_way else FIRST_CHUNK
         try:
             self._wrote(self._target.write(self._unwritten, n_tokens))
             return []
@@ -136,6 +142,11 @@ class Rows:
             for row, text in enumerate(self._texts)
             if text is not None and not text.finished and row not in self._unwritten
         }
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a text would be kept waiting; before the first step none is."""
+        return any(text.tokens for text in self.live.values())
 
     @property
     def length(self) -> int:

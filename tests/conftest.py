@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import specdec
+import specdec.api  # whole: what is imported while a test has patched a constant would keep it
 
 pytest.register_assert_rewrite("aot", "side_by_side", "trees")  # their asserts show what they compared, as tests' do
 torch.set_num_threads(1)

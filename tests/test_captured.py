@@ -111,17 +111,17 @@ def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[..., tupl
     recorded, _ = decoders("model")
     made = Rerun.made
     _texts(recorded, [5, 3], _law(None), 20, NO_EOS, 0)
-    state, keys = recorded._state, recorded.target.cache.layers[0].keys
+    state, keys = recorded.buffers.state, recorded.target.cache.layers[0].keys
     after_first = Rerun.made
     assert after_first > made
     for lengths in ([2, 7], [4], [60, 1]):
         _texts(recorded, lengths, _law(None), 20, NO_EOS, 1)
-    assert recorded._state is state
+    assert recorded.buffers.state is state
     assert recorded.target.cache.layers[0].keys is keys
     assert Rerun.made <= after_first + 1  # at most the shape of a last sample alone
     again = Rerun.made
     _texts(recorded, [5, 3, 1], _law(None), 20, NO_EOS, 0)  # another row: everything moves
-    assert recorded._state is not state
+    assert recorded.buffers.state is not state
     assert Rerun.made > again
 
 

@@ -230,7 +230,7 @@ def test_better_habits_get_more() -> None:
         text.habit.expected, text.habit.accepted = 10.0, 10.0 * sum(text.accept) / 3
     control.times.learn(Plan(0, (0,) * 3, 3), 0.0, 1.0)
     for levels in (1, 5):
-        control.times.learn(control.uniform([t.habit for t in texts], levels), 0.01 * levels, 1 + 0.3 * levels)
+        control.times.learn(control.uniform(3, levels), 0.01 * levels, 1 + 0.3 * levels)
     while control.turns(3):
         control.turns(3).pop()
     plan = control.plan([t.habit for t in texts])

@@ -127,7 +127,7 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
     model = tiny("llama")
     wrapped = wrap(model, "ngram")
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
-    decoder = wrapped.specdec._decoder("ngram")
+    decoder = wrapped.specdec.decoder("ngram")
 
     def full(self: RaggedCache, *_: Any) -> None:
         raise torch.OutOfMemoryError
@@ -138,7 +138,7 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
             wrapped, model, f"out of memory for a batch of {len(RAGGED)}", **prompts(RAGGED),
             max_new_tokens=300,
         )  # fmt: skip
-    assert wrapped.specdec._decoder("ngram") is not decoder
+    assert wrapped.specdec.decoder("ngram") is not decoder
     gone = weakref.ref(decoder)
     del decoder
     assert gone() is None

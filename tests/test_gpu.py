@@ -64,11 +64,11 @@ def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warp
     prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
     texts = [Text(prompt, 32, seed) for seed, prompt in enumerate(prompts)]
     with torch.no_grad():
-        state = decoder._open(2, 41, 9, torch.tensor([5]))
+        state = decoder.buffers.open(2, 41, 9, torch.tensor([5]))
         rows = Rows(iter(texts), state, target, draft)
         assert not rows.fill(2)
         while rows.is_writing:
-            assert not rows.write(64)
+            assert not rows.write()
         rows.read(rows.live)
         state.allowed.fill_(3)
         live, token = decoder.count(2), decoder.count(8)

@@ -67,7 +67,7 @@ def test_joining_texts_compile_nothing_again(
     tiny: Tiny, kind: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hundreds of steps; prompts are written in pieces between them, and greedily the controller changes its mind."""
-    monkeypatch.setattr(specdec.decoder, "CHUNK", 32)
+    monkeypatch.setattr(specdec.rows, "CHUNK", 32)
     target, texts, law = tiny("llama"), random_texts(110), law_of(do_sample)
     decoder = decoder_of(tiny, kind, CompiledSteps(True))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -85,6 +85,20 @@ def test_joining_texts_compile_nothing_again(
                 text.prompt[None], max_new_tokens=text.max_new_tokens, eos_token_id=EOS.tolist(), pad_token_id=0
             )
             assert text.tokens == out[0, len(text.prompt) :].tolist()
+
+
+def test_a_batch_begins_together(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is taken for a few while the others' prompts wait; only newcomers are written between steps."""
+    monkeypatch.setattr(specdec.rows, "FIRST_CHUNK", 16)
+    monkeypatch.setattr(specdec.rows, "CHUNK", 4)
+    texts = [Text(torch.arange(8, 38), new) for new in (3, 3, 9, 9)]
+    decoder = decoder_of(tiny, "ngram", CompiledSteps(False))
+    with torch.no_grad():
+        first, *rest = decoder.run(texts, 3, 50, 50, law_of(False), torch.empty(0, dtype=torch.int64))
+    assert [piece.text for piece in first] == texts[:3]
+    newcomers = [i for i, emitted in enumerate(rest) if any(piece.text is texts[3] for piece in emitted)]
+    assert newcomers[0] > 1
+    assert all(text.finished for text in texts)
 
 
 @pytest.mark.parametrize("kind", ["model", "ngram"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from side_by_side import Prompts, Tiny, same, wrap
 from torch import Tensor
-from transformers import PreTrainedModel, pipeline
+from transformers import GenerationMixin, PreTrainedModel, pipeline
 
 from specdec import Result, generate_many, zoo
 from specdec.decoder import Decoder
@@ -224,8 +225,18 @@ def test_settings_left_to_transformers(
     speculates(wrapped, model, prompts)
 
 
-def test_beams(wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts) -> None:
+def test_beams(
+    wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {**SETTINGS, "num_beams": 3}
+    search, n_calls = GenerationMixin._beam_search, itertools.count()
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        next(n_calls)
+        return search(*arguments, **keywords)
+
+    monkeypatch.setattr(GenerationMixin, "_beam_search", counted)
+    assert len(list(generate_many(wrapped, TEXTS[:3], **settings))) == next(n_calls)  # once each
     assert_right(list(generate_many(wrapped, TEXTS[:3], **settings)), model, TEXTS[:3], **settings)
     settings["num_return_sequences"] = 2
     for result in generate_many(wrapped, TEXTS[:3], **settings):

@@ -184,7 +184,7 @@ def test_committed_entries_are_those_of_a_prefill(
 ) -> None:  # fmt: skip
     """Texts join and end, and steps draft as it comes: nothing for some, parts of it for others."""
     monkeypatch.setattr(specdec.decoder, "Controller", _AnyPlan)
-    monkeypatch.setattr(specdec.decoder, "CHUNK", 16)
+    monkeypatch.setattr(specdec.rows, "CHUNK", 16)
     # All of a chain is right, and the token after it has not been run; of a tree, some path.
     draft = near(model) if tree is TREE else model
     decoder = decoder_of(model, tree, draft)
@@ -197,7 +197,7 @@ def test_committed_entries_are_those_of_a_prefill(
         rows = _SeenRows.latest
         for piece in emitted:
             text, row = piece.text, rows.row_of(piece.text)
-            n = int(decoder._state.lengths[row])
+            n = int(decoder.buffers.state.lengths[row])
             assert n == len(text.ids) - 1  # all but the pending token
             assert_cached(decoder.target, row, n, prefilled(model, text.ids))
             known = rows.unread({row: text}).get(row, n + 1)
@@ -261,10 +261,10 @@ def test_a_step_of_a_draft_a_root_alone_and_nothing(
     drafted[12:], bare[-1] = drafted[:12], 96  # n-grams find something, and nothing
     assert 96 not in bare[:-1]
     texts = [Text(prompt, 12) for prompt in (ended, drafted, bare)]
-    state = decoder._open(3, 40, 40, torch.tensor([-1]))
+    state = decoder.buffers.open(3, 40, 40, torch.tensor([-1]))
     rows = Rows(iter(texts), state, decoder.target, decoder.drafter)
     assert not rows.fill(3)
-    assert not rows.write(100)
+    assert not rows.write()
     rows.read(rows.live)
     state.stop(0)
     n_drafted = len(decoder.tree) - 1

@@ -23,6 +23,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.graphs.compiled import CompiledSteps
+from specdec.kernels.verify_greedy import verify_greedy_reference
 from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
@@ -71,18 +72,23 @@ def random_prompts(*lengths: int) -> list[torch.Tensor]:
 def filled(decoder: Decoder, prompts: list[torch.Tensor], new: int, eos: torch.Tensor) -> tuple[BatchState, Rows]:
     """A batch of these prompts, ready to step."""
     room = max(map(len, prompts))
-    state = decoder._open(len(prompts), room + new, room, eos)
+    state = decoder.buffers.open(len(prompts), room + new, room, eos)
     rows = Rows(iter([Text(p, new, seed) for seed, p in enumerate(prompts)]), state, decoder.target, decoder.drafter)
     assert not rows.fill(len(prompts))
     while rows.is_writing:
-        assert not rows.write(64)
+        assert not rows.write()
     return state, rows
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "dense"])
+@pytest.mark.parametrize(
+    ("n_batch", "kind", "fused"),
+    [
+        *((1, kind, True) for kind in ("none", "ngram", "chain")),
+        *((3, kind, True) for kind in ("none", "ngram", "chain", "tree", "coupled tree")),
+        *((1, "chain", False), (3, "tree", False)),
+    ],
+)
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("kind", ["none", "ngram", "chain", "tree", "coupled tree"])
-@pytest.mark.parametrize("n_batch", [1, 3])
 def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, n_batch, fused):
     torch._dynamo.reset()
     verifier = VERIFIERS["coupled" if "coupled" in kind else "auto"]
@@ -140,8 +146,7 @@ def test_the_deny_list_sees_a_host_read():
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
 def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
     """200 compiled steps of ragged batches that join, finish at different times and outgrow their cache."""
-    model = specdec.compile(target, draft, depth=2)
-    eager = specdec.compile(target, draft, depth=2, compile=False)
+    model, eager = (specdec.compile(target, draft, depth=2, adapt=False, compile=how) for how in (True, False))
     torch.manual_seed(0)
     settings = {"do_sample": do_sample, "eos_token_id": [5, 6, 7], "pad_token_id": 0}
     if do_sample:
@@ -168,9 +173,11 @@ def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
 @pytest.mark.parametrize("kind", ["ngram", "chain"])
 def test_what_the_controller_may_choose_compiles(target, draft, kind, monkeypatch):
     """For one sample, whose undrafted step has shapes of its own, and for several: nothing, a level, everything."""
-    monkeypatch.setattr(
-        Controller, "plan", lambda self, texts: self.uniform(texts, next(turns) % (self._levels + 1), self.depths[-1])
-    )
+
+    def plan(self, texts):
+        return self.uniform(len(texts), next(turns) % (self._levels + 1), self.depths[-1])
+
+    monkeypatch.setattr(Controller, "plan", plan)
     model = specdec.compile(target, "ngram" if kind == "ngram" else draft, depth=2)
     for n_batch in (1, 3):
         turns = itertools.count()
@@ -178,3 +185,15 @@ def test_what_the_controller_may_choose_compiles(target, draft, kind, monkeypatc
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "pad_token_id": 0}
         assert torch.equal(model.generate(ids, **settings), target.generate(ids, **settings))
     assert 0 < model.specdec.stats.undrafted < model.specdec.stats.steps
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_short_chain_is_judged_by_code_that_compiles(depth):
+    """Inductor writes bools that are padded in a vectorised kernel as C++ that no compiler takes."""
+    tree, n_batch = TokenTree.chain(depth), 8
+    chosen, tokens = torch.randint(0, 2, (n_batch * len(tree),)), torch.randint(0, 2, (n_batch, depth))
+    case = [chosen, tokens, torch.full((n_batch,), depth), tree.topology(chosen.device), tree.tensors(chosen.device)[0]]
+    case.append(torch.arange(n_batch + 1) * len(tree))
+    compiled = torch.compile(verify_greedy_reference, fullgraph=True, dynamic=True)
+    for got, expected in zip(compiled(*case, depth), verify_greedy_reference(*case, depth), strict=True):
+        assert torch.equal(got, expected)

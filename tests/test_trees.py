@@ -45,7 +45,7 @@ def opposite(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def decoder_of(wrapped: PreTrainedModel) -> Decoder:
-    return wrapped.specdec._decoder(wrapped.specdec._draft)
+    return wrapped.specdec.decoder(wrapped.specdec._draft)
 
 
 @pytest.mark.parametrize("shape", TREES)
@@ -115,7 +115,7 @@ def test_no_slot_to_spare(
     dense: bool, shape: str, model: PreTrainedModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Caches have room for the next step alone, and grow with every one."""
-    monkeypatch.setattr(specdec.decoder, "SLOT_BUCKET", 1)
+    monkeypatch.setattr(specdec.buffers, "SLOT_BUCKET", 1)
     wrapped = wrap(model, model, tree=TREES[shape])
     decoder = decoder_of(wrapped)
     if dense:

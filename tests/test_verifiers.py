@@ -59,15 +59,18 @@ def exact_law(model: PreTrainedModel, prompt: Tensor, law: str) -> Tensor:
     return scores.softmax(-1).double().gather(2, texts[..., None])[..., 0].prod(-1)
 
 
-def check_law(wrapped: PreTrainedModel, model: PreTrainedModel, law: str) -> None:
-    """Texts of the wrapped model follow the exact law, all tokens together."""
-    wrapped.specdec.seeds = torch.arange(len(PROMPTS) * N_SAMPLES)
-    out = wrapped.generate(
-        PROMPTS, attention_mask=MASK, do_sample=True, max_new_tokens=N_NEW, num_return_sequences=N_SAMPLES, **LAWS[law]
-    )
+def check_law(wrapped: PreTrainedModel, model: PreTrainedModel, law: str, n_calls: int = 1) -> None:
+    """Texts of the wrapped model, written in so many calls, follow the exact law, all tokens together."""
+    seeds = torch.arange(len(PROMPTS) * N_SAMPLES).chunk(n_calls)
+    place_values, written = VOCAB ** torch.arange(N_NEW).flip(0), []
+    for wrapped.specdec.seeds in seeds:
+        out = wrapped.generate(
+            PROMPTS, attention_mask=MASK, do_sample=True, max_new_tokens=N_NEW,
+            num_return_sequences=N_SAMPLES // n_calls, **LAWS[law],
+        )  # fmt: skip
+        written.append((out[:, PROMPTS.shape[1] :] * place_values).sum(1).view(len(PROMPTS), -1))
     assert not wrapped.specdec.stats.fallbacks
-    place_values = VOCAB ** torch.arange(N_NEW).flip(0)
-    texts = (out[:, PROMPTS.shape[1] :] * place_values).sum(1).view(len(PROMPTS), N_SAMPLES)
+    texts = torch.cat(written, 1)
     for row, (prompt, mask) in enumerate(zip(PROMPTS, MASK, strict=True)):
         expected = exact_law(model, prompt[mask.bool()], law) * N_SAMPLES
         observed = texts[row].bincount(minlength=VOCAB**N_NEW)

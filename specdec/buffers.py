@@ -1,0 +1,81 @@
+"""Buffers: the memory of a batch, kept from call to call: its state, and both models' caches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from specdec.drafters.base import Drafter
+from specdec.graphs.captured import CapturedSteps
+from specdec.graphs.compiled import CompiledSteps
+from specdec.rows import FIRST_CHUNK
+from specdec.state import BatchState
+from specdec.view import ModelView
+
+SLOT_BUCKET = 256
+"""Cache capacity is a multiple of this many slots, and grows with the text."""
+
+
+class Buffers:
+    """What batches of one decoder live in.
+
+    Args:
+        steps: forgotten where what they know has moved.
+    """
+
+    def __init__(self, target: ModelView, drafter: Drafter, steps: CompiledSteps | CapturedSteps) -> None:
+        self._target, self._drafter, self._steps = target, drafter, steps
+        self.state: BatchState | None = None
+        self._places: tuple[int, ...] = ()
+
+    def open(self, n_rows: int, longest: int, room: int, eos_ids: Tensor) -> BatchState:
+        """An empty batch on the device.
+
+        Where steps are recorded, buffers only ever grow, and have room for the whole of every text at once.
+
+        Args:
+            longest: no text is longer, prompt and new tokens. room: caches have slots for texts of this length.
+            eos_ids: [E] int64, tokens that end a text.
+        """
+        device = self._target.device
+        # End-of-text ids in whole eights, so that few numbers of them occur.
+        wanted = n_rows, longest + 1, 8 * (len(eos_ids) // 8 + 1)
+        n_slots, state = self._slots_for(room), None
+        if self._steps.keeps_buffers:
+            state = self.state
+            wanted = wanted[0], self._slots_for(wanted[1]), wanted[2]
+            if state is not None:
+                rows, columns, ends = map(max, wanted, state.sizes)
+                wanted = rows, columns, ends
+            n_slots = self._slots_for(wanted[1])
+        if state is None or state.sizes != wanted:
+            state = self.state = BatchState(*wanted, self._drafter, device)
+        state.clear(eos_ids.to(device))
+        self._target.allocate(wanted[0], n_slots)
+        self._drafter.allocate(wanted[0], n_slots)
+        places = (id(state), self._target.cache.generation, self._drafter.generation)
+        if places != self._places:
+            self._steps.reset()
+            self._places = places
+        return state
+
+    def grow(self, longest: int) -> None:
+        """Make room in the caches for texts of this length; what is in them stays."""
+        n_slots = self._slots_for(longest)
+        if n_slots > self._target.cache.n_slots:
+            self._target.cache.grow(n_slots)
+            self._drafter.grow(n_slots)
+
+    def memory(self, n_rows: int, longest: int) -> int:
+        """Bytes for a batch of `n_rows` texts of `longest` tokens: caches, and the largest forward's activations."""
+        n_slots, views, n_nodes = self._slots_for(longest), [self._target], len(self._drafter.tree)
+        if isinstance(drafts := getattr(self._drafter, "view", None), ModelView):
+            views.append(drafts)
+        n_tokens = n_rows * max(min(FIRST_CHUNK, longest), n_nodes)  # prompts are laid out in a grid
+        caches = sum(view.cache_bytes(n_rows, n_slots) for view in views)
+        return caches + max(view.activation_bytes(n_tokens, longest, n_rows * n_nodes) for view in views)
+
+    def _slots_for(self, length: int) -> int:
+        """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""
+        tree = self._drafter.tree
+        needed = length + len(tree) + tree.depth + 2
+        return -(-needed // SLOT_BUCKET) * SLOT_BUCKET
