@@ -12,7 +12,7 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.make import check_draft
 from specdec.drafters.ngram import NgramDrafter
 from specdec.handle import Handle
-from specdec.request import Unsupported
+from specdec.proof import Unsupported
 
 
 def compile(  # the name is the point: specdec.compile

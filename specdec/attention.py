@@ -1,23 +1,25 @@
 """The "specdec" entry in transformers' attention registry, and the mask hook that goes with it.
 
-Both read the forward's `Nodes` from the cache that hangs on the (private) configuration of the running view. Three
+Both read the forward's `Nodes` from the cache that hangs on the (private) configuration of the running view. Four
 ways to attend: the fused op for a step's tree nodes, wherever it has a kernel; the Triton kernel for a prompt's text,
-wherever Triton runs; and dense PyTorch under a mask for the rest (prefill and half precision on a CPU).
+wherever Triton runs; dense PyTorch under a mask for the rest (prefill and half precision on a CPU, and layers that ask
+for what the kernels do not know); and, in models that attend by themselves, their own attention under a mask of all
+samples' slots. `specdec.proof` finds out which is right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from specdec.cache import RaggedCache
-from specdec.kernels.library import runs_triton
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.tree_attention import tree_attention
+from specdec.proof import Asked
 
 NAME = "specdec"
 
@@ -37,8 +39,9 @@ def attention_forward(
     """Attention of the flat tokens over the ragged cache.
 
     Args:
-        query: [1, H, T, D]. key, value: what the cache's `update` returned: the whole layer, [G, B, S, D], or for the
-            fused attention the new entries, [1, G, T, D]. attention_mask: from `build_mask`.
+        query: [1, H, T, D]. key, value: what the cache's `update` returned: the whole layer, [G, B, S, D] or flat
+            [1, G, B * S, D], or for the fused attention the new entries, [1, G, T, D].
+        attention_mask: from `build_mask`.
 
     Returns:
         [1, T, H, D] and None in place of attention weights.
@@ -47,7 +50,11 @@ def attention_forward(
     cache: RaggedCache = config.specdec_cache
     nodes = cache.nodes
     assert nodes is not None
-    assert s_aux is None  # no supported family has attention sinks
+    if cache.asked is not None:
+        is_special = s_aux is not None or not isinstance(sliding_window, int | None)
+        cache.asked[cast(Any, module).layer_idx] = Asked(
+            sliding_window or 0, is_special, getattr(attention_mask, "rule", None)
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache.is_fused:
         layer: Any = module
@@ -59,7 +66,11 @@ def attention_forward(
         )  # fmt: skip
         return out[None], None
     q = query[0].transpose(0, 1)
-    if runs_triton(q):
+    if cache.is_flat:
+        assert attention_mask is not None
+        keys, values = (x.transpose(0, 1) for x in (key, value))
+        return masked_attention(q[None], keys, values, attention_mask[:, 0], scale, softcap, s_aux), None
+    if not cache.is_dense:
         out = tree_attention(
             q, key, value, nodes.starts, nodes.lengths, nodes.node, None, None, sliding_window or 0, scale,
             softcap or 0.0, None,
@@ -68,22 +79,24 @@ def attention_forward(
     assert attention_mask is not None
     if nodes.among is not None:
         key, value = (x[:, nodes.among, : nodes.reach] for x in (key, value))
-    out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap)
+    out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap, s_aux)
     return nodes.from_grid(out)[None], None
 
 
 def masked_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Dense attention of each query row over its own sample's slots.
 
     Args:
-        q: [B, R, H, D]. k_cache, v_cache: [G, B, S, D].
+        q: [B, R, H, D]. k_cache, v_cache: [G, B, S, D] and [G, B, S, Dv].
         mask: [B, R, S] additive, 0 where visible and -inf elsewhere; every row sees at least one key.
         scale: factor on the scores. softcap: bound c of the scores, c * tanh(scores / c), or None.
+        sinks: [H], logits that join the sum of the softmax and nothing else, or None.
 
     Returns:
-        [B, R, H, D] of q's dtype.
+        [B, R, H, Dv] of q's dtype.
     """
     n_batch, n_rows, n_heads, head_dim = q.shape
     n_groups, group = k_cache.shape[0], n_heads // k_cache.shape[0]
@@ -93,7 +106,11 @@ def masked_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.view(n_groups, n_batch, group, n_rows, -1) + mask[None, :, None]
-    probs = scores.float().softmax(-1).to(q.dtype).view(n_groups, n_batch, group * n_rows, -1)
+    if sinks is not None:
+        sink = sinks.view(n_groups, 1, group, 1, 1).expand(-1, n_batch, -1, n_rows, -1)
+        scores = torch.cat([scores, sink.to(scores.dtype)], -1)
+    probs = scores.float().softmax(-1).to(q.dtype)[..., : k_cache.shape[2]]
+    probs = probs.reshape(n_groups, n_batch, group * n_rows, -1)
     out = torch.matmul(probs, v_cache).view(n_groups, n_batch, group, n_rows, -1)
     return out.permute(1, 3, 0, 2, 4).reshape(n_batch, n_rows, n_heads, -1)
 
@@ -101,16 +118,22 @@ def masked_attention(
 def build_mask(
     *, mask_function: Callable[..., Tensor], config: Any, dtype: torch.dtype, **kwargs: Any
 ) -> Tensor | None:
-    """The mask of the forward in flight, [B, 1, R, S], under the model's own rule (causal, sliding window, ...).
+    """The mask of the forward in flight, [B, 1, R, S], under the model's own rule (causal, sliding window, ...); for
+    the model's own attention [1, 1, T, B * S].
 
     The kernels need none: they read lengths, ancestor words and the window.
     """
     cache: RaggedCache = config.specdec_cache
     nodes = cache.nodes
     assert nodes is not None
-    if cache.is_fused or runs_triton(nodes.slot):
+    if not cache.is_dense:
         return None
-    return nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)
+    if cache.is_flat:
+        return nodes.flat_mask(mask_function, cache.n_slots, dtype)
+    mask = nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)
+    if cache.asked is not None:
+        vars(mask)["rule"] = mask_function
+    return mask
 
 
 def install() -> None:

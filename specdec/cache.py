@@ -15,7 +15,7 @@ from specdec.nodes import Nodes
 
 
 class RaggedLayer:
-    """Keys and values of one layer, [G, B, S, D] each. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`)."""
+    """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`)."""
 
     is_sliding = False
     is_compileable = True
@@ -35,7 +35,11 @@ class RaggedCache(Cache):
     """A cache whose samples grow at their own pace. The current forward's `Nodes` say where new entries go.
 
     Args:
-        can_fuse: the fused attention has a C++ kernel here: for float32 on a CPU with a compiler.
+        can_fuse: whether the fused attention has a kernel here, and does what the model asks of it.
+
+    Attributes:
+        is_flat: whether the model's own attention runs, over all samples' slots in one row.
+        asked: what each layer asked of its attention, where that is to be noted (see `specdec.proof`).
 
     `nodes` is the metadata of the forward in flight: it travels on the cache, which every model passes along,
     because models drop keyword arguments they do not know. `generation` changes when the memory moves.
@@ -46,31 +50,43 @@ class RaggedCache(Cache):
         self.can_fuse = can_fuse
         self.generation = 0
         self.nodes: Nodes | None = None
+        self.is_flat = False
+        self.asked: dict[int, Any] | None = None
 
     @property
     def is_fused(self) -> bool:
         """Whether the forward in flight is a step's, and runs the fused attention."""
         assert self.nodes is not None
-        return self.nodes.bits is not None and (self.can_fuse or runs_triton(self.nodes.slot))
+        return self.nodes.bits is not None and self.can_fuse
 
-    def allocate(self, shapes: list[tuple[int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
-        """An empty cache for `shapes[layer] = (G, D)`, dtype and device as `like`.
+    @property
+    def is_dense(self) -> bool:
+        """Whether the forward in flight needs a mask."""
+        assert self.nodes is not None
+        return not self.can_fuse or (self.nodes.bits is None and not runs_triton(self.nodes.slot))
+
+    def allocate(self, shapes: list[tuple[int, int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
+        """An empty cache for `shapes[layer] = (G, D, Dv)`, dtype and device as `like`.
 
         A cache of the right size stays where it is, because recorded steps know its addresses, and as it is: who takes
         a row clears it.
         """
-        wanted = [(groups, n_batch, n_slots, dim) for groups, dim in shapes]
-        if [tuple(layer.keys.shape) for layer in self.layers] == wanted:
+        wanted = [tuple((groups, n_batch, n_slots, dim) for dim in dims) for groups, *dims in shapes]
+        if [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in self.layers] == wanted:
             return
+        self.release()  # the memory of the old one may be needed for the new one
+        self._hold([RaggedLayer(like.new_zeros(keys), like.new_zeros(values)) for keys, values in wanted])
+
+    def release(self) -> None:
+        """Give the memory back."""
         self.generation += 1
-        self._hold([])  # the memory of the old one may be needed for the new one
-        self._hold([RaggedLayer(*(like.new_zeros(shape) for _ in "kv")) for shape in wanted])
+        self._hold([])
 
     def clear(self, row: int) -> None:
         """Zeros for one sample: they keep the masked slots of the dense attention finite. Triton's kernel does not care
         what is in slots it may not see."""
         for layer in self.layers:
-            if not runs_triton(layer.keys):
+            if not (self.can_fuse and runs_triton(layer.keys)):
                 layer.keys[:, row].zero_()
                 layer.values[:, row].zero_()
 
@@ -85,7 +101,8 @@ class RaggedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values [1, G, T, D] of the flat tokens; return the whole layer, [G, B, S, D] each.
+        """Write keys and values [1, G, T, D] of the flat tokens; return the whole layer, [G, B, S, D] each, or with the
+        model's own attention [1, G, B * S, D].
 
         With the fused attention the new entries themselves are returned: it is the one to write them.
         """
@@ -94,6 +111,8 @@ class RaggedCache(Cache):
             return key_states, value_states
         layer = self.layers[layer_idx]
         kv_append_(layer.keys, layer.values, key_states[0], value_states[0], self.nodes.slot)
+        if self.is_flat:
+            return layer.keys.flatten(1, 2)[None], layer.values.flatten(1, 2)[None]
         return layer.keys, layer.values
 
     def grow(self, n_slots: int) -> None:
@@ -113,9 +132,9 @@ class RaggedCache(Cache):
             lengths: [B] int64, committed entries. path: [B, P] int64, nodes of the tree at slots `lengths[b] + node`,
                 the root first. n_path: [B] int64, how many of them count.
         """
-        keys = self.layers[0].keys
-        size = keys.shape[3] * keys.itemsize
-        kv_commit_(self._table, lengths, path, n_path, keys.shape[0], size, size)
+        layer = self.layers[0]
+        sizes = (x.shape[3] * x.itemsize for x in (layer.keys, layer.values))
+        kv_commit_(self._table, lengths, path, n_path, layer.keys.shape[0], *sizes)
 
     # transformers asks these while it prepares masks; our own mask is built from `nodes`.
     def get_seq_length(self, layer_idx: int = 0) -> int:

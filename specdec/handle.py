@@ -23,7 +23,8 @@ from specdec.decoder import Decoder
 from specdec.drafters.make import DraftSource, check_draft, make_drafter
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
-from specdec.request import Request, Unsupported, check_model
+from specdec.proof import Unsupported
+from specdec.request import Request, check_model
 from specdec.rows import Text
 from specdec.stats import Stats
 from specdec.tree import TokenTree
@@ -296,19 +297,20 @@ class Handle:
 
     def decoder(self, draft: DraftSource) -> Decoder:
         """The decoder for this draft; made anew when the user's model has been given other weights."""
-        if self._target is None or not self._target.is_current:
-            self._target, self._decoders = ModelView(self._model), {}
-        key = draft if isinstance(draft, str) else id(draft)
-        decoder = self._decoders.get(key)
-        if decoder is None or not decoder.drafter.is_current:
-            check_draft(draft, self._model, self.config)
-            compiled = CompiledSteps(self.config.compile)
-            records = self.config.compile and self._target.device.type == "cuda"
-            steps = CapturedSteps(compiled) if records else compiled
-            verifier = VERIFIERS[self.config.verifier]
-            decoder = self._decoders[key] = Decoder(
-                self._target, make_drafter(draft, self.config), steps, self.stats, verifier, self.config.adapt
-            )
+        with decoding(self._model):  # models are run to prove that they can be
+            if self._target is None or not self._target.is_current:
+                self._target, self._decoders = ModelView(self._model), {}
+            key = draft if isinstance(draft, str) else id(draft)
+            decoder = self._decoders.get(key)
+            if decoder is None or not decoder.drafter.is_current:
+                check_draft(draft, self._model, self.config)
+                compiled = CompiledSteps(self.config.compile)
+                records = self.config.compile and self._target.device.type == "cuda"
+                steps = CapturedSteps(compiled) if records else compiled
+                verifier = VERIFIERS[self.config.verifier]
+                decoder = self._decoders[key] = Decoder(
+                    self._target, make_drafter(draft, self.config), steps, self.stats, verifier, self.config.adapt
+                )
         return decoder
 
 

@@ -129,9 +129,17 @@ class Nodes:
             ancestors = ancestors.gather(2, key_node[:, None].expand(-1, self.rows, -1))
             visible = (offset < 0)[:, None] | (inside[:, None] & ancestors)
             key_position = torch.where(inside, lengths[:, None] + self.depths[key_node], slot)
-        sample = torch.arange(len(lengths), device=slot.device)[:, None, None]
-        visible = visible & allowed(sample, 0, row_position[..., None], key_position[:, None])
+        visible = visible & allowed(0 * slot[0], 0, row_position[..., None], key_position[:, None])  # one text to it
         # A place without a token may see nothing; its row must stay finite all the same, or the NaN it writes to
         # scratch would reach every other row as 0 * NaN.
         visible = visible | ~visible.any(-1, keepdim=True)
         return torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None]
+
+    def flat_mask(self, allowed: Callable[..., Tensor], n_slots: int, dtype: torch.dtype) -> Tensor:
+        """The same [1, 1, T, B * S], over the slots of all samples one after the other."""
+        nodes = replace(self, among=None)
+        own = nodes.from_grid(nodes.mask(allowed, n_slots, dtype)[:, 0])  # [T, S]
+        sample = torch.arange(len(self.lengths), device=own.device)
+        lowest = torch.finfo(dtype).min  # a model's own attention may not expect infinity
+        mask = torch.where(self.sample[:, None, None] == sample[:, None], own[:, None].clamp(min=lowest), lowest)
+        return mask.flatten(1)[None, None]

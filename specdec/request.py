@@ -15,16 +15,13 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.kernels.library import triton
+from specdec.proof import Unsupported, check_forward
 from specdec.sampling import SamplingLaw
-from specdec.view import SUPPORTED_MODEL_TYPES
+from specdec.view import learned_positions
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
 _PLAIN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 _OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
-
-
-class Unsupported(Exception):
-    """This call runs transformers' own loop; the message says why."""
 
 
 @dataclass
@@ -108,8 +105,7 @@ def check_model(model: PreTrainedModel) -> None:
     Raises:
         Unsupported: with the reason.
     """
-    if model.config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise Unsupported(f"models of type {model.config.model_type}")
+    check_forward(model)
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise Unsupported("weights that accelerate's hooks move: offloaded, or spread over several devices")
     if has_own_forward(model):
@@ -188,8 +184,8 @@ def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float |
 
 def _check_context(model: PreTrainedModel, longest: int) -> None:
     config = model.config
-    if config.model_type == "gpt2" and longest > config.max_position_embeddings:
-        raise Unsupported(f"a text of {longest} tokens for {config.max_position_embeddings} learned positions")
+    if (n_positions := learned_positions(config)) is not None and longest > n_positions:
+        raise Unsupported(f"a text of {longest} tokens for {n_positions} positions")
     if (rope := moving_rope(config)) is not None:
         raise Unsupported(f"{rope} rope, whose frequencies depend on the longest text of a forward")
 

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from specdec import attention
 from specdec.cache import RaggedCache
 from specdec.kernels.cpu import has_kernels
-from specdec.kernels.library import INTERPRETED
+from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
-
-# Families whose ragged forward is tested token by token against transformers.
-SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2"})
+from specdec.proof import prove
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -38,9 +37,8 @@ def _trait(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks of the decoder: the modules of its longest list."""
-    lists = [list(m) for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len)
+    """The repeated blocks of the decoder."""
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,30 +51,37 @@ def _as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
     return layer_forward
 
 
+def learned_positions(config: Any) -> int | None:
+    """How many positions a model has a table for; None with a rope, which goes on."""
+    config = config.get_text_config()
+    return None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+
+
 class ModelView:
     """A decoder-only model running flat tokens over a `RaggedCache`.
 
     Args:
         model: the user's model; its weights are shared, its modules are copied.
+
+    Raises:
+        Unsupported: no way to run it raggedly gives what it gives by itself.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         attention.install()
         self.source = model
         self.weights = _tensors(model)
-        self._traits = [_trait(t) for t in self.weights]
+        self.traits = [_trait(t) for t in self.weights]
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
         self.module.config._attn_implementation = attention.NAME
         for layer in _decoder_layers(self.module):
             vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
-        self.cache = RaggedCache(has_kernels(next(model.parameters())) and not INTERPRETED)
+        weight = next(model.parameters())
+        self.cache = RaggedCache(has_kernels(weight) or runs_triton(weight))
         self.module.config.specdec_cache = self.cache
-        config = model.config
-        # Drafts may reach past a table of learned positions near the end of a text; they are never accepted there.
-        self._last_position = config.max_position_embeddings - 1 if config.model_type == "gpt2" else None
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        n_groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._layer_shapes = [(n_groups, head_dim)] * config.num_hidden_layers
+        self._n_positions = learned_positions(model.config)
+        self.layer_shapes: list[tuple[int, int, int]] = []
+        prove(self)
 
     @property
     def is_current(self) -> bool:
@@ -88,7 +93,7 @@ class ModelView:
         return (
             len(now) == len(self.weights)
             and all(a is b for a, b in zip(now, self.weights, strict=True))
-            and [_trait(t) for t in now] == self._traits
+            and [_trait(t) for t in now] == self.traits
         )
 
     @property
@@ -97,7 +102,7 @@ class ModelView:
 
     def cache_bytes(self, n_batch: int, n_slots: int) -> int:
         """Of a cache for `n_batch` samples of `n_slots` slots each."""
-        per_slot = sum(2 * groups * dim for groups, dim in self._layer_shapes)
+        per_slot = sum(groups * sum(dims) for groups, *dims in self.layer_shapes)
         return per_slot * n_batch * n_slots * self.module.dtype.itemsize
 
     def activation_bytes(self, n_tokens: int, reach: int, n_logits: int) -> int:
@@ -112,7 +117,7 @@ class ModelView:
     def allocate(self, n_batch: int, n_slots: int) -> None:
         """An empty cache for `n_batch` samples of `n_slots` slots each."""
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
-        self.cache.allocate(self._layer_shapes, n_batch, n_slots, like)
+        self.cache.allocate(self.layer_shapes, n_batch, n_slots, like)
 
     def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
         """Logits of the flat tokens; their keys and values are written to the cache.
@@ -136,7 +141,8 @@ class ModelView:
         return out.logits[0]
 
     def _positions(self, nodes: Nodes) -> Tensor:
-        position = nodes.position if self._last_position is None else nodes.position.clamp(max=self._last_position)
+        # Drafts may reach past a table of positions near the end of a text; they are never accepted there.
+        position = nodes.position if self._n_positions is None else nodes.position.clamp(max=self._n_positions - 1)
         return position[None]
 
     def prefill(self, texts: Mapping[int, tuple[int, Tensor]], chunk: int = 2048) -> None:

@@ -10,51 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from families import VOCAB, make_tiny
+from transformers import PreTrainedModel
 
 import specdec
 import specdec.api  # whole: what is imported while a test has patched a constant would keep it
 
 pytest.register_assert_rewrite("aot", "side_by_side", "trees")  # their asserts show what they compared, as tests' do
 torch.set_num_threads(1)
-
-VOCAB = 97
-
-# Large initial weights: a random model whose text varies, and whose best token is not a near tie.
-_LLAMA_LIKE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.35,
-}  # fmt: skip
-_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": {**_LLAMA_LIKE, "sliding_window": 6},
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "gemma2": {
-        **_LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 6, "query_pre_attn_scalar": 16,
-        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "tie_word_embeddings": False,
-    },
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.35,
-             "tie_word_embeddings": False},
-    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.35},
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.35},
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.35},
-}  # fmt: skip
-
-
-def make_tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A new random model of a family, without EOS, in eval mode."""
-    numbers = {"vocab_size": VOCAB, **_CONFIGS[model_type], **overrides}
-    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    config = AutoConfig.for_model(model_type, **{**special, **numbers})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        # Some versions' sdpa ignores Gemma2's softcap.
-        more = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
-        model = AutoModelForCausalLM.from_config(config, **more).eval()
-    model.generation_config.update(do_sample=False, **{**special, **{k: v for k, v in numbers.items() if k in special}})
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,7 @@ def test_a_step_takes_the_fused_op_and_a_prompt_does_not(
     fused = attention.ragged_attention
     monkeypatch.setattr(attention, "ragged_attention", lambda *args: took.append("fused") or fused(*args))
     view = ModelView(fresh("llama", num_hidden_layers=3).to(device, dtype))
+    took.clear()  # while it was proved
     bits, depths = TREES["chain"].tensors(device)
     lengths, counts = torch.tensor([[5, 3], [6, 6]], device=device)
     with torch.no_grad():

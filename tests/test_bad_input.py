@@ -48,11 +48,6 @@ def test_devices_must_match(model: PreTrainedModel, fresh: Tiny) -> None:
         wrap(model, fresh("llama").to("meta"))
 
 
-def test_a_draft_of_an_unsupported_family(model: PreTrainedModel, tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match="opt"):
-        wrap(model, tiny("opt"))
-
-
 @pytest.mark.parametrize(
     ("draft", "error"),
     [("n-gram", ValueError), ("gpt2", ValueError), (3, TypeError), ([], TypeError), (torch.nn.Linear(2, 2), TypeError)],
@@ -191,7 +186,7 @@ def test_gpt2_beyond_its_context_fails_as_in_transformers(tiny: Tiny, prompts: P
     for arguments in ({**prompts([120]), "max_new_tokens": 20}, {**prompts([140]), "max_new_tokens": 2}):
         with pytest.raises(IndexError):
             model.generate(**arguments)
-        with pytest.warns(UserWarning, match="128 learned positions"), pytest.raises(IndexError):
+        with pytest.warns(UserWarning, match="128 positions"), pytest.raises(IndexError):
             wrapped.generate(**arguments)
     inputs = prompts([20])
     assert torch.equal(wrapped.generate(**inputs, max_new_tokens=6), model.generate(**inputs, max_new_tokens=6))
@@ -266,10 +261,12 @@ def test_a_broken_draft_costs_speed_and_nothing_else(
     model: PreTrainedModel, fresh: Tiny, prompts: Prompts, still_works: Any
 ) -> None:
     draft = fresh("llama", seed=7)
-    with torch.no_grad():
-        draft.lm_head.weight.fill_(float("nan"))
     wrapped = wrap(model, draft)
     still_works(wrapped)
+    with torch.no_grad():
+        draft.lm_head.weight.fill_(float("nan"))
+    still_works(wrapped)
+    wrapped.specdec.stats.reset()
     out = wrapped.generate(**prompts([6, 2]), max_new_tokens=8, do_sample=True)
     assert out.shape == (2, 14)
     assert sum(wrapped.specdec.stats.accepted[1:]) == 0

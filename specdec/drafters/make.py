@@ -11,10 +11,10 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.proof import Unsupported
 from specdec.request import has_own_forward, moving_rope
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
-from specdec.view import SUPPORTED_MODEL_TYPES
 
 DraftSource: TypeAlias = PreTrainedModel | Drafter | str | None
 
@@ -31,8 +31,6 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
             raise ValueError(f"draft vocabulary {theirs} does not match target vocabulary {ours}")
         if draft.device != target.device:
             raise ValueError(f"draft is on {draft.device}, target is on {target.device}")
-        if draft.config.model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f"drafts of type {draft.config.model_type} are not supported yet")
         if config.tree is not None and (widest := max(config.tree.n_children)) > SUPPORT_SIZE:
             raise ValueError(f"tree has a node with {widest} children; a draft model drafts {SUPPORT_SIZE} at most")
         if has_own_forward(draft):
@@ -52,7 +50,10 @@ def make_drafter(draft: DraftSource, config: Config) -> Drafter:
         return NoDrafter()
     if isinstance(draft, PreTrainedModel):
         tree = config.tree or TokenTree.chain(depth or 5)
-        return ModelDrafter(draft, tree, VERIFIERS[config.verifier])
+        try:
+            return ModelDrafter(draft, tree, VERIFIERS[config.verifier])
+        except Unsupported as reason:
+            raise Unsupported(f"the draft: {reason}") from None
     if isinstance(draft, str):
         return NgramDrafter(depth or 8, config.max_ngram)
     return draft

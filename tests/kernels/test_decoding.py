@@ -67,7 +67,7 @@ def _sampled_elsewhere(interpret: str) -> list[list[int]]:
 
 def _sample() -> list[list[int]]:
     """Texts of a ragged batch under three sampling laws."""
-    from conftest import VOCAB, make_tiny
+    from families import VOCAB, make_tiny
 
     target, draft = make_tiny("llama"), make_tiny("llama", seed=0, num_hidden_layers=1)
     model = specdec.compile(target, draft, depth=2, compile=False)

@@ -1,0 +1,107 @@
+"""Families by what they do, not by name: proved on first use, and decoded to transformers' very tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import DECODED, DENSE, FLAT, REFUSED, table
+from side_by_side import Prompts, Tiny, wrap
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec import proof
+from specdec.proof import Unsupported, is_window
+from specdec.view import ModelView
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_greedy_tokens(family: str, tiny: Tiny, prompts: Prompts) -> None:
+    model = tiny(family)
+    view = ModelView(model)
+    assert (view.cache.can_fuse, view.cache.is_flat) == (family not in [*DENSE, *FLAT], family in FLAT)
+    for lengths in ([12], [17, 3, 1, 9]):
+        inputs = prompts(lengths)
+        expected = model.generate(**inputs, max_new_tokens=30)
+        assert len(set(expected[:, -30:].flatten().tolist())) > 4, "a text that says nothing tests nothing"
+        for draft in (model, "ngram"):
+            wrapped = wrap(model, draft)
+            assert torch.equal(wrapped.generate(**inputs, max_new_tokens=30), expected)
+            stats = wrapped.specdec.stats
+            assert not stats.fallbacks
+            assert stats.steps > 0
+            if draft is model:
+                assert stats.acceptance_by_position == [1.0] * 5
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_proved_runs_transformers_loop(family: str, tiny: Tiny, prompts: Prompts) -> None:
+    model, inputs = tiny(family), prompts([12])
+    expected = model.generate(**inputs, max_new_tokens=8)
+    wrapped = wrap(model, "ngram")
+    with pytest.warns(UserWarning, match=REFUSED[family]):
+        assert torch.equal(wrapped.generate(**inputs, max_new_tokens=8), expected)
+    ((reason, n),) = wrapped.specdec.stats.fallbacks.items()
+    assert f"models of type {family}" in reason
+    assert n == 1
+
+
+def test_positions_counted_in_slots_are_found_out(fresh: Tiny) -> None:
+    """ALiBi's distances are of slots, of which a tree's nodes have others than positions."""
+    with pytest.raises(Unsupported, match="models of type falcon"):
+        ModelView(fresh("falcon", alibi=True))
+
+
+def test_a_draft_that_cannot_be_proved(tiny: Tiny, prompts: Prompts) -> None:
+    wrapped = wrap(tiny("llama"), tiny("bloom"))
+    with pytest.warns(UserWarning, match="the draft: models of type bloom"):
+        wrapped.generate(**prompts([5]), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("window", "rule", "is_it"), [
+    (0, lambda b, h, q, k: k <= q, True),
+    (6, lambda b, h, q, k: (k <= q) & (k > q - 6), True),
+    (6, lambda b, h, q, k: (k <= q) & (k >= q - 6), False),
+    (0, lambda b, h, q, k: (k <= q) & (k > q - 5000), False),  # a window nobody told
+    (4096, lambda b, h, q, k: (k <= q) & (k > q - 4096), True),
+    (4096, lambda b, h, q, k: k <= q, False),
+    (0, lambda b, h, q, k: (k <= q) & (k // 8192 == q // 8192), False),  # chunks
+    (0, lambda b, h, q, k: k == k, False),
+    (0, lambda b, h, q, k: q[b] > k, False),
+])  # fmt: skip
+def test_windows(window: int, rule: Callable[..., Tensor], is_it: bool) -> None:
+    assert is_window(rule, window, 16384, torch.device("cpu")) == is_it
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_wrong_positions_are_found_out(family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelView, "_positions", lambda self, nodes: nodes.node[None])
+    with pytest.raises(Unsupported, match="not the model's own"):
+        ModelView(tiny(family))
+
+
+def test_half_precision_is_proved_too(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama").bfloat16()
+    assert not ModelView(model).cache.is_flat
+    monkeypatch.setattr(ModelView, "_positions", lambda self, nodes: 3 * nodes.position[None])
+    with pytest.raises(Unsupported, match="not the model's own"):
+        ModelView(model)
+
+
+def test_proving_leaves_things_as_they_were(fresh: Tiny) -> None:
+    model: PreTrainedModel = fresh("llama")
+    state, config = torch.get_rng_state(), model.config.to_dict()
+    calls: list[Any] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    view = ModelView(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config.to_dict() == config
+    assert len(calls) >= len(proof.LENGTHS) * len(proof.PATHS)  # the user's own forward ran
+    assert not view.cache.layers
+
+
+def test_the_table_in_the_readme_is_this_one() -> None:
+    assert table() in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
