@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from bench import backend, cache_cases, cases, device_time, gpu, gpu_report, tree_cases
+from bench import backend, cache_cases, cases, device_time, gpu, gpu_report, padding, tree_cases
 from bench.case import Case
 from bench.device_time import Timing
 from specdec import measure, zoo
@@ -154,6 +155,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "all_ways", lambda device: {"transformers": None, "inductor": {"backend": "eager"}})
     all_paths = measure.all_paths
     monkeypatch.setattr(measure, "all_paths", lambda target, draft: all_paths(target, draft, compiled=False))
+    monkeypatch.setattr(padding, "padding_cells", partial(padding.padding_cells, compiled=False))
 
 
 def test_every_section_runs_and_is_reported(small: None, tmp_path: Path) -> None:

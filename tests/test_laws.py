@@ -122,7 +122,7 @@ def test_a_processor_that_looks_at_the_text_is_no_law() -> None:
         SamplingLaw.from_processors(processors, True, torch.device("cpu"))
 
 
-VOCAB, N_NEW, N_SAMPLES = 6, 3, 5000
+VOCAB, N_NEW, N_SAMPLES = 6, 3, 4000
 PROMPTS = torch.tensor([[0, 0, 3, 1, 2], [4, 2, 1, 4, 2], [1, 5, 1, 5, 1]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
 

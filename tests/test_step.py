@@ -145,16 +145,20 @@ def test_the_deny_list_sees_a_host_read():
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
 def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
-    """200 compiled steps of ragged batches that join, finish at different times and outgrow their cache."""
-    model, eager = (specdec.compile(target, draft, depth=2, adapt=False, compile=how) for how in (True, False))
+    """200 compiled steps of texts, alone or in ragged batches, that finish at different times and outgrow their cache.
+
+    Batches that sample are in tests/test_joining.py.
+    """
+    source, sizes = (draft, (1,)) if do_sample else ("ngram", (1, 2))
+    model, eager = (specdec.compile(target, source, depth=2, adapt=False, compile=how) for how in (True, False))
     torch.manual_seed(0)
     settings = {"do_sample": do_sample, "eos_token_id": [5, 6, 7], "pad_token_id": 0}
     if do_sample:
         settings |= {"top_k": 0, "temperature": 1.0}
-    model.specdec.warmup(batch_sizes=(1, 2), **settings)
+    model.specdec.warmup(sizes, **settings)
     with torch._dynamo.config.patch(error_on_recompile=True):
         while model.specdec.stats.steps < 200:
-            n_batch = int(torch.randint(1, 6, ()))
+            n_batch = 1 if do_sample else int(torch.randint(1, 6, ()))
             width = int(torch.randint(4, 300, ()))
             ids = torch.randint(8, 96, (n_batch, width))
             mask = (torch.arange(width) >= torch.randint(0, width - 1, (n_batch, 1))).long()
@@ -170,15 +174,14 @@ def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
     assert model.specdec.stats.tokens > 200
 
 
-@pytest.mark.parametrize("kind", ["ngram", "chain"])
-def test_what_the_controller_may_choose_compiles(target, draft, kind, monkeypatch):
+def test_what_the_controller_may_choose_compiles(target, monkeypatch):
     """For one sample, whose undrafted step has shapes of its own, and for several: nothing, a level, everything."""
 
     def plan(self, texts):
         return self.uniform(len(texts), next(turns) % (self._levels + 1), self.depths[-1])
 
     monkeypatch.setattr(Controller, "plan", plan)
-    model = specdec.compile(target, "ngram" if kind == "ngram" else draft, depth=2)
+    model = specdec.compile(target, "ngram", depth=2)
     for n_batch in (1, 3):
         turns = itertools.count()
         ids = torch.randint(1, 96, (n_batch, 7))

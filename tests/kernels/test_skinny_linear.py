@@ -15,6 +15,5 @@ def test_rows_are_products_and_stand_alone(n_rows: int, n_out: int, n_in: int) -
     x, weight = torch.randn(n_rows, n_in), torch.randn(n_out, n_in)
     out = skinny_linear(x, weight)
     assert torch.allclose(out.double(), x.double() @ weight.double().T, atol=1e-5 * n_in**0.5)
-    if n_rows > 2:  # one or two rows are the library's
-        for row in range(n_rows):
-            assert torch.equal(out[row], skinny_linear(x[[row] * 3], weight)[0])
+    for row in range(n_rows):
+        assert torch.equal(out[row], skinny_linear(x[[row]], weight)[0])
