@@ -146,7 +146,10 @@ class Handle:
             raise ValueError(f"a draft has 2 nodes and 1 level at least, got max_nodes={max_nodes}, {max_depth=}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
-        views = ModelView(self._model), ModelView(self._draft)
+        try:
+            views = ModelView(self._model), ModelView(self._draft)
+        except Unsupported as reason:
+            raise ValueError(f"these calls run transformers' own loop: {reason}") from None
         with self._running, torch.random.fork_rng(devices=[]):
             choice = choose(probe, *views, max_nodes, max_depth, self.config)
             self.config = replace(self.config, tree=choice.tree, depth=None)
@@ -188,6 +191,7 @@ class Handle:
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
+                self.decoder(draft)
             except Unsupported as why:
                 return self._fall_back(str(why), parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
@@ -109,7 +110,7 @@ def _shapes(model: PreTrainedModel, out: Any) -> list[tuple[int, int, int]]:
     shapes = []
     for layer in layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer") or keys is None or values is None:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys is None or values is None:
             raise Unsupported(f"{_family(model)}, whose layers do not all keep keys and values")
         shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
     if len(set(shapes)) > 1:
@@ -163,6 +164,7 @@ def _prove(view: ModelView) -> None:
     finally:
         cache.asked = None
         cache.release()
+        cache.generation = 0  # nobody knows of it yet
 
 
 def is_window(rule: Callable[..., Tensor], window: int, longest: int, device: torch.device) -> bool:
@@ -195,6 +197,8 @@ def _difference(view: ModelView, texts: list[Tensor], plain: Plain) -> str | Non
         counts = torch.full_like(lengths, n_nodes)
         nodes = Nodes.packed(lengths, counts, token, n_nodes, view.cache.n_slots, bits, depths)
         logits = view.forward(torch.cat([text[-n_nodes:] for text in texts]), nodes)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         return f"a ragged forward fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     wanted = plain.logits.double()

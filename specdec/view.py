@@ -74,11 +74,12 @@ class ModelView:
         self.traits = [_trait(t) for t in self.weights]
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
         self.module.config._attn_implementation = attention.NAME
+        self.module.config.get_text_config()._attn_implementation = attention.NAME
         for layer in _decoder_layers(self.module):
             vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
         weight = next(model.parameters())
         self.cache = RaggedCache(has_kernels(weight) or runs_triton(weight))
-        self.module.config.specdec_cache = self.cache
+        self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = self.cache
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         prove(self)

@@ -13,7 +13,7 @@ from side_by_side import Prompts, Tiny, wrap
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec import proof
+from specdec import generate_many, proof
 from specdec.proof import Unsupported, is_window
 from specdec.view import ModelView
 
@@ -77,10 +77,10 @@ def test_windows(window: int, rule: Callable[..., Tensor], is_it: bool) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_wrong_positions_are_found_out(family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_positions_are_found_out(family: str, fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelView, "_positions", lambda self, nodes: nodes.node[None])
     with pytest.raises(Unsupported, match="not the model's own"):
-        ModelView(tiny(family))
+        ModelView(fresh(family))
 
 
 def test_half_precision_is_proved_too(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +105,31 @@ def test_proving_leaves_things_as_they_were(fresh: Tiny) -> None:
 
 def test_the_table_in_the_readme_is_this_one() -> None:
     assert table() in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_many_prompts_of_what_cannot_be_proved(tiny: Tiny, prompts: Prompts) -> None:
+    model = tiny("bloom")
+    texts = [prompts([n])["input_ids"][0] for n in (3, 5)]
+    with pytest.warns(UserWarning, match="takes no position_ids"):
+        results = list(generate_many(wrap(model), texts, max_new_tokens=4))
+    for text, result in zip(texts, results, strict=True):
+        assert torch.equal(result.tokens, model.generate(text[None], max_new_tokens=4)[0])
+
+
+def test_tuning_what_cannot_be_proved(tiny: Tiny, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="takes no position_ids"):
+        wrap(tiny("bloom"), tiny("llama")).specdec.tune(**prompts([5]))
+
+
+def test_refusals_are_remembered_and_weights_moved_are_proved_again(fresh: Tiny) -> None:
+    model = fresh("gpt_neo")
+    calls: list[Any] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for expected in (True, False):
+        calls.clear()
+        with pytest.raises(Unsupported, match="gpt_neo"):
+            ModelView(model)
+        assert bool(calls) == expected
+    with pytest.raises(Unsupported, match="gpt_neo"):
+        ModelView(model.double())
+    assert calls
