@@ -1,4 +1,4 @@
-"""Every supported family decodes greedily to the very tokens of transformers' own `generate()`."""
+"""Six families in every way of greedy decoding: the very tokens of transformers' own `generate()`."""
 
 from __future__ import annotations
 
