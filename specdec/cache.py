@@ -40,6 +40,7 @@ class RaggedCache(Cache):
     Attributes:
         is_flat: whether the model's own attention runs, over all samples' slots in one row.
         asked: what each layer asked of its attention, where that is to be noted (see `specdec.proof`).
+        is_asked_for_length: whether a layer wanted to know its length, which no one number is.
 
     `nodes` is the metadata of the forward in flight: it travels on the cache, which every model passes along,
     because models drop keyword arguments they do not know. `generation` changes when the memory moves.
@@ -52,6 +53,7 @@ class RaggedCache(Cache):
         self.nodes: Nodes | None = None
         self.is_flat = False
         self.asked: dict[int, Any] | None = None
+        self.is_asked_for_length = False
 
     @property
     def is_fused(self) -> bool:
@@ -137,7 +139,9 @@ class RaggedCache(Cache):
         kv_commit_(self._table, lengths, path, n_path, layer.keys.shape[0], *sizes)
 
     # transformers asks these while it prepares masks; our own mask is built from `nodes`.
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        if layer_idx is not None:  # a layer, which may count positions by it
+            self.is_asked_for_length = True
         return 1
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

@@ -152,6 +152,8 @@ def _prove(view: ModelView) -> None:
             difference = _difference(view, texts, plain)
         if difference is not None:
             raise Unsupported(f"{_family(model)}: {difference}")
+        if cache.is_asked_for_length:
+            raise Unsupported(f"{_family(model)}, whose layers ask the cache how long the text is")
         n_layers, longest = len(plain.shapes), getattr(model.config.get_text_config(), "max_position_embeddings", 0)
         if can_fuse and not cache.is_flat and len(asked) == n_layers and plain.shapes[0][1] == plain.shapes[0][2]:
             rules = {(ask.window, ask.is_special, ask.rule) for ask in asked.values()}

@@ -193,5 +193,6 @@ def _check_context(model: PreTrainedModel, longest: int) -> None:
 def moving_rope(config: Any) -> str | None:
     """The rope type of a model whose frequencies depend on a forward's largest position, which a neighbour or a draft
     would change; None for all others."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type") if rope.get("rope_type") in ("dynamic", "longrope") else None
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}  # some: by layer type
+    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)

@@ -90,13 +90,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 DENSE = {
-    "qwen2_moe": "windows that its layers do not tell", "gpt_oss": "attention sinks", "llama4_text": "chunks",
+    "qwen2_moe": "windows that its layers do not tell", "gpt_oss": "attention sinks",
 }  # fmt: skip
 FLAT = ["gptj", "codegen", "falcon", "deepseek_v3"]
 REFUSED = {
     "bloom": "takes no position_ids", "mpt": "takes no position_ids", "mamba": "takes no position_ids",
     "rwkv": "takes no position_ids", "gpt_neo": "not the model's own",
-    "qwen3_next": "do not all keep keys and values",
+    "qwen3_next": "do not all keep keys and values", "llama4_text": "ask the cache how long the text is",
 }  # fmt: skip
 DECODED = [family for family in CONFIGS if family not in REFUSED]
 

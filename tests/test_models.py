@@ -189,6 +189,13 @@ def test_dynamic_rope_runs_transformers_loop(fresh: Tiny, prompts: Prompts) -> N
         _wrap(fresh("llama"), model)
 
 
+def test_dynamic_rope_of_some_layers_runs_transformers_loop(fresh: Tiny, prompts: Prompts) -> None:
+    plain, dynamic = ({"rope_type": kind, "rope_theta": 1e4, "factor": 4.0} for kind in ("linear", "dynamic"))
+    model = fresh("gemma3_text", rope_parameters={"full_attention": dynamic, "sliding_attention": plain})
+    with pytest.warns(UserWarning, match="dynamic rope"):
+        _wrap(model, "ngram").generate(**prompts([5]), max_new_tokens=3)
+
+
 @pytest.mark.parametrize(
     "rope",
     [
