@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 import types
-import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import count, product
@@ -172,7 +171,6 @@ def main(
         raise typer.BadParameter(f"--capacities {capacities}: {PROMPT_TOKENS + new_tokens} tokens do not fit")
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     result: dict[str, Any] = {
         **measure.run_facts("bench.backend"),

@@ -16,7 +16,6 @@ with the controller; greedily, in float32, in turn, and medians are compared. Co
 from __future__ import annotations
 
 import statistics
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,7 +124,6 @@ def main(
     chosen, names, batch_sizes = words(sizes, SIZES), words(drafts, DRAFTS), numbers(batches)
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     settings = {
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": "float32",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,7 +90,6 @@ def main(
         raise typer.BadParameter(f"--batches {batches}: numbers that divide --prompts {prompts}, or exceed it")
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     result: dict[str, Any] = {
         **measure.run_facts("bench.end_to_end"),

@@ -140,7 +140,7 @@ def run_decode(clock: Clock, console: Console) -> dict[str, Any]:
             continue
 
         def rows(batch: int = batch, able: dict[str, measure.Path] = able) -> dict[str, Any]:
-            with Progress(*_COLUMNS, console=console, transient=True, auto_refresh=False) as bar:
+            with measure.progress(console) as bar:
                 paths = end_to_end.measure_all(able, [ids[:batch]], NEW_TOKENS, REPEATS, bar)
             return {"size": SIZE, "parameters": parameters, "batch": batch, "paths": paths}
 

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -150,7 +149,6 @@ def main(
     chosen, weighed = words(sizes, SIZES), words(memory_sizes, SIZES) if memory_sizes else []
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     result: dict[str, Any] = {
         **measure.run_facts("bench.many"),

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -215,7 +214,6 @@ def main(
         raise typer.BadParameter(f"--batches {batches}: numbers from 2 on that divide --prompts {prompts}")
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     facts = measure.run_facts("bench.padding")
     report.write_simulated({**facts, "tokens": SIMULATED_TOKENS, "runs": runs, "entries": simulate(runs)}, out)

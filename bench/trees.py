@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,7 +101,6 @@ def main(
     """Measure, print, and write tables and the raw seconds."""
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    warnings.filterwarnings("ignore", module=r"torch\.")
     console = Console()
     settings = {"prompts": prompts, "new_tokens": new_tokens, "repeats": repeats}
     result: dict[str, Any] = {**measure.run_facts("bench.trees"), "settings": settings, "results": []}

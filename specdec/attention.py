@@ -10,7 +10,7 @@ samples' slots. `specdec.proof` finds out which is right.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,18 +46,15 @@ def attention_forward(
     Returns:
         [1, T, H, D] and None in place of attention weights.
     """
-    config: Any = module.config
-    cache: RaggedCache = config.specdec_cache
+    layer: Any = module
+    cache: RaggedCache = layer.config.specdec_cache
     nodes = cache.nodes
     assert nodes is not None
     if cache.asked is not None:
-        is_special = s_aux is not None or not isinstance(sliding_window, int | None)
-        cache.asked[cast(Any, module).layer_idx] = Asked(
-            sliding_window or 0, is_special, getattr(attention_mask, "rule", None)
-        )
+        rule = getattr(attention_mask, "rule", None)
+        cache.asked[layer.layer_idx] = Asked(sliding_window or 0, s_aux is not None, rule)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache.is_fused:
-        layer: Any = module
         assert nodes.bits is not None and nodes.depths is not None
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         out = ragged_attention(

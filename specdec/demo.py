@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import statistics
 import time
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,7 +84,6 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         ValueError: the prompt and its continuation do not fit into the model's context.
     """
     measure.quiet()
-    warnings.filterwarnings("ignore", module=r"torch\.")
     note = "" if settings.size == "bundled" else f", the target enlarged to {settings.size} with its function unchanged"
     with console.status(f"loading the bundled models{note}"):
         target, draft, tokenizer = measure.load_pair(settings.size)

@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,9 +142,10 @@ def synchronize() -> None:
 
 
 def quiet() -> None:
-    """Keep transformers' progress bars and notes out of a terminal that shows results."""
+    """Keep transformers' progress bars and notes, and torch's warnings, out of a terminal that shows results."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"torch\.")
 
 
 def versions() -> dict[str, str]:

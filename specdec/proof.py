@@ -9,6 +9,7 @@ layer, at positions far apart, against the window that the layer tells its atten
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,10 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a layer asked of its attention: a window, 0 for none, and whatever the kernels do not know; and the rule of
-    the mask it brought."""
+    """What a layer asked of its attention: a window, 0 for none, and sinks; and the rule of the mask it brought."""
 
     window: int
-    is_special: bool
+    has_sinks: bool
     rule: Callable[..., Tensor] | None
 
 
@@ -91,6 +91,8 @@ def run_plainly(model: PreTrainedModel, texts: list[Tensor]) -> Plain:
             ids = torch.cat([text[: -len(TREE)], text[-len(TREE) :][list(path)]])
             try:
                 out = model(input_ids=ids[None], use_cache=True)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # transformers' own loop will say it better
                 raise Unsupported(f"{_family(model)}: its forward fails: {error}") from None
             nodes |= dict(zip(path, out.logits[0, -len(path) :], strict=True))
@@ -154,19 +156,30 @@ def _prove(view: ModelView) -> None:
             raise Unsupported(f"{_family(model)}: {difference}")
         if cache.is_asked_for_length:
             raise Unsupported(f"{_family(model)}, whose layers ask the cache how long the text is")
-        n_layers, longest = len(plain.shapes), getattr(model.config.get_text_config(), "max_position_embeddings", 0)
-        if can_fuse and not cache.is_flat and len(asked) == n_layers and plain.shapes[0][1] == plain.shapes[0][2]:
-            rules = {(ask.window, ask.is_special, ask.rule) for ask in asked.values()}
-            cache.can_fuse = all(
-                not special and rule is not None and is_window(rule, window, longest, view.device)
-                for window, special, rule in rules
-            )
-            if cache.can_fuse and _difference(view, texts, plain) is not None:
+        if can_fuse and not cache.is_flat and _suits_kernels(view, asked):
+            cache.can_fuse = True
+            difference = _difference(view, texts, plain)
+            if difference is not None:  # a kernel is broken
                 cache.can_fuse = False
+                warnings.warn(f"specdec leaves attention to PyTorch, {_family(model)}: {difference}", stacklevel=2)
     finally:
         cache.asked = None
         cache.release()
         cache.generation = 0  # nobody knows of it yet
+
+
+def _suits_kernels(view: ModelView, asked: dict[int, Asked]) -> bool:
+    """Whether the kernels do all that the layers asked of their attention."""
+    _, key_dim, value_dim = view.layer_shapes[0]
+    longest = getattr(view.source.config.get_text_config(), "max_position_embeddings", None) or 0
+    return (
+        len(asked) == len(view.layer_shapes)
+        and key_dim == value_dim
+        and all(
+            not ask.has_sinks and ask.rule is not None and is_window(ask.rule, ask.window, longest, view.device)
+            for ask in set(asked.values())
+        )
+    )
 
 
 def is_window(rule: Callable[..., Tensor], window: int, longest: int, device: torch.device) -> bool:

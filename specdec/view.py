@@ -112,7 +112,11 @@ class ModelView:
         config, size = self.module.config.get_text_config(), self.module.dtype.itemsize
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         mlp = n_tokens * (4 * config.hidden_size + 3 * inner) * size
-        dense = 0 if self.device.type == "cuda" else n_tokens * reach * config.num_attention_heads * 3 * 4  # scores
+        dense = (
+            0
+            if self.device.type == "cuda" and self.cache.can_fuse
+            else n_tokens * reach * config.num_attention_heads * 3 * 4
+        )  # scores
         return max(mlp, dense, n_logits * config.vocab_size * (size + 4))
 
     def allocate(self, n_batch: int, n_slots: int) -> None:

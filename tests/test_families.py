@@ -13,7 +13,7 @@ from side_by_side import Prompts, Tiny, wrap
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec import generate_many, proof
+from specdec import attention, generate_many, proof
 from specdec.proof import Unsupported, is_window
 from specdec.view import ModelView
 
@@ -81,6 +81,28 @@ def test_wrong_positions_are_found_out(family: str, fresh: Tiny, monkeypatch: py
     monkeypatch.setattr(ModelView, "_positions", lambda self, nodes: nodes.node[None])
     with pytest.raises(Unsupported, match="not the model's own"):
         ModelView(fresh(family))
+
+
+def test_a_broken_kernel_is_not_used_and_said(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kernel = fresh("llama"), attention.ragged_attention
+    monkeypatch.setattr(attention, "ragged_attention", lambda *arguments: 1.1 * kernel(*arguments))
+    with pytest.warns(UserWarning, match="leaves attention to PyTorch, models of type llama: .* not the model's own"):
+        assert not ModelView(model).cache.can_fuse
+
+
+@pytest.mark.parametrize("where", ["plain", "ragged"])
+def test_no_memory_to_prove_is_no_refusal(where: str, fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((type(model), "forward") if where == "plain" else (ModelView, "forward")), fails)
+        patch.setattr(proof, "check_forward", lambda model: None)
+        with pytest.raises(torch.OutOfMemoryError):
+            ModelView(model)
+    assert ModelView(model).cache.can_fuse
 
 
 def test_half_precision_is_proved_too(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
