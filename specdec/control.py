@@ -1,7 +1,7 @@
 """How much to draft: the controller that keeps speculation from costing more than it brings.
 
-A step takes the seconds of drafting, by depth, and of the target's forward, by its number of tokens T; both are
-measured as the steps run, in turns at first. What a drafted level brings is the probability that a path reaches it,
+A step takes the seconds of drafting, by depth, and of the target's forward, by its numbers of texts and of tokens T;
+both are measured as the steps run, in turns at first. What a drafted level brings is the probability that a path reaches it,
 counted over all texts, times what each text made of its drafts so far. Levels of all texts compete for the T tokens:
 those of most expected tokens come first, for as long as tokens per second grow; where none pays, nothing is drafted.
 
@@ -71,6 +71,11 @@ class Plan:
     trial: str = ""
 
 
+def _scale(n: int) -> int:
+    """The power of two that is not above `n`."""
+    return 1 << n.bit_length() - 1
+
+
 class Curve:
     """Seconds against a size, from measurements of a few sizes: straight between them, never falling.
 
@@ -109,16 +114,22 @@ class Curve:
 
 
 class StepTimes:
-    """Seconds of a step's two parts, as last measured: drafting, by depth and texts, and the target's forward, by T."""
+    """Seconds of a step's two parts, as last measured: drafting, by depth and texts, and the target's forward, by texts,
+    in powers of two, and T: the same tokens of more texts have more caches to read."""
 
     def __init__(self) -> None:
         self.drafts: dict[int, Curve] = {}
-        self.forwards = Curve()
+        self.forwards: dict[int, Curve] = {}
 
     def learn(self, plan: Plan, draft: float, forward: float) -> None:
+        n = len(plan.allowed)
         if plan.depth:
-            self.drafts.setdefault(plan.depth, Curve()).learn(len(plan.allowed), draft)
-        self.forwards.learn(plan.n_tokens, forward)
+            self.drafts.setdefault(plan.depth, Curve()).learn(n, draft)
+        self.forwards.setdefault(_scale(n), Curve()).learn(plan.n_tokens, forward)
+
+    def forward(self, n: int, n_tokens: int) -> float:
+        """Seconds of a forward of so many tokens of about `n` texts, of which some must have been measured."""
+        return self.forwards[_scale(n)].at(n_tokens)
 
     def draft(self, depth: int, n: int) -> float:
         """Seconds to draft `depth` levels for `n` texts; of a depth not tried yet, from those that were."""
@@ -126,9 +137,10 @@ class StepTimes:
 
     def __str__(self) -> str:
         curves = [(f"draft of {d} by texts", curve) for d, curve in sorted(self.drafts.items())]
+        curves += [(f"forward of {n} texts or more by tokens", curve) for n, curve in sorted(self.forwards.items())]
         return "; ".join(
             f"{name} {', '.join(f'{size}: {1000 * x:.1f}' for size, x in zip(*curve.points, strict=True))} ms"
-            for name, curve in [*curves, ("forward by tokens", self.forwards)]
+            for name, curve in curves
         )
 
 
@@ -194,7 +206,7 @@ class Controller:
         """Levels to try, the next one last, before steps of about `n` texts are chosen by what they take."""
         some = [level for level in self._some for _ in range(3)]
         whole = [self._levels] * max(3, 24 // n)  # what is accepted must be known too
-        return self._turns.setdefault(n.bit_length(), [0] * 3 + some + whole)
+        return self._turns.setdefault(_scale(n), [0] * 3 + some + whole)
 
     def learn(self, plan: Plan, seconds: tuple[float, float, float] | None) -> None:
         """A step with this plan took so many seconds, for the drafter's reading, its draft and the target's forward;
@@ -229,7 +241,7 @@ class Controller:
         some = [self._some[self._n_looks % len(self._some)]] if self._some else []
         levels = [*([0] if self._plan.depth else []), *some, self._levels]
         ways = [self._glance(n, level) for level in levels]
-        cost = self._reading + sum(self.times.draft(w.depth, n) + self.times.forwards.at(w.n_tokens) for w in ways)
+        cost = self._reading + sum(self.times.draft(w.depth, n) + self.times.forward(n, w.n_tokens) for w in ways)
         if self._steady < self._patience * cost:
             return
         self._steady, self._patience = 0.0, min(2 * self._patience, PATIENCE[1])
@@ -286,7 +298,7 @@ class Controller:
         """The plan of most tokens a second; the depth of the last one, unless another promises KEEP times as much."""
         n = len(texts)
         offers = self._offers(texts)
-        rates, plans = {0: KEEP * n / self.times.forwards.at(n)}, {0: self.uniform(n, 0)}
+        rates, plans = {0: KEEP * n / self.times.forward(n, n)}, {0: self.uniform(n, 0)}
         for depth in self.depths:
             able = [offer for offer in offers if offer.level <= depth]
             rates[depth], plans[depth] = self._cut(able, n, depth)
@@ -327,7 +339,7 @@ class Controller:
                 enough = min(math.ceil(mean + deviation), sum(allowed))
                 lost = 0.083 * deviation * worth  # of a normal law what is above its mean and deviation
                 for room, brought in (sum(allowed), tokens), (enough, tokens - lost):
-                    rate = brought / (drafting + self.times.forwards.at(n + room))
+                    rate = brought / (drafting + self.times.forward(n, n + room))
                     if rate > best[0]:
                         best = rate, Plan(depth, tuple(allowed), n + room)
         return best

@@ -15,7 +15,7 @@ from side_by_side import Tiny
 from torch import device
 from transformers import LogitsProcessorList
 
-from specdec.control import Controller, Habit, Plan
+from specdec.control import Controller, Habit, Plan, StepTimes
 from specdec.decoder import Decoder
 from specdec.drafters.ngram import NgramDrafter
 from specdec.graphs.compiled import CompiledSteps
@@ -236,3 +236,13 @@ def test_better_habits_get_more() -> None:
     plan = control.plan([t.habit for t in texts])
     assert list(plan.allowed) == sorted(plan.allowed)
     assert plan.allowed[0] < plan.allowed[2]
+
+
+def test_forwards_of_few_texts_do_not_speak_for_those_of_many() -> None:
+    """The same number of tokens of one text and of four: these have four caches to read."""
+    times = StepTimes()
+    for n, n_tokens, seconds in [(1, 1, 5.0), (1, 6, 6.0), (4, 4, 7.0), (4, 8, 10.0)]:
+        times.learn(Plan(0, (0,) * n, n_tokens), 0.0, seconds)
+    assert times.forward(1, 6) == 6.0
+    assert times.forward(4, 6) == times.forward(7, 6) == 8.5
+    assert "forward of 4 texts or more by tokens 4: 7000.0, 8: 10000.0 ms" in str(times)
