@@ -1,9 +1,10 @@
 """How much to draft: the controller that keeps speculation from costing more than it brings.
 
 A step takes the seconds of drafting, by depth, and of the target's forward, by its numbers of texts and of tokens T;
-both are measured as the steps run, in turns at first. What a drafted level brings is the probability that a path reaches it,
-counted over all texts, times what each text made of its drafts so far. Levels of all texts compete for the T tokens:
-those of most expected tokens come first, for as long as tokens per second grow; where none pays, nothing is drafted.
+both are measured as the steps run, in turns at first. What a drafted level brings is the probability that a path
+reaches it, counted over all texts, times what each text made of its drafts so far. Levels of all texts compete for the
+T tokens: those of most expected tokens come first, for as long as tokens per second grow; where none pays, nothing is
+drafted.
 
 Only where a text does not depend on its drafts: greedily, and with coupled sampling. Otherwise a text's noise would be
 read differently from run to run, and the whole tree is drafted always.
@@ -114,8 +115,8 @@ class Curve:
 
 
 class StepTimes:
-    """Seconds of a step's two parts, as last measured: drafting, by depth and texts, and the target's forward, by texts,
-    in powers of two, and T: the same tokens of more texts have more caches to read."""
+    """Seconds of a step's two parts, as last measured: drafting, by depth and texts, and the target's forward, by
+    texts, in powers of two, and T: the same tokens of more texts have more caches to read."""
 
     def __init__(self) -> None:
         self.drafts: dict[int, Curve] = {}
