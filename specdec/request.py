@@ -73,8 +73,8 @@ class Request:
         if not model_kwargs.get("use_cache", True):
             raise Unsupported("use_cache=False")
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise Unsupported("past_key_values with earlier text")
+        if cache is not None and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
+            raise Unsupported("past_key_values handed in, with earlier text or to be filled")
         if model.training:
             raise Unsupported("the model is in training mode")
         if torch.is_autocast_enabled(input_ids.device.type):
