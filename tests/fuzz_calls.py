@@ -199,7 +199,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "output_scores": _yes,
     "output_logits": _yes,
     "output_hidden_states": _yes,
-    "cache_implementation": st.sampled_from(["static", "dynamic", "quantized", "offloaded", "hybrid", "no such cache"]),
+    "cache_implementation": st.sampled_from(["static", "dynamic", "quantized", "hybrid", "no such cache"]),
     "prompt_lookup_num_tokens": st.integers(1, 5),
     "eos_token_id": st.one_of(_tokens, _some_tokens),
     "pad_token_id": st.sampled_from([0, 5]),

@@ -160,7 +160,8 @@ def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, sma
     if "past_key_values" in given:
         assert given["past_key_values"].get_seq_length() == given_theirs["past_key_values"].get_seq_length()
     if not decoded:
-        return f"fell back: {next(iter(reasons), 'beams')}"
+        first, *others = next(iter(reasons), "beams, uncounted").split(", ")
+        return f"fell back: {first}{', ...' if others else ''}"
     if not is_sampled:
         return "decoded, greedy"
 
