@@ -173,6 +173,7 @@ MAKE: dict[str, Callable[..., None]] = {
 _tokens = st.integers(0, VOCAB - 1)
 _some_tokens = st.lists(_tokens, min_size=1, max_size=20, unique=True)
 _yes = st.just(True)
+ENDS = st.one_of(_tokens, _some_tokens)
 _share = st.sampled_from([0.05, 0.3, 0.7, 0.95, 1.0])
 
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
@@ -187,7 +188,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "suppress_tokens": _some_tokens,
     "begin_suppress_tokens": _some_tokens,
     "forced_bos_token_id": _tokens,
-    "forced_eos_token_id": st.one_of(_tokens, _some_tokens),
+    "forced_eos_token_id": ENDS,
     "exponential_decay_length_penalty": st.sampled_from([(2, 1.5), (0, 1.1)]),
     "renormalize_logits": _yes,
     "remove_invalid_values": _yes,
@@ -201,7 +202,6 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "output_hidden_states": _yes,
     "cache_implementation": st.sampled_from(["static", "dynamic", "quantized", "hybrid", "no such cache"]),
     "prompt_lookup_num_tokens": st.integers(1, 5),
-    "eos_token_id": st.one_of(_tokens, _some_tokens),
     "pad_token_id": st.sampled_from([0, 5]),
 }
 OBJECTS: dict[str, st.SearchStrategy[Any]] = {
@@ -255,6 +255,8 @@ def calls(draw: st.DrawFn) -> Call:
     if draw(st.booleans()):
         settings = {**settings, "do_sample": True, **draw(_some(LAWS, 2))}
     settings = {**settings, **draw(_some(SETTINGS, 2))}
+    if draw(st.booleans()):
+        settings["eos_token_id"] = draw(ENDS)
     if any(name.startswith("output_") for name in settings):
         settings["return_dict_in_generate"] = True
     return Call(prompts, settings, draw(_some(OBJECTS, 1)), draw(st.sampled_from([False, False, True])))

@@ -11,6 +11,7 @@ import torch
 from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -101,6 +102,17 @@ def test_earlier_text_in_the_cache_falls_back(
     expected = model.generate(ids, max_new_tokens=6, past_key_values=cached())
     with pytest.warns(UserWarning, match="earlier text"):
         assert torch.equal(wrapped.generate(ids, max_new_tokens=6, past_key_values=cached()), expected)
+
+
+def test_a_cache_that_is_handed_in_empty_is_filled(
+    wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts
+) -> None:
+    ours, theirs = (DynamicCache(config=model.config) for _ in range(2))
+    expected = model.generate(**prompts([6]), max_new_tokens=5, past_key_values=theirs)
+    assert torch.equal(wrapped.generate(**prompts([6]), max_new_tokens=5, past_key_values=ours), expected)
+    assert ours.get_seq_length() == theirs.get_seq_length() > 0
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close((a.keys, a.values), (b.keys, b.values))
 
 
 def test_training_mode_falls_back(fresh: Tiny, prompts: Prompts) -> None:
