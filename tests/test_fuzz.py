@@ -167,7 +167,7 @@ def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, sma
     if "past_key_values" in given:
         assert given["past_key_values"].get_seq_length() == given_theirs["past_key_values"].get_seq_length()
     if not decoded:
-        first, *others = next(iter(reasons), "beams, uncounted").split(", ")
+        first, *others = next(iter(reasons), "beams").split(", ")
         return f"fell back: {first}{', ...' if others else ''}"
     if not is_sampled:
         return "decoded, greedy"
