@@ -79,12 +79,18 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return self.specdec._fall_back(str(reason), parents_loop)
         return self.specdec.generate(parents_loop, self, *arguments, model_kwargs, draft)
 
+    def _beam_search(self: Any, *arguments: Any, **options: Any) -> Any:
+        return self.specdec._fall_back("beams", lambda: parent._beam_search(self, *arguments, **options))
+
     def __reduce__(self: Any) -> Any:
         plain = object.__new__(parent)
         plain.__dict__ = {name: value for name, value in self.__dict__.items() if name != "specdec"}
         return _restore, (plain, self.specdec._draft, self.specdec.config)
 
-    methods = {"_sample": _sample, "_assisted_decoding": _assisted_decoding, "__reduce__": __reduce__}
+    methods = {
+        "_sample": _sample, "_assisted_decoding": _assisted_decoding, "_beam_search": _beam_search,
+        "__reduce__": __reduce__,
+    }  # fmt: skip
     names = {"__module__": parent.__module__, "__qualname__": parent.__qualname__, "__doc__": parent.__doc__}
     return type(parent.__name__, (parent,), {**methods, **names})
 

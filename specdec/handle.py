@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.config import Config
 from specdec.decoder import Decoder
@@ -26,6 +27,7 @@ from specdec.graphs.compiled import CompiledSteps
 from specdec.proof import Unsupported
 from specdec.request import Request, check_model
 from specdec.rows import Text
+from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
 from specdec.tree import TokenTree
 from specdec.tuning import Choice, choose
@@ -191,13 +193,17 @@ class Handle:
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
-                self.decoder(draft)
+                if request.outputs or request.past:
+                    raise Unsupported("scores, logits and past_key_values in generate_many()")
+                if request.is_alone and request.processes:  # it may keep a state, and texts would take turns
+                    raise Unsupported("logits processors of one's own in generate_many()")
+                self.decoder(draft, request.law)
             except Unsupported as why:
                 return self._fall_back(str(why), parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)
         if not self._running.acquire(blocking=self._here.is_warming_up):
             return self._fall_back("another generate() of this model is running", parents_loop)
-        decoder = reason = None
+        decoder = None
         tokens_before = self.stats.tokens
         try:
             check_model(model)
@@ -206,12 +212,15 @@ class Handle:
             if streamer is not None and input_ids.shape[0] > 1:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
-            decoder = self.decoder(draft)
+            decoder = self.decoder(draft, request.law)
             with decoding(model):
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
+                if request.past is not None:
+                    request.past.extend(decoder.target.cache, [len(t.prompt) + len(t.tokens) for t in texts])
+                return _assemble(input_ids, texts, generation_config._pad_token_tensor, request)
         except Unsupported as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -222,15 +231,12 @@ class Handle:
             reason = f"out of memory for a batch of {len(input_ids)}"
         finally:
             self._running.release()
-        if reason is not None:  # out here, where no exception holds on to buffers
-            return self._fall_back(reason, parents_loop)
-        return _assemble(input_ids, texts, generation_config._pad_token_tensor)
+        return self._fall_back(reason, parents_loop)  # out here, where no exception holds on to buffers
 
-    def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[list[int]]:
+    def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
         seeds = self.seeds_for(n_batch)
-        new = request.max_new_tokens
-        texts = [Text(prompt.clone(), new, next(seeds), request.ends) for prompt in request.prompts]
+        texts = [request.text(row, next(seeds)) for row in range(n_batch)]
         room = max(len(prompt) for prompt in request.prompts)
         for emitted in decoder.run(texts, n_batch, request.longest, room, request.law, request.eos_ids):
             for piece in emitted:
@@ -242,11 +248,11 @@ class Handle:
             if request.deadline is not None and time.time() > request.deadline:
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
                 for text in texts:
-                    text.tokens = text.tokens if text.finished else text.tokens[:shortest]
+                    text.cut(None if text.finished else shortest)
                 break
         if streamer is not None:
             streamer.end()
-        return [text.tokens for text in texts]
+        return texts
 
     def seeds_for(self, n_texts: int | None) -> Iterator[int]:
         """A seed for each of so many texts, or of any number: those that were set, or drawn with torch's generator."""
@@ -299,22 +305,26 @@ class Handle:
         self.stats.fallbacks[reason] += 1
         return None if self._here.is_warming_up else parents_loop()
 
-    def decoder(self, draft: DraftSource) -> Decoder:
-        """The decoder for this draft; made anew when the user's model has been given other weights."""
+    def decoder(self, draft: DraftSource, law: SamplingLaw | None = None) -> Decoder:
+        """The decoder for this draft, and for laws like this one; made anew when the user's model has been given other
+        weights."""
         with decoding(self._model):  # models are run to prove that they can be
             if self._target is None or not self._target.is_current:
                 self._target, self._decoders = ModelView(self._model), {}
-            key = draft if isinstance(draft, str) else id(draft)
+            config = self.config
+            if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
+                config = replace(config, verifier="coupled")
+            key = draft if isinstance(draft, str) else id(draft), config.verifier
             decoder = self._decoders.get(key)
             if decoder is None or not decoder.drafter.is_current:
-                check_draft(draft, self._model, self.config)
-                compiled = CompiledSteps(self.config.compile)
-                records = self.config.compile and self._target.device.type == "cuda"
+                check_draft(draft, self._model, config)
+                compiled = CompiledSteps(config.compile)
+                records = config.compile and self._target.device.type == "cuda"
                 steps = CapturedSteps(compiled) if records else compiled
-                verifier = VERIFIERS[self.config.verifier]
                 decoder = self._decoders[key] = Decoder(
-                    self._target, make_drafter(draft, self.config), steps, self.stats, verifier, self.config.adapt
-                )
+                    self._target, make_drafter(draft, config), steps, self.stats, VERIFIERS[config.verifier],
+                    config.adapt,
+                )  # fmt: skip
         return decoder
 
 
@@ -327,10 +337,19 @@ def decoding(model: PreTrainedModel) -> Generator[None]:
         yield
 
 
-def _assemble(input_ids: Tensor, texts: list[list[int]], pad: Tensor | None) -> Tensor:
-    """The prompts followed by the new texts, padded on the right as transformers pads finished rows."""
+def _assemble(input_ids: Tensor, texts: list[Text], pad: Tensor | None, request: Request) -> Any:
+    """The prompts followed by the new texts, padded on the right as transformers pads finished rows; and what else is
+    wanted, by new token."""
     filler = 0 if pad is None else int(pad)
-    out = input_ids.new_full((len(texts), max(len(t) for t in texts)), filler)
+    out = input_ids.new_full((len(texts), max(len(t.tokens) for t in texts)), filler)
     for row, text in enumerate(texts):
-        out[row, : len(text)] = torch.tensor(text, dtype=out.dtype)
-    return torch.cat([input_ids, out], 1)
+        out[row, : len(text.tokens)] = torch.tensor(text.tokens, dtype=out.dtype)
+    sequences = torch.cat([input_ids, out], 1)
+    if request.outputs is None:
+        return sequences
+    kept = {
+        name: tuple(torch.cat(rows) for rows in zip(*(getattr(t.record, name) for t in texts), strict=True))
+        for name in request.outputs
+    }
+    past = None if request.past is None else request.past.cache
+    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past, **kept)

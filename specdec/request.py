@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,17 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.kernels.library import triton
+from specdec.past import Past
+from specdec.processors import Process, Record, is_pure, process_row
+from specdec.processors import check as check_processors
 from specdec.proof import Unsupported, check_forward
-from specdec.sampling import SamplingLaw
+from specdec.rows import Text
+from specdec.sampling import SamplingLaw, is_of_a_row
 from specdec.view import learned_positions
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
-_PLAIN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_PLAIN_KWARGS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer",
+}  # fmt: skip
+_INNER_OUTPUTS = "output_attentions", "output_hidden_states"
 
 
 @dataclass
@@ -34,7 +45,11 @@ class Request:
         max_new_tokens: at most this many tokens are added to a text.
         eos_ids: [E] int64, may be empty.
         deadline: `time.time()` after which no further step starts, or None.
-        ends: whether the other criteria end the text, given its new tokens; None without any. Of one sample only.
+        ends: whether the other criteria end a text, given its new tokens; one a sample, or None without any.
+        processes: what the logits processors that look at the text make of scores; likewise.
+        outputs: None for the texts alone; else what is wanted beside them, of "scores" and "logits".
+        past: the cache that the caller handed in or wants back, or None.
+        is_alone: whether the call has objects of the user's own that may keep a state, of this one text.
     """
 
     prompts: list[Tensor]
@@ -42,7 +57,21 @@ class Request:
     max_new_tokens: int
     eos_ids: Tensor
     deadline: float | None
-    ends: Callable[[list[int]], bool] | None = None
+    ends: Sequence[Callable[[list[int]], bool]] | None = None
+    processes: list[Process] | None = None
+    outputs: frozenset[str] | None = None
+    past: Past | None = None
+    is_alone: bool = False
+
+    def text(self, row: int, seed: int) -> Text:
+        """The sample of a row, to be decoded."""
+        return Text(
+            self.prompts[row].clone(), self.max_new_tokens, seed,
+            ends=self.ends[row] if self.ends else None,
+            process=self.processes[row] if self.processes else None,
+            record=Record() if self.outputs else None,
+            past=self.past if self.past and self.past.n_known else None,
+        )  # fmt: skip
 
     @property
     def longest(self) -> int:
@@ -64,17 +93,17 @@ class Request:
         Raises:
             Unsupported: with the reason.
         """
-        wanted = [name for name in _OUTPUTS if getattr(generation_config, name)]
-        if wanted:
-            raise Unsupported(", ".join(wanted))
+        outputs = None
+        if generation_config.return_dict_in_generate:  # without it nothing else comes out
+            if inner := [name for name in _INNER_OUTPUTS if getattr(generation_config, name)]:
+                raise Unsupported(", ".join(inner))
+            wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
+            outputs = frozenset(name for name, is_wanted in wanted.items() if is_wanted)
         extra = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _PLAIN_KWARGS)
         if extra:
             raise Unsupported(f"model arguments {', '.join(extra)}")
         if not model_kwargs.get("use_cache", True):
             raise Unsupported("use_cache=False")
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise Unsupported("past_key_values with earlier text")
         if model.training:
             raise Unsupported("the model is in training mode")
         if torch.is_autocast_enabled(input_ids.device.type):
@@ -85,18 +114,32 @@ class Request:
         if min(len(p) for p in prompts) == 0:
             raise Unsupported("an empty prompt")
         _check_positions(prompts, input_ids.shape[1], model_kwargs.get("position_ids"))
-        try:
-            law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device)
-        except NotImplementedError as error:
-            raise Unsupported(str(error)) from None
+        check_processors(processors)
+        law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
         max_length, eos_ids, deadline, others = _read_criteria(criteria)
-        if others and len(input_ids) > 1:
-            raise Unsupported(f"stopping criterion {type(others[0]).__name__} with a batch of several samples")
+        users = [f"logits processor {type(p).__name__}" for p in processors if not is_pure(p)]
+        users += [f"stopping criterion {type(c).__name__}" for c in others if type(c) is not StopStringCriteria]
+        if users and len(input_ids) > 1:
+            raise Unsupported(f"{users[0]} with a batch of several samples")
+        if others and len(input_ids) > 1 and not len(eos_ids):  # there what has stopped goes on until all have
+            raise Unsupported("stop strings with a batch of several samples and no end of text")
+        if outputs and others:
+            raise Unsupported(f"output_{min(outputs)} with stopping criterion {type(others[0]).__name__}")
+        if outputs and len(eos_ids) and len(input_ids) > 1:
+            raise Unsupported(f"output_{min(outputs)} of a batch whose texts may end before others")
         if max_length <= input_ids.shape[1]:
             raise Unsupported("no room for a new token")
         _check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
-        ends = partial(_end, others, input_ids) if others else None
-        return cls(prompts, law, max_length - input_ids.shape[1], eos_ids, deadline, ends)
+        rows, width, cache = range(len(prompts)), input_ids.shape[1], model_kwargs.get("past_key_values")
+        past = None
+        if cache is not None and (outputs is not None or getattr(cache, "_is_user_defined", False)):
+            past = Past.of(cache, width, [width - len(prompt) for prompt in prompts])
+        ends = [partial(_end, others, input_ids[row : row + 1]) for row in rows] if others else None
+        processes = None
+        if not all(map(is_of_a_row, processors)) or outputs:
+            padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
+            processes = [process_row(processors, row, len(rows), padding[row]) for row in rows]
+        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(users))
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -158,7 +201,7 @@ def _check_positions(prompts: list[Tensor], width: int, positions: Tensor | None
 
 
 def _end(criteria: StoppingCriteriaList, input_ids: Tensor, tokens: list[int]) -> bool:
-    """What transformers' loop asks after each token."""
+    """What transformers' loop asks after each token, of one text."""
     new = torch.tensor([tokens], dtype=input_ids.dtype, device=input_ids.device)
     return bool(criteria(torch.cat([input_ids, new], 1), None).all())
 
