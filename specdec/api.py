@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from specdec.config import Config
@@ -34,11 +36,29 @@ def compile(  # the name is the point: specdec.compile
         TypeError: `model` or `draft` is none of the above, or an option is unknown.
         ValueError: draft and target do not fit together (vocabulary, device).
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
+    if isinstance(inner := _within_adapters(model), PreTrainedModel) and inner is not model:
+        return _replaced(model, inner, compile(inner, draft, **options))
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     return Handle(model, draft, Config(**options)).attach(_subclass(type(model)))  # type: ignore[arg-type]
+
+
+def _within_adapters(model: Any) -> Any:
+    """The transformers model in a PEFT model, whose layers hold the adapters; any other model itself."""
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+
+
+def _replaced(module: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A module with another one in place of one in it: a copy, as of all that hold it, and of nothing else."""
+    if module is old:
+        return new
+    if old not in module.modules():
+        return module
+    twin = copy.copy(module)
+    twin._modules = {name: _replaced(child, old, new) for name, child in module._modules.items()}
+    return twin
 
 
 def _restore(model: PreTrainedModel, draft: Any, config: Config) -> PreTrainedModel:
@@ -85,8 +105,9 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return _restore, (plain, self.specdec._draft, self.specdec.config)
 
     methods = {"_sample": _sample, "_assisted_decoding": _assisted_decoding, "__reduce__": __reduce__}
+    loaders = {"from_pretrained": parent.from_pretrained}  # what is loaded is nobody's wrapping yet
     names = {"__module__": parent.__module__, "__qualname__": parent.__qualname__, "__doc__": parent.__doc__}
-    return type(parent.__name__, (parent,), {**methods, **names})
+    return type(parent.__name__, (parent,), {**methods, **loaders, **names})
 
 
 @cache
