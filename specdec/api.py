@@ -23,7 +23,8 @@ def compile(  # the name is the point: specdec.compile
     """Wrap a causal LM: same class, same weights, same `generate()`, same output law, fewer steps.
 
     Args:
-        model: a decoder-only transformers model. It is not changed, and shares its weights with the result.
+        model: a decoder-only transformers model, or a PEFT model around one. It is not changed, and shares its weights
+            with the result.
         draft: a smaller transformers model with the same vocabulary, `"ngram"` (look the text's last words up in the
             text), a `Drafter`, or None to decode without drafting.
         options: fields of `specdec.config.Config`.
@@ -34,7 +35,7 @@ def compile(  # the name is the point: specdec.compile
 
     Raises:
         TypeError: `model` or `draft` is none of the above, or an option is unknown.
-        ValueError: draft and target do not fit together (vocabulary, device).
+        ValueError: the model is compiled already, or draft and target do not fit together (vocabulary, device).
     """
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")

@@ -212,10 +212,10 @@ def test_hooks_of_accelerate_fall_back(put: Callable[[PreTrainedModel], Any], fr
 
 
 def test_hooks_of_accelerate_taken_off(fresh: Tiny, prompts: Prompts) -> None:
-    """They leave a `forward` behind, which is the class's own."""
+    """They leave a `forward` behind, which is the class's own; a copy of the module has it of the copy."""
     model, inputs = fresh("llama"), prompts(RAGGED)
     wrapped = wrap(model, model)
-    for module in (model.model.layers[0].mlp, wrapped):
+    for module in (model.model.layers[0].self_attn, wrapped):
         add_hook_to_module(module, ModelHook())
         remove_hook_from_module(module)
     _sped(wrapped, fresh("llama"), **inputs)
