@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from specdec.config import Config
@@ -21,7 +23,8 @@ def compile(  # the name is the point: specdec.compile
     """Wrap a causal LM: same class, same weights, same `generate()`, same output law, fewer steps.
 
     Args:
-        model: a decoder-only transformers model. It is not changed, and shares its weights with the result.
+        model: a decoder-only transformers model, or a PEFT model around one. It is not changed, and shares its weights
+            with the result.
         draft: a smaller transformers model with the same vocabulary, `"ngram"` (look the text's last words up in the
             text), a `Drafter`, or None to decode without drafting.
         options: fields of `specdec.config.Config`.
@@ -32,13 +35,31 @@ def compile(  # the name is the point: specdec.compile
 
     Raises:
         TypeError: `model` or `draft` is none of the above, or an option is unknown.
-        ValueError: draft and target do not fit together (vocabulary, device).
+        ValueError: the model is compiled already, or draft and target do not fit together (vocabulary, device).
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
+    if isinstance(inner := _within_adapters(model), PreTrainedModel) and inner is not model:
+        return _replaced(model, inner, compile(inner, draft, **options))
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     return Handle(model, draft, Config(**options)).attach(_subclass(type(model)))  # type: ignore[arg-type]
+
+
+def _within_adapters(model: Any) -> Any:
+    """The transformers model in a PEFT model, whose layers hold the adapters; any other model itself."""
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+
+
+def _replaced(module: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A module with another one in place of one in it: a copy, as of all that hold it, and of nothing else."""
+    if module is old:
+        return new
+    if old not in module.modules():
+        return module
+    twin = copy.copy(module)
+    twin._modules = {name: _replaced(child, old, new) for name, child in module._modules.items()}
+    return twin
 
 
 def _restore(model: PreTrainedModel, draft: Any, config: Config) -> PreTrainedModel:
@@ -91,8 +112,9 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "_sample": _sample, "_assisted_decoding": _assisted_decoding, "_beam_search": _beam_search,
         "__reduce__": __reduce__,
     }  # fmt: skip
+    loaders = {"from_pretrained": parent.from_pretrained}  # what is loaded is nobody's wrapping yet
     names = {"__module__": parent.__module__, "__qualname__": parent.__qualname__, "__doc__": parent.__doc__}
-    return type(parent.__name__, (parent,), {**methods, **names})
+    return type(parent.__name__, (parent,), {**methods, **loaders, **names})
 
 
 @cache

@@ -153,6 +153,10 @@ def check_model(model: PreTrainedModel) -> None:
         raise Unsupported("weights that accelerate's hooks move: offloaded, or spread over several devices")
     if has_own_forward(model):
         raise Unsupported("a model with a forward of its own, as assigning torch.compile(model.forward) gives it")
+    if (hook := _hook(model)) is not None:
+        raise Unsupported(f"a model with a forward hook, {hook}, which would see drafts too")
+    if not _is_own_method(model, "prepare_inputs_for_generation"):
+        raise Unsupported("a model given a prepare_inputs_for_generation of its own, as PEFT's prompt learning does")
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise Unsupported(f"weights on several devices: {', '.join(devices)}")
@@ -166,7 +170,22 @@ def check_model(model: PreTrainedModel) -> None:
 
 def has_own_forward(model: PreTrainedModel) -> bool:
     """Whether a module has been given another forward than its class's: a copy of it would still run the original."""
-    return any("forward" in vars(module) for module in model.modules())
+    return any("forward" in vars(module) and not _is_own_method(module, "forward") for module in model.modules())
+
+
+def _is_own_method(module: Any, name: str) -> bool:
+    """Whether a method is the class's, also where it was put back after something had taken its place."""
+    method = getattr(module, name)
+    return getattr(method, "__self__", None) is module and method.__func__ is getattr(type(module), name)
+
+
+def _hook(model: PreTrainedModel) -> str | None:
+    """The name of a hook that a forward of this model runs. Transformers' own act only where states are asked for."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+                return getattr(hook, "__qualname__", type(hook).__qualname__)
+    return None
 
 
 def _ignores_softcap(config: Any) -> bool:
