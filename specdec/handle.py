@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from specdec.config import Config
 from specdec.decoder import Decoder
-from specdec.drafters.make import DraftSource, check_draft, make_drafter
+from specdec.drafters.make import DraftSource, check_draft, draft_model, make_drafter
+from specdec.drafters.vocabulary import ForeignDraft
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.proof import Unsupported
@@ -71,7 +72,7 @@ class Handle:
         self._running = threading.Lock()
         self._here = _Here()
         check_draft(draft, model, config)
-        if config.tree is not None and not (draft is None or isinstance(draft, PreTrainedModel)):
+        if config.tree is not None and draft is not None and draft_model(draft) is None:
             raise ValueError("tree is what a draft model drafts; n-grams are chains, and a Drafter brings its own")
 
     def attach(self, wrapper: type[PreTrainedModel]) -> PreTrainedModel:
@@ -140,14 +141,14 @@ class Handle:
         Raises:
             ValueError: there is no draft model, or too few nodes or levels for a draft.
         """
-        if not isinstance(self._draft, PreTrainedModel):
+        if (draft := draft_model(self._draft)) is None:
             raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self._draft!r}")
         if max_nodes < 2 or max_depth < 1:
             raise ValueError(f"a draft has 2 nodes and 1 level at least, got max_nodes={max_nodes}, {max_depth=}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
         try:
-            views = ModelView(self._model), ModelView(self._draft)
+            views = ModelView(self._model), ModelView(draft)
         except Unsupported as reason:
             raise ValueError(f"these calls run transformers' own loop: {reason}") from None
         with self._running, torch.random.fork_rng(devices=[]):
@@ -304,7 +305,7 @@ class Handle:
         with decoding(self._model):  # models are run to prove that they can be
             if self._target is None or not self._target.is_current:
                 self._target, self._decoders = ModelView(self._model), {}
-            key = draft if isinstance(draft, str) else id(draft)
+            key = draft if isinstance(draft, str | ForeignDraft) else id(draft)
             decoder = self._decoders.get(key)
             if decoder is None or not decoder.drafter.is_current:
                 check_draft(draft, self._model, self.config)
@@ -312,8 +313,9 @@ class Handle:
                 records = self.config.compile and self._target.device.type == "cuda"
                 steps = CapturedSteps(compiled) if records else compiled
                 verifier = VERIFIERS[self.config.verifier]
+                drafter = make_drafter(draft, self._model, self.config)
                 decoder = self._decoders[key] = Decoder(
-                    self._target, make_drafter(draft, self.config), steps, self.stats, verifier, self.config.adapt
+                    self._target, drafter, steps, self.stats, verifier, self.config.adapt
                 )
         return decoder
 
