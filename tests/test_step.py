@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.vocabulary import Overlap
 from specdec.graphs.compiled import CompiledSteps
 from specdec.kernels.verify_greedy import verify_greedy_reference
 from specdec.rows import Rows, Text
@@ -86,7 +84,7 @@ def filled(decoder: Decoder, prompts: list[torch.Tensor], new: int, eos: torch.T
     ("n_batch", "kind", "fused"),
     [
         *((1, kind, True) for kind in ("none", "ngram", "chain")),
-        *((3, kind, True) for kind in ("none", "ngram", "chain", "tree", "coupled tree", "foreign tree")),
+        *((3, kind, True) for kind in ("none", "ngram", "chain", "tree", "coupled tree")),
         *((1, "chain", False), (3, "tree", False)),
     ],
 )
@@ -95,9 +93,7 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
     torch._dynamo.reset()
     verifier = VERIFIERS["coupled" if "coupled" in kind else "auto"]
     tree = TokenTree.from_widths(2, 2, 1) if "tree" in kind else TokenTree.chain(3)
-    overlap = Overlap(torch.randperm(96), torch.arange(96) % 3 > 0) if "foreign" in kind else None
-    of_model = partial(ModelDrafter, draft, tree, verifier, overlap)
-    drafter = {"none": NoDrafter, "ngram": NgramDrafter}.get(kind, of_model)()
+    drafter = {"none": NoDrafter, "ngram": NgramDrafter}.get(kind, lambda: ModelDrafter(draft, tree, verifier))()
     view = ModelView(target)
     view.cache.can_fuse = fused
     if isinstance(drafter, ModelDrafter):

@@ -100,10 +100,12 @@ def _overlap(
 
 def _texts(tokenizer: PreTrainedTokenizerBase, n: int) -> dict[int, bytes]:
     """What each token stands for, by its id, ascending, of those below `n`."""
-    added, signs = tokenizer.get_added_vocab(), set(chain(*tokenizer.tokenize(" a")))
-    read: Callable[[str], bytes] = _byte_level if "Ġ" in signs else _piece if "▁" in signs else str.encode
-    tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items() if token and i < n)
-    return {i: token.encode() if token in added else read(token) for i, token in tokens}  # added ones are plain text
+    tokens, added = sorted((i, token) for token, i in tokenizer.get_vocab().items()), tokenizer.get_added_vocab()
+    letters = set(chain.from_iterable(token for _, token in tokens if token not in added))
+    # Which sign a space has says how tokens are written; byte-level ones have no letter for the other. Added ones are
+    # plain text.
+    read: Callable[[str], bytes] = _piece if "▁" in letters else _byte_level if "Ġ" in letters else str.encode
+    return {i: token.encode() if token in added else read(token) for i, token in tokens if token and i < n}
 
 
 def _byte_level(token: str) -> bytes:
