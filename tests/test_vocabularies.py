@@ -101,19 +101,28 @@ def _table(overlap: Overlap | None, ids: Iterable[int]) -> list[tuple[int, bool]
 
 def test_tokens_are_matched_by_the_text_they_stand_for(tiny: Tiny) -> None:
     own = ["Ġcat", "cat", "Ċ", "caf", "Ã©", "<eot>"]
-    foreign = ["▁cat", "é", "\n", "<eot>", "cat", "Ġ"]
+    foreign = ["▁cat", "é", "\n", "<eot>", "cat", "Ġ", "öö"]
     target = byte_level(*own[:2], *own[3:5])
-    target.add_tokens([AddedToken("<eot>", special=True), AddedToken("▁cat")])  # plain text, not in byte-level letters
+    target.add_tokens([AddedToken("<eot>", special=True), AddedToken("▁cat"), AddedToken("öö")])  # in plain letters
     draft = pieces(*foreign)
     ids, draft_ids = target.get_vocab(), draft.get_vocab()
     overlap = _overlap(target, draft, tiny)
-    shared = {"Ġcat": "▁cat", "cat": "cat", "Ã©": "é", "Ċ": "\n", "<eot>": "<eot>", "a": "<0x61>", "Ġ": "<0x20>"}
+    shared = {
+        "Ġcat": "▁cat",
+        "cat": "cat",
+        "Ã©": "é",
+        "Ċ": "\n",
+        "<eot>": "<eot>",
+        "a": "<0x61>",
+        "Ġ": "<0x20>",
+        "öö": "öö",
+    }
     assert _table(overlap, (ids[t] for t in shared)) == [(draft_ids[t], True) for t in shared.values()]
     # Not shared: read by their longest endings.
     endings = {"caf": "<0x66>", "▁cat": "cat"}
     assert _table(overlap, (ids[t] for t in endings)) == [(draft_ids[t], False) for t in endings.values()]
     assert overlap is not None
-    assert overlap.is_shared.sum() == 256 + 4
+    assert overlap.is_shared.sum() == 256 + 5
 
     back = _overlap(draft, target, tiny)
     assert _table(back, (draft_ids[t] for t in shared.values())) == [(ids[t], True) for t in shared]
@@ -198,16 +207,18 @@ def test_what_is_drafted_is_the_best_shared_token_of_a_plain_forward(
 
 
 def test_a_tree_wider_than_what_is_shared(model: PreTrainedModel, tiny: Tiny, prompts: Prompts) -> None:
-    """Two tokens, and none of the places a tree has for others makes trouble."""
-    draft = tiny("llama", vocab_size=5, num_hidden_layers=1)
-    tree = specdec.TokenTree.from_widths(4, 3)
-    wrapped = wrap(model, draft, tree=tree, tokenizer=words(range(N)), draft_tokenizer=words([7, 200, 201, 9, 202]))
+    """Two tokens, both drafted everywhere, and none of the places that are left makes trouble."""
+    draft, tree = tiny("llama", vocab_size=5, num_hidden_layers=1), specdec.TokenTree.from_widths(4, 3)
+    first, second = model.generate(**prompts(RAGGED), max_new_tokens=24)[0, -2:].tolist()
+    tokenizers = {"tokenizer": words(range(N)), "draft_tokenizer": words([first, 200, 201, second, 202])}
+    wrapped = wrap(model, draft, tree=tree, **tokenizers)
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=24)
-    out = wrapped.generate(**prompts(RAGGED), max_new_tokens=24, do_sample=True)
-    assert out.max() < N
     stats = wrapped.specdec.stats
-    assert not stats.fallbacks
     assert sum(stats.slots[4][1:]) > 0
+    for verifier in ("auto", "rrs", "target"):
+        wrapped = wrap(model, draft, tree=tree, verifier=verifier, **tokenizers)
+        assert wrapped.generate(**prompts(RAGGED), max_new_tokens=12, do_sample=True).shape[1] == max(RAGGED) + 12
+        assert not wrapped.specdec.stats.fallbacks
 
 
 @pytest.mark.parametrize(("verifier", "shape"), [("auto", "ragged"), ("rrs", "ragged"), ("coupled", "chain")])
@@ -257,10 +268,11 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
             rows.read(rows.live)
             draft_(state, law, decoder.count(1), 2)
             drafted.append(state.draft.tokens.clone())
-    overlap = overlap_of(wrapped)
+    overlap, drawn = overlap_of(wrapped), state.draft.law
     assert overlap is not None
+    assert drawn is not None
     assert torch.equal(*drafted)
-    assert overlap.is_shared[drafted[0]].all()
+    assert torch.equal(overlap.is_shared[drawn.support_ids], drawn.support_probs > 0)
 
 
 # Where it is given.
