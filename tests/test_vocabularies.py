@@ -310,6 +310,21 @@ def test_an_assistant_of_one_call(model: PreTrainedModel, prompts: Prompts) -> N
     assert not wrapped.specdec.stats.fallbacks
 
 
+def test_an_assistant_that_transformers_has_changed_is_left_to_it(model: PreTrainedModel, prompts: Prompts) -> None:
+    """Its own loop, sampling, takes from an assistant what is not shared, for good."""
+    order = torch.randperm(N + 6, generator=torch.Generator().manual_seed(1)).tolist()
+    draft, unknown = rearranged(model, torch.tensor(order)), {"unk_token": "w5"}
+    settings = {**prompts([6]), "max_new_tokens": 6, "assistant_model": draft}
+    settings |= {"tokenizer": words(range(N), **unknown), "assistant_tokenizer": words(order, **unknown)}
+    wrapped = wrap(model, None)
+    wrapped.generate(**settings)
+    assert not wrapped.specdec.stats.fallbacks
+    model.generate(**settings, do_sample=True)
+    with pytest.warns(UserWarning, match="runs transformers' own loop: the draft's embeddings were replaced"):
+        assert wrapped.generate(**settings, do_sample=True).shape[1] == 12
+    assert wrapped.specdec.stats.fallbacks.total() == 1
+
+
 def test_memory_and_trees_know_the_draft(model: PreTrainedModel, permuted: Any) -> None:
     draft, tokenizer = permuted
     given = {"tokenizer": words(range(N)), "draft_tokenizer": tokenizer}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import torch
 from transformers import PreTrainedModel
 
 from specdec.config import Config
@@ -49,6 +50,11 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
             raise ValueError(f"tree has a node with {widest} children; a draft model drafts {SUPPORT_SIZE} at most")
         if has_own_forward(draft):
             raise ValueError("the draft has a forward of its own; give specdec the model as it was loaded")
+        if not isinstance(draft.get_input_embeddings(), torch.nn.Embedding):
+            raise ValueError(
+                "the draft's embeddings were replaced, as transformers' loop does when it samples with two "
+                "tokenizers; give specdec the model as it was loaded"
+            )
         if (rope := moving_rope(draft.config)) is not None:
             raise ValueError(f"drafts with {rope} rope are not supported")
     elif isinstance(draft, str) and draft != "ngram":
