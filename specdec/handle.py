@@ -21,7 +21,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.config import Config
 from specdec.decoder import Decoder
-from specdec.drafters.make import DraftSource, check_draft, make_drafter
+from specdec.drafters.make import DraftSource, check_draft, draft_model, make_drafter
+from specdec.drafters.vocabulary import ForeignDraft
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.proof import Unsupported
@@ -73,7 +74,7 @@ class Handle:
         self._running = threading.Lock()
         self._here = _Here()
         check_draft(draft, model, config)
-        if config.tree is not None and not (draft is None or isinstance(draft, PreTrainedModel)):
+        if config.tree is not None and draft is not None and draft_model(draft) is None:
             raise ValueError("tree is what a draft model drafts; n-grams are chains, and a Drafter brings its own")
 
     def attach(self, wrapper: type[PreTrainedModel]) -> PreTrainedModel:
@@ -142,14 +143,14 @@ class Handle:
         Raises:
             ValueError: there is no draft model, or too few nodes or levels for a draft.
         """
-        if not isinstance(self._draft, PreTrainedModel):
+        if (draft := draft_model(self._draft)) is None:
             raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self._draft!r}")
         if max_nodes < 2 or max_depth < 1:
             raise ValueError(f"a draft has 2 nodes and 1 level at least, got max_nodes={max_nodes}, {max_depth=}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
         try:
-            views = ModelView(self._model), ModelView(self._draft)
+            views = ModelView(self._model), ModelView(draft)
         except Unsupported as reason:
             raise ValueError(f"these calls run transformers' own loop: {reason}") from None
         with self._running, torch.random.fork_rng(devices=[]):
@@ -312,7 +313,7 @@ class Handle:
             config = self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
-            key = draft if isinstance(draft, str) else id(draft), config.verifier
+            key = draft if isinstance(draft, str | ForeignDraft) else id(draft), config.verifier
             decoder = self._decoders.get(key)
             if decoder is None or not decoder.drafter.is_current:
                 check_draft(draft, self._model, config)
@@ -320,8 +321,8 @@ class Handle:
                 records = config.compile and self._target.device.type == "cuda"
                 steps = CapturedSteps(compiled) if records else compiled
                 decoder = self._decoders[key] = Decoder(
-                    self._target, make_drafter(draft, config), steps, self.stats, VERIFIERS[config.verifier],
-                    config.adapt,
+                    self._target, make_drafter(draft, self._model, config), steps, self.stats,
+                    VERIFIERS[config.verifier], config.adapt,
                 )  # fmt: skip
         return decoder
 
