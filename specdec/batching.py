@@ -218,7 +218,7 @@ class _Run:
 
     def _read(self) -> Generator[tuple[int, Prompt, int]]:
         """Prompts, by their places, with their seeds. An error of theirs ends them, and waits for those read."""
-        seeds = self._handle.seeds_for(self._total)
+        seeds = self._handle.next_seeds(self._total)
         try:
             for index, prompt in enumerate(self._prompts):
                 seed = next(seeds, None)

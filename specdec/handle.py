@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.config import Config
 from specdec.decoder import Decoder
@@ -26,10 +24,12 @@ from specdec.drafters.vocabulary import ForeignDraft
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.proof import Unsupported
-from specdec.request import Request, check_model
+from specdec.request import Request
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw
+from specdec.seeds import Seeds
 from specdec.stats import Stats
+from specdec.suited import check_model
 from specdec.tree import TokenTree
 from specdec.tuning import Choice, choose
 from specdec.verifiers import VERIFIERS
@@ -66,8 +66,7 @@ class Handle:
 
     def __init__(self, model: PreTrainedModel, draft: DraftSource, config: Config) -> None:
         self.config, self.stats = config, Stats()
-        self._seeds: Tensor | None = None
-        self._seeds_are_fixed = False
+        self._seeds = Seeds()
         self._model, self._draft = model, draft
         self._target: ModelView | None = None
         self._decoders: dict[object, Decoder] = {}
@@ -88,12 +87,11 @@ class Handle:
     def seeds(self) -> Tensor | None:
         """[B] int64. After a call: the seeds it used. Set them to make the next call use these; one per sample,
         counting `num_return_sequences`. Equal seeds, prompts and settings give equal texts, in any batch."""
-        return self._seeds
+        return self._seeds.last
 
     @seeds.setter
     def seeds(self, value: Any) -> None:
-        self._seeds = torch.as_tensor(value, dtype=torch.int64).flatten()
-        self._seeds_are_fixed = True
+        self._seeds.fix(value)
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), max_length: int = 512, **settings: Any) -> None:
         """Compile and record the steps that calls of `generate()` will take, with a progress bar.
@@ -217,9 +215,7 @@ class Handle:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
-                if request.past is not None:
-                    request.past.extend(decoder.target.cache, [len(t.prompt) + len(t.tokens) for t in texts])
-                return _assemble(input_ids, texts, generation_config._pad_token_tensor, request)
+                return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder.target.cache)
         except Unsupported as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -234,7 +230,7 @@ class Handle:
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
-        seeds = self.seeds_for(n_batch)
+        seeds = self.next_seeds(n_batch)
         texts = [request.text(row, next(seeds)) for row in range(n_batch)]
         room = max(len(prompt) for prompt in request.prompts)
         for emitted in decoder.run(texts, n_batch, request.longest, room, request.law, request.eos_ids):
@@ -253,19 +249,9 @@ class Handle:
             streamer.end()
         return texts
 
-    def seeds_for(self, n_texts: int | None) -> Iterator[int]:
-        """A seed for each of so many texts, or of any number: those that were set, or drawn with torch's generator."""
-        if self._seeds_are_fixed and self._seeds is not None:
-            self._seeds_are_fixed = False
-            if n_texts is not None and len(self._seeds) != n_texts:
-                raise ValueError(f"{len(self._seeds)} seeds were set for a batch of {n_texts} samples")
-            return iter(self._seeds.tolist())
-        if n_texts is not None:
-            self._seeds = torch.randint(2**62, (n_texts,))
-            return iter(self._seeds.tolist())
-        self._seeds = None
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        return (int(torch.randint(2**62, (), generator=generator)) for _ in count())
+    def next_seeds(self, n_texts: int | None) -> Iterator[int]:
+        """A seed for each of so many texts, or of any number."""
+        return self._seeds.take(n_texts)
 
     def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> Any:
         """The `Call` that `generate()` would decode for a prompt, [length] int64, after all of transformers' own
@@ -334,21 +320,3 @@ def decoding(model: PreTrainedModel) -> Generator[None]:
     current = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
     with current, torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _assemble(input_ids: Tensor, texts: list[Text], pad: Tensor | None, request: Request) -> Any:
-    """The prompts followed by the new texts, padded on the right as transformers pads finished rows; and what else is
-    wanted, by new token."""
-    filler = 0 if pad is None else int(pad)
-    out = input_ids.new_full((len(texts), max(len(t.tokens) for t in texts)), filler)
-    for row, text in enumerate(texts):
-        out[row, : len(text.tokens)] = torch.tensor(text.tokens, dtype=out.dtype)
-    sequences = torch.cat([input_ids, out], 1)
-    if request.outputs is None:
-        return sequences
-    kept = {
-        name: tuple(torch.cat(rows) for rows in zip(*(getattr(t.record, name) for t in texts), strict=True))
-        for name in request.outputs
-    }
-    past = None if request.past is None else request.past.cache
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past, **kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StopStringCriteria,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specdec.kernels.library import triton
+from specdec.cache import RaggedCache
 from specdec.past import Past
 from specdec.processors import Process, Record, is_pure, process_row
 from specdec.processors import check as check_processors
-from specdec.proof import Unsupported, check_forward
+from specdec.proof import Unsupported
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw, is_of_a_row
-from specdec.view import learned_positions
+from specdec.suited import check_context
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
 _PLAIN_KWARGS = {
@@ -72,6 +71,29 @@ class Request:
             record=Record() if self.outputs else None,
             past=self.past if self.past and self.past.n_known else None,
         )  # fmt: skip
+
+    def result(self, input_ids: Tensor, texts: list[Text], pad: Tensor | None, cache: RaggedCache) -> Any:
+        """What `generate()` returns: the prompts followed by the new texts, padded on the right as transformers pads
+        finished rows; and what else is wanted.
+
+        Args:
+            input_ids: [B, width]. texts: decoded, of all rows. pad: the id to pad with, if any. cache: holds them.
+        """
+        new = [text.tokens for text in texts]
+        out = input_ids.new_full((len(new), max(map(len, new))), 0 if pad is None else int(pad))
+        for row, tokens in enumerate(new):
+            out[row, : len(tokens)] = torch.tensor(tokens, dtype=out.dtype)
+        sequences = torch.cat([input_ids, out], 1)
+        if self.past is not None:
+            self.past.extend(cache, [len(text.prompt) + len(text.tokens) for text in texts])
+        if self.outputs is None:
+            return sequences
+        kept = {
+            name: tuple(torch.cat(rows) for rows in zip(*(getattr(t.record, name) for t in texts), strict=True))
+            for name in self.outputs
+        }
+        past = None if self.past is None else self.past.cache
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past, **kept)
 
     @property
     def longest(self) -> int:
@@ -129,7 +151,7 @@ class Request:
             raise Unsupported(f"output_{min(outputs)} of a batch whose texts may end before others")
         if max_length <= input_ids.shape[1]:
             raise Unsupported("no room for a new token")
-        _check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
+        check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
         rows, width, cache = range(len(prompts)), input_ids.shape[1], model_kwargs.get("past_key_values")
         past = None
         if cache is not None and (outputs is not None or getattr(cache, "_is_user_defined", False)):
@@ -140,59 +162,6 @@ class Request:
             padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
             processes = [process_row(processors, row, len(rows), padding[row]) for row in rows]
         return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(users))
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Whether specdec decodes with this model as it is now, to the tokens that its own forward gives.
-
-    Raises:
-        Unsupported: with the reason.
-    """
-    check_forward(model)
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise Unsupported("weights that accelerate's hooks move: offloaded, or spread over several devices")
-    if has_own_forward(model):
-        raise Unsupported("a model with a forward of its own, as assigning torch.compile(model.forward) gives it")
-    if (hook := _hook(model)) is not None:
-        raise Unsupported(f"a model with a forward hook, {hook}, which would see drafts too")
-    if not _is_own_method(model, "prepare_inputs_for_generation"):
-        raise Unsupported("a model given a prepare_inputs_for_generation of its own, as PEFT's prompt learning does")
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) > 1:
-        raise Unsupported(f"weights on several devices: {', '.join(devices)}")
-    if model.device.type not in ("cpu", "cuda"):
-        raise Unsupported(f"models on {model.device.type}")
-    if model.device.type == "cuda" and triton is None:
-        raise Unsupported("CUDA without Triton")
-    if _ignores_softcap(model.config):
-        raise Unsupported(f"{model.config._attn_implementation} attention, which ignores this model's softcap")
-
-
-def has_own_forward(model: PreTrainedModel) -> bool:
-    """Whether a module has been given another forward than its class's: a copy of it would still run the original."""
-    return any("forward" in vars(module) and not _is_own_method(module, "forward") for module in model.modules())
-
-
-def _is_own_method(module: Any, name: str) -> bool:
-    """Whether a method is the class's, also where it was put back after something had taken its place."""
-    method = getattr(module, name)
-    return getattr(method, "__self__", None) is module and method.__func__ is getattr(type(module), name)
-
-
-def _hook(model: PreTrainedModel) -> str | None:
-    """The name of a hook that a forward of this model runs. Transformers' own act only where states are asked for."""
-    for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
-                return getattr(hook, "__qualname__", type(hook).__qualname__)
-    return None
-
-
-def _ignores_softcap(config: Any) -> bool:
-    """Whether the model's attention drops the softcap of its configuration, as some versions' sdpa does for Gemma 2."""
-    attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # None for "eager", the model's own
-    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    return has_softcap and attend is not None and "softcap" not in inspect.signature(attend).parameters
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -242,19 +211,3 @@ def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float |
     if max_length is None:
         raise Unsupported("no length limit")
     return max_length, eos_ids, deadline, others
-
-
-def _check_context(model: PreTrainedModel, longest: int) -> None:
-    config = model.config
-    if (n_positions := learned_positions(config)) is not None and longest > n_positions:
-        raise Unsupported(f"a text of {longest} tokens for {n_positions} positions")
-    if (rope := moving_rope(config)) is not None:
-        raise Unsupported(f"{rope} rope, whose frequencies depend on the longest text of a forward")
-
-
-def moving_rope(config: Any) -> str | None:
-    """The rope type of a model whose frequencies depend on a forward's largest position, which a neighbour or a draft
-    would change; None for all others."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}  # some: by layer type
-    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)

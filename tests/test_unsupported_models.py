@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
-from specdec import request
+from specdec import suited
 from specdec.decoder import Decoder, Emitted
 from specdec.rows import Text
 
@@ -35,7 +35,7 @@ def _with_an_offload_hook(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatc
 
 def _on_cuda_without_triton(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     _claim(torch.device("cuda", 1), monkeypatch)
-    monkeypatch.setattr(request, "triton", None)
+    monkeypatch.setattr(suited, "triton", None)
 
 
 def _claim(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

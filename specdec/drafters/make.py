@@ -14,7 +14,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.proof import Unsupported
-from specdec.request import has_own_forward, moving_rope
+from specdec.suited import has_own_forward, moving_rope
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
 
