@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,7 +115,9 @@ def test_the_models_gpu_is_the_current_one(
             yield [Emitted(texts[0], [token])]
 
     monkeypatch.setattr(Decoder, "run", run)
-    monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: object.__new__(Decoder))
+    decoder = object.__new__(Decoder)
+    decoder.target = SimpleNamespace(cache=None)  # type: ignore[assignment]
+    monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: decoder)
     monkeypatch.setattr(specdec.sampling.SamplingLaw, "from_processors", lambda *_: None)
     assert wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
     assert ran_on == [1, 1]
