@@ -190,7 +190,7 @@ class Handle:
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
-                if request.outputs or request.past:
+                if request.outputs or getattr(request.past and request.past.cache, "_is_user_defined", False):
                     raise Unsupported("scores, logits and past_key_values in generate_many()")
                 if request.is_alone and request.processes:  # it may keep a state, and texts would take turns
                     raise Unsupported("logits processors of one's own in generate_many()")
