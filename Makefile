@@ -27,8 +27,9 @@ demo: setup
 test: setup
 	@$(MAKE) --no-print-directory -j2 test-library test-kernels
 
-test-library: setup
-	$(RUN) -m pytest -q -m "not kernels and not aot"
+test-library: setup $(VENV)/.torchao
+	$(RUN) -m pytest -q -m "not kernels and not aot and not torchao"
+	PYTHONPATH=$(VENV)/torchao $(RUN) -m pytest -q tests/test_torchao.py
 
 test-kernels: setup
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "kernels and not aot"
@@ -62,6 +63,11 @@ $(VENV)/.setup: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
 	$(RUN) -m pip install -e '.[test]'
+	@touch $@
+
+# Beside the environment: transformers imports it wherever it is found.
+$(VENV)/.torchao: $(VENV)/.setup
+	$(RUN) -m pip install --no-deps --target $(VENV)/torchao torchao
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.setup

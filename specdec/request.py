@@ -121,7 +121,8 @@ class Request:
                 raise Unsupported(", ".join(inner))
             wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
             outputs = frozenset(name for name, is_wanted in wanted.items() if is_wanted)
-        extra = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _PLAIN_KWARGS)
+        given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}
+        extra = sorted(given - _PLAIN_KWARGS)
         if extra:
             raise Unsupported(f"model arguments {', '.join(extra)}")
         if not model_kwargs.get("use_cache", True):
@@ -180,11 +181,14 @@ def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
 
 
 def _check_positions(prompts: list[Tensor], width: int, positions: Tensor | None) -> None:
+    """[B or 1, width] int64, or several axes of these, of which a text's are all alike."""
     if positions is None:
         return
-    for row, prompt in zip(positions.expand(len(prompts), -1), prompts, strict=True):
-        n = len(prompt)
-        if row.shape[0] != width or not torch.equal(row[width - n :], torch.arange(n, device=row.device)):
+    for axis in positions.reshape(-1, *positions.shape[-2:]):
+        counted = axis.shape[-1] == width and len(axis) in (1, len(prompts))
+        for row, prompt in zip(axis.expand(len(prompts), -1) if counted else (), prompts, strict=counted):
+            counted &= torch.equal(row[width - len(prompt) :], torch.arange(len(prompt), device=row.device))
+        if not counted:
             raise Unsupported("position_ids that do not count the tokens of the prompt")
 
 

@@ -17,7 +17,6 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AsyncTextIteratorStreamer, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import pipeline as make_pipeline
 
@@ -227,27 +226,6 @@ def test_accelerator(fresh: Tiny, prompts: Prompts) -> None:
     _sped(prepared, model, **inputs)
     _sped(accelerator.unwrap_model(prepared), model, **inputs)
     _sped(wrap(accelerator.prepare(model), model), model, **inputs)
-
-
-def test_int8_weights(fresh: Tiny, prompts: Prompts) -> None:
-    model, inputs = fresh("llama"), prompts(RAGGED)
-    wrapped = wrap(model, model)
-    plain = _sped(wrapped, model, **inputs)
-    quantize_(model, Int8WeightOnlyConfig())
-    assert not torch.equal(_sped(wrapped, model, **inputs), plain)
-    steps = wrapped.specdec.decoder(wrapped.specdec._draft)
-    _sped(wrapped, model, **inputs)
-    assert wrapped.specdec.decoder(wrapped.specdec._draft) is steps
-
-
-@pytest.mark.slow
-def test_int8_weights_compiled(fresh: Tiny, prompts: Prompts) -> None:
-    model, inputs = fresh("llama", num_hidden_layers=1), prompts([6])
-    quantize_(model, Int8WeightOnlyConfig())
-    wrapped = specdec.compile(model)
-    same(wrapped, model, **inputs, max_new_tokens=NEW)
-    assert not wrapped.specdec.stats.fallbacks
-    assert wrapped.specdec.stats.steps == NEW
 
 
 @pytest.mark.parametrize("change", ["half", "bfloat16", "double"])

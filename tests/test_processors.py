@@ -189,6 +189,11 @@ def test_processors_of_ones_own_see_what_transformers_shows_them(draft: str, tin
     assert wrapped.specdec.stats.steps > 0
     assert draft == "ngram" or sum(wrapped.specdec.stats.accepted) > 0
     assert ours.seen == theirs.seen
+    ours.seen, theirs.seen = [], []
+    ends = {"eos_token_id": out[0, 10].item(), "pad_token_id": 0}  # in the middle of a draft
+    for each, processor in ((wrapped, ours), (model, theirs)):
+        each.generate(**arguments, **ends, logits_processor=LogitsProcessorList([processor]))
+    assert ours.seen == theirs.seen
 
 
 def test_processors_of_ones_own_fall_back_in_batches_and_many(tiny: Tiny, prompts: Prompts) -> None:
