@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+OLDEST := .venv-oldest
 SIZES ?= bundled,100m
 PROMPTS ?= 4
 OUT ?= bench/results/gpu
@@ -17,7 +18,7 @@ SECTIONS ?= tests,kernels,decode,steps,backend,padding
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 
-.PHONY: demo test test-library test-kernels bench lint gpu setup clean
+.PHONY: demo test test-library test-kernels test-oldest bench lint gpu setup clean
 
 demo: setup
 	$(RUN) -m specdec demo
@@ -35,6 +36,11 @@ test-kernels: setup
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "kernels and not aot"
 	$(RUN) -m pytest -q -m aot
 	$(RUN) -m pytest -q -m "kernels and not aot"
+
+# The library with the oldest versions that pyproject.toml allows, in an environment of their own. Not part of `make test`:
+# .ci/weekly runs it. Triton 3.6's interpreter needs a numpy below 2.4.
+test-oldest: $(OLDEST)/.setup
+	$(OLDEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao"
 
 bench: setup
 	@mkdir -p .benchmarks
@@ -70,10 +76,17 @@ $(VENV)/.torchao: $(VENV)/.setup
 	$(RUN) -m pip install --no-deps --target $(VENV)/torchao torchao
 	@touch $@
 
+$(OLDEST)/.setup: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.11.0
+	$(OLDEST)/bin/python -m pip install -e '.[test]' torch==2.11.0 transformers==5.17.0 \
+		'triton==3.6.0; sys_platform == "linux"' 'numpy<2.4'
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.setup
 	$(RUN) -m pip install -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .benchmarks .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -150,8 +150,8 @@ def quiet() -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide how fast a model decodes."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers"):
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}  # which says the build, too
+    for name in ("triton", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

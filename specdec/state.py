@@ -105,7 +105,7 @@ class BatchState:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def _per_sample(self) -> list[Tensor]:
-        law = () if self.draft.law is None else vars(self.draft.law).values()
+        law = () if self.draft.law is None else self.draft.law.tensors
         return [*(getattr(self, name) for name in self._PER_SAMPLE), self.draft.tokens, self.draft.counts, *law]
 
     def check_rows(self) -> None:
@@ -133,7 +133,7 @@ class BatchState:
         """Keep a draft of the tree, or of its first levels."""
         pairs = [(self.draft.tokens, draft.tokens)]
         if self.draft.law is not None and draft.law is not None:
-            pairs += zip(vars(self.draft.law).values(), vars(draft.law).values(), strict=True)
+            pairs += zip(self.draft.law.tensors, draft.law.tensors, strict=True)
         for kept, new in pairs:
             kept[:, : new.shape[1]].copy_(new)
         self.draft.counts.copy_(draft.counts)

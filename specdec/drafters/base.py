@@ -36,6 +36,11 @@ class DraftLaw:
     support_probs: Tensor
     n_hubs: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All four, by name: torch 2.11 does not compile `vars()`."""
+        return self.places, self.support_ids, self.support_probs, self.n_hubs
+
     @classmethod
     def deterministic(cls, tokens: Tensor, tree: TokenTree) -> DraftLaw:
         """That of `tokens` [B, N - 1] which follow from the text without chance."""
