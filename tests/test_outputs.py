@@ -180,3 +180,15 @@ def test_caches_that_fall_back(kind: str, tiny: Tiny, prompts: Prompts) -> None:
     assert results[0] == results[1]
     assert list(wrapped.specdec.stats.fallbacks.values()) == [1]
     assert reason.get(kind, "of 2 samples for a batch of 1") in next(iter(wrapped.specdec.stats.fallbacks))
+
+
+def test_scores_of_a_batch_that_runs_out_of_time(tiny: Tiny, prompts: Prompts) -> None:
+    """After a step, in which some rows came further than others: all are cut to the shortest."""
+    model = tiny("llama")
+    wrapped = wrap(model, tiny("llama", seed=7, num_hidden_layers=1))
+    out = wrapped.generate(**prompts([6] * 16), max_new_tokens=12, max_time=1e-9, **WANTED)
+    assert sum(wrapped.specdec.stats.accepted) > 0
+    assert out.sequences.shape == (16, 7)
+    assert len(out.scores) == len(out.logits) == 1
+    expected = model.generate(**prompts([6] * 16), max_new_tokens=1, **WANTED)
+    _same_outputs(out, expected)
