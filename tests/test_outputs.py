@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from specdec import TokenTree
+
 WANTED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 FAMILIES = ("llama", "gpt2", "gemma2", "mistral", "deepseek_v3")  # windows; keys and values of different widths
 
@@ -185,7 +187,7 @@ def test_caches_that_fall_back(kind: str, tiny: Tiny, prompts: Prompts) -> None:
 def test_scores_of_a_batch_that_runs_out_of_time(tiny: Tiny, prompts: Prompts) -> None:
     """After a step, in which some rows came further than others: all are cut to the shortest."""
     model = tiny("llama")
-    wrapped = wrap(model, tiny("llama", seed=7, num_hidden_layers=1))
+    wrapped = wrap(model, tiny("llama", seed=7, num_hidden_layers=1), tree=TokenTree.from_widths(32))
     out = wrapped.generate(**prompts([6] * 16), max_new_tokens=12, max_time=1e-9, **WANTED)
     assert sum(wrapped.specdec.stats.accepted) > 0
     assert out.sequences.shape == (16, 7)
