@@ -28,8 +28,9 @@ demo: setup
 test: setup
 	@$(MAKE) --no-print-directory -j2 test-library test-kernels
 
-test-library: setup
-	$(RUN) -m pytest -q -m "not kernels and not aot"
+test-library: setup $(VENV)/.torchao
+	$(RUN) -m pytest -q -m "not kernels and not aot and not torchao"
+	PYTHONPATH=$(VENV)/torchao $(RUN) -m pytest -q tests/test_torchao.py
 
 test-kernels: setup
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "kernels and not aot"
@@ -39,7 +40,7 @@ test-kernels: setup
 # The library with the oldest versions that pyproject.toml allows, in an environment of their own. Not part of `make test`:
 # .ci/weekly runs it. Triton 3.6's interpreter needs a numpy below 2.4.
 test-oldest: $(OLDEST)/.setup
-	$(OLDEST)/bin/python -m pytest -q -m "not kernels and not aot"
+	$(OLDEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao"
 
 bench: setup
 	@mkdir -p .benchmarks
@@ -68,6 +69,11 @@ $(VENV)/.setup: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
 	$(RUN) -m pip install -e '.[test]'
+	@touch $@
+
+# Beside the environment: transformers imports it wherever it is found.
+$(VENV)/.torchao: $(VENV)/.setup
+	$(RUN) -m pip install --no-deps --target $(VENV)/torchao torchao
 	@touch $@
 
 $(OLDEST)/.setup: pyproject.toml

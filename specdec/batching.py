@@ -152,7 +152,7 @@ class _Run:
             n_ended = -1
             while n_ended:
                 n_ended = 0
-                decoder = self._handle.decoder(self._call.draft)
+                decoder = self._handle.decoder(self._call.draft, request.law)
                 run = decoder.run(queue, self._n_rows, longest, longest, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
@@ -212,13 +212,13 @@ class _Run:
                 self._done.append(Result(index, None, error))
                 continue
             request = call.request
-            text = Text(request.prompts[0], request.max_new_tokens, seed, request.ends)
+            text = request.text(0, seed)
             self._under_way[text] = index, request.deadline
             yield text
 
     def _read(self) -> Generator[tuple[int, Prompt, int]]:
         """Prompts, by their places, with their seeds. An error of theirs ends them, and waits for those read."""
-        seeds = self._handle.seeds_for(self._total)
+        seeds = self._handle.next_seeds(self._total)
         try:
             for index, prompt in enumerate(self._prompts):
                 seed = next(seeds, None)

@@ -28,6 +28,7 @@ from specdec.kernels.noise import BONUS
 from specdec.kernels.verify_greedy import verify_greedy
 from specdec.kernels.verify_tree import verify_tree
 from specdec.nodes import Nodes
+from specdec.processors import Chosen, walk
 from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
@@ -107,22 +108,40 @@ class Decoder:
         Returns:
             The state's report, [B, D + 6] int64.
         """
-        state.check_rows()
-        n_nodes = state.n_nodes(token.shape[0])
-        n_slots = self.target.cache.n_slots
-        nodes = Nodes.packed(state.lengths, n_nodes, token, len(self.tree), n_slots, self.bits, self.depths)
-        tokens = torch.cat([state.pending[:, None], state.draft.tokens], 1)  # [B, N]
-        logits = self.target.forward(tokens[nodes.sample, nodes.node], nodes)
+        nodes, n_nodes, logits = self._forward(state, token)
         path, n_accepted, bonus, is_lawless = self.verify(state, law, n_nodes, nodes, logits)
-        if not self.tree.is_chain:  # a chain's accepted entries are already in place
-            n_path = torch.where(state.finished, 0, n_accepted + 1)
-            self.target.cache.commit(state.lengths, path, n_path)
-            self.drafter.commit(state.lengths, path, n_path)
-        state.commit(tokens, n_nodes, path, n_accepted, bonus)
+        self._commit(state, n_nodes, path, n_accepted, bonus)
         if is_lawless is not None:
             place = torch.arange(path.shape[1], device=path.device)
             state.broken |= torch.where(place < state.n_new[:, None], is_lawless, 0).sum(1) > 0
         return state.report()
+
+    def look(self, state: BatchState, law: SamplingLaw, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first half of `judge`, where the host decides (see `specdec.processors`): logits [T, V], how many nodes
+        of each sample they come after, [B], and where each sample's begin, [B + 1] int64."""
+        nodes, n_nodes, logits = self._forward(state, token)
+        return logits, n_nodes, nodes.starts
+
+    def settle(self, state: BatchState, n_nodes: Tensor, chosen: Chosen) -> Tensor:
+        """The other half: commit what was chosen. Returns the state's report."""
+        self._commit(state, n_nodes, chosen.path, chosen.n_accepted, chosen.bonus)
+        state.broken |= chosen.broken
+        return state.report()
+
+    def _forward(self, state: BatchState, token: Tensor) -> tuple[Nodes, Tensor, Tensor]:
+        """What the target judges, how many nodes of each sample, [B] int64, and its logits after them, [T, V]."""
+        state.check_rows()
+        n_nodes = state.n_nodes(token.shape[0])
+        n_slots = self.target.cache.n_slots
+        nodes = Nodes.packed(state.lengths, n_nodes, token, len(self.tree), n_slots, self.bits, self.depths)
+        return nodes, n_nodes, self.target.forward(state.tree_tokens[nodes.sample, nodes.node], nodes)
+
+    def _commit(self, state: BatchState, n_nodes: Tensor, path: Tensor, n_accepted: Tensor, bonus: Tensor) -> None:
+        if not self.tree.is_chain:  # a chain's accepted entries are already in place
+            n_path = torch.where(state.finished, 0, n_accepted + 1)
+            self.target.cache.commit(state.lengths, path, n_path)
+            self.drafter.commit(state.lengths, path, n_path)
+        state.commit(state.tree_tokens, n_nodes, path, n_accepted, bonus)
 
     def verify(
         self, state: BatchState, law: SamplingLaw, n_nodes: Tensor, nodes: Nodes, logits: Tensor
@@ -192,7 +211,8 @@ class Decoder:
                     unread = len(on_the_way) * (self.tree.depth + 1)  # at most; what came of them is not known yet
                     self.buffers.grow(min(rows.length + unread, longest))
                     on_the_way.append(self._step(state, law, plan, rows, live))
-                while on_the_way and (waits or len(on_the_way) > self.steps.lag):
+                lag = 0 if law.by_text else self.steps.lag  # processors see the text up to here
+                while on_the_way and (waits or len(on_the_way) > lag):
                     # The one host read, between two steps: what was added decides which samples go on.
                     yield self._landed(on_the_way.popleft(), control, start)
                     start = time.perf_counter()  # what the caller does is not decoding
@@ -220,9 +240,14 @@ class Decoder:
         state.allowed.copy_(allowed)
         # The last sample of a batch is decoded as two, one of them nobody: one would be compiled on its own.
         token = self.count(self._bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(self.tree)))
-        judge = self.steps.get(self.judge, ("judge", law.key, n_batch == 1, len(token) == 1), len(token))
+        judge = self.look if law.by_text else self.judge
+        judge = self.steps.get(judge, (judge.__name__, law.key, n_batch == 1, len(token) == 1), len(token))
         compiling |= self.steps.was_compiling
         report = judge(state, law, token)
+        if law.by_text:
+            logits, n_nodes, starts = report
+            chosen = walk(live.items(), state, self.tree, logits, n_nodes, starts, law.greedy)
+            report = self.settle(state, n_nodes, chosen)
         judged = Mark(self.target.device)  # before the report's own: all have passed when it has arrived
         marks = None if compiling else (begin, read, drafted, judged)
         return Flight(plan, live, Readback(report), marks)
@@ -236,7 +261,7 @@ class Decoder:
             *tokens, n_new, n_found, n_judged, finished, broken = report[row]
             if broken:
                 why = f"the target's logits in row {row} of the batch hold a NaN: there is no law to sample from"
-                text.fail(RuntimeError(why))
+                text.fail(text.error or RuntimeError(why))
             elif flight.plan.depth and not finished:
                 control.count(text.habit, n_found, n_judged, n_new - 1)
             emitted.append(Emitted(text, [] if broken else text.take(tokens[:n_new], bool(finished))))

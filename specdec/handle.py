@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -20,13 +19,17 @@ from transformers import PreTrainedModel
 
 from specdec.config import Config
 from specdec.decoder import Decoder
-from specdec.drafters.make import DraftSource, check_draft, make_drafter
+from specdec.drafters.make import DraftSource, check_draft, draft_model, make_drafter
+from specdec.drafters.vocabulary import ForeignDraft
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.proof import Unsupported
-from specdec.request import Request, check_model
+from specdec.request import Request
 from specdec.rows import Text
+from specdec.sampling import SamplingLaw
+from specdec.seeds import Seeds
 from specdec.stats import Stats
+from specdec.suited import check_model
 from specdec.tree import TokenTree
 from specdec.tuning import Choice, choose
 from specdec.verifiers import VERIFIERS
@@ -63,15 +66,14 @@ class Handle:
 
     def __init__(self, model: PreTrainedModel, draft: DraftSource, config: Config) -> None:
         self.config, self.stats = config, Stats()
-        self._seeds: Tensor | None = None
-        self._seeds_are_fixed = False
+        self._seeds = Seeds()
         self._model, self._draft = model, draft
         self._target: ModelView | None = None
         self._decoders: dict[object, Decoder] = {}
         self._running = threading.Lock()
         self._here = _Here()
         check_draft(draft, model, config)
-        if config.tree is not None and not (draft is None or isinstance(draft, PreTrainedModel)):
+        if config.tree is not None and draft is not None and draft_model(draft) is None:
             raise ValueError("tree is what a draft model drafts; n-grams are chains, and a Drafter brings its own")
 
     def attach(self, wrapper: type[PreTrainedModel]) -> PreTrainedModel:
@@ -85,12 +87,11 @@ class Handle:
     def seeds(self) -> Tensor | None:
         """[B] int64. After a call: the seeds it used. Set them to make the next call use these; one per sample,
         counting `num_return_sequences`. Equal seeds, prompts and settings give equal texts, in any batch."""
-        return self._seeds
+        return self._seeds.last
 
     @seeds.setter
     def seeds(self, value: Any) -> None:
-        self._seeds = torch.as_tensor(value, dtype=torch.int64).flatten()
-        self._seeds_are_fixed = True
+        self._seeds.fix(value)
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), max_length: int = 512, **settings: Any) -> None:
         """Compile and record the steps that calls of `generate()` will take, with a progress bar.
@@ -140,14 +141,14 @@ class Handle:
         Raises:
             ValueError: there is no draft model, or too few nodes or levels for a draft.
         """
-        if not isinstance(self._draft, PreTrainedModel):
+        if (draft := draft_model(self._draft)) is None:
             raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self._draft!r}")
         if max_nodes < 2 or max_depth < 1:
             raise ValueError(f"a draft has 2 nodes and 1 level at least, got max_nodes={max_nodes}, {max_depth=}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
         try:
-            views = ModelView(self._model), ModelView(self._draft)
+            views = ModelView(self._model), ModelView(draft)
         except Unsupported as reason:
             raise ValueError(f"these calls run transformers' own loop: {reason}") from None
         with self._running, torch.random.fork_rng(devices=[]):
@@ -166,8 +167,6 @@ class Handle:
             model.generate(ids, attention_mask=mask, **settings)
         if model.specdec.stats.fallbacks:
             raise ValueError(f"these calls run transformers' own loop: {', '.join(model.specdec.stats.fallbacks)}")
-        if not model.specdec.stats.slots:
-            raise ValueError(f"nothing was drafted in calls with {settings}; specdec decodes without beams")
         return model.specdec.stats
 
     def generate(
@@ -191,13 +190,17 @@ class Handle:
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
-                self.decoder(draft)
+                if request.outputs or getattr(request.past and request.past.cache, "_is_user_defined", False):
+                    raise Unsupported("scores, logits and past_key_values in generate_many()")
+                if request.is_alone and request.processes:  # it may keep a state, and texts would take turns
+                    raise Unsupported("logits processors of one's own in generate_many()")
+                self.decoder(draft, request.law)
             except Unsupported as why:
                 return self._fall_back(str(why), parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)
         if not self._running.acquire(blocking=self._here.is_warming_up):
             return self._fall_back("another generate() of this model is running", parents_loop)
-        decoder = reason = None
+        decoder = None
         tokens_before = self.stats.tokens
         try:
             check_model(model)
@@ -206,12 +209,13 @@ class Handle:
             if streamer is not None and input_ids.shape[0] > 1:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
-            decoder = self.decoder(draft)
+            decoder = self.decoder(draft, request.law)
             with decoding(model):
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
+                return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder.target.cache)
         except Unsupported as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -222,15 +226,12 @@ class Handle:
             reason = f"out of memory for a batch of {len(input_ids)}"
         finally:
             self._running.release()
-        if reason is not None:  # out here, where no exception holds on to buffers
-            return self._fall_back(reason, parents_loop)
-        return _assemble(input_ids, texts, generation_config._pad_token_tensor)
+        return self._fall_back(reason, parents_loop)  # out here, where no exception holds on to buffers
 
-    def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[list[int]]:
+    def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
-        seeds = self.seeds_for(n_batch)
-        new = request.max_new_tokens
-        texts = [Text(prompt.clone(), new, next(seeds), request.ends) for prompt in request.prompts]
+        seeds = self.next_seeds(n_batch)
+        texts = [request.text(row, next(seeds)) for row in range(n_batch)]
         room = max(len(prompt) for prompt in request.prompts)
         for emitted in decoder.run(texts, n_batch, request.longest, room, request.law, request.eos_ids):
             for piece in emitted:
@@ -242,25 +243,15 @@ class Handle:
             if request.deadline is not None and time.time() > request.deadline:
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
                 for text in texts:
-                    text.tokens = text.tokens if text.finished else text.tokens[:shortest]
+                    text.cut(None if text.finished else shortest)
                 break
         if streamer is not None:
             streamer.end()
-        return [text.tokens for text in texts]
+        return texts
 
-    def seeds_for(self, n_texts: int | None) -> Iterator[int]:
-        """A seed for each of so many texts, or of any number: those that were set, or drawn with torch's generator."""
-        if self._seeds_are_fixed and self._seeds is not None:
-            self._seeds_are_fixed = False
-            if n_texts is not None and len(self._seeds) != n_texts:
-                raise ValueError(f"{len(self._seeds)} seeds were set for a batch of {n_texts} samples")
-            return iter(self._seeds.tolist())
-        if n_texts is not None:
-            self._seeds = torch.randint(2**62, (n_texts,))
-            return iter(self._seeds.tolist())
-        self._seeds = None
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        return (int(torch.randint(2**62, (), generator=generator)) for _ in count())
+    def next_seeds(self, n_texts: int | None) -> Iterator[int]:
+        """A seed for each of so many texts, or of any number."""
+        return self._seeds.take(n_texts)
 
     def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> Any:
         """The `Call` that `generate()` would decode for a prompt, [length] int64, after all of transformers' own
@@ -299,22 +290,26 @@ class Handle:
         self.stats.fallbacks[reason] += 1
         return None if self._here.is_warming_up else parents_loop()
 
-    def decoder(self, draft: DraftSource) -> Decoder:
-        """The decoder for this draft; made anew when the user's model has been given other weights."""
+    def decoder(self, draft: DraftSource, law: SamplingLaw | None = None) -> Decoder:
+        """The decoder for this draft, and for laws like this one; made anew when the user's model has been given other
+        weights."""
         with decoding(self._model):  # models are run to prove that they can be
             if self._target is None or not self._target.is_current:
                 self._target, self._decoders = ModelView(self._model), {}
-            key = draft if isinstance(draft, str) else id(draft)
+            config = self.config
+            if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
+                config = replace(config, verifier="coupled")
+            key = draft if isinstance(draft, str | ForeignDraft) else id(draft), config.verifier
             decoder = self._decoders.get(key)
             if decoder is None or not decoder.drafter.is_current:
-                check_draft(draft, self._model, self.config)
-                compiled = CompiledSteps(self.config.compile)
-                records = self.config.compile and self._target.device.type == "cuda"
+                check_draft(draft, self._model, config)
+                compiled = CompiledSteps(config.compile)
+                records = config.compile and self._target.device.type == "cuda"
                 steps = CapturedSteps(compiled) if records else compiled
-                verifier = VERIFIERS[self.config.verifier]
                 decoder = self._decoders[key] = Decoder(
-                    self._target, make_drafter(draft, self.config), steps, self.stats, verifier, self.config.adapt
-                )
+                    self._target, make_drafter(draft, self._model, config), steps, self.stats,
+                    VERIFIERS[config.verifier], config.adapt,
+                )  # fmt: skip
         return decoder
 
 
@@ -325,12 +320,3 @@ def decoding(model: PreTrainedModel) -> Generator[None]:
     current = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
     with current, torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _assemble(input_ids: Tensor, texts: list[list[int]], pad: Tensor | None) -> Tensor:
-    """The prompts followed by the new texts, padded on the right as transformers pads finished rows."""
-    filler = 0 if pad is None else int(pad)
-    out = input_ids.new_full((len(texts), max(len(t) for t in texts)), filler)
-    for row, text in enumerate(texts):
-        out[row, : len(text)] = torch.tensor(text, dtype=out.dtype)
-    return torch.cat([input_ids, out], 1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,17 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
 
-from specdec.kernels.library import triton
-from specdec.proof import Unsupported, check_forward
-from specdec.sampling import SamplingLaw
-from specdec.view import learned_positions
+from specdec.cache import RaggedCache
+from specdec.past import Past
+from specdec.processors import Process, Record, is_pure, process_row
+from specdec.processors import check as check_processors
+from specdec.proof import Unsupported
+from specdec.rows import Text
+from specdec.sampling import SamplingLaw, is_of_a_row
+from specdec.suited import check_context
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
-_PLAIN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_PLAIN_KWARGS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer",
+}  # fmt: skip
+_INNER_OUTPUTS = "output_attentions", "output_hidden_states"
 
 
 @dataclass
@@ -34,7 +44,11 @@ class Request:
         max_new_tokens: at most this many tokens are added to a text.
         eos_ids: [E] int64, may be empty.
         deadline: `time.time()` after which no further step starts, or None.
-        ends: whether the other criteria end the text, given its new tokens; None without any. Of one sample only.
+        ends: whether the other criteria end a text, given its new tokens; one a sample, or None without any.
+        processes: what the logits processors that look at the text make of scores; likewise.
+        outputs: None for the texts alone; else what is wanted beside them, of "scores" and "logits".
+        past: the cache that the caller handed in or wants back, or None.
+        is_alone: whether the call has objects of the user's own that may keep a state, of this one text.
     """
 
     prompts: list[Tensor]
@@ -42,7 +56,44 @@ class Request:
     max_new_tokens: int
     eos_ids: Tensor
     deadline: float | None
-    ends: Callable[[list[int]], bool] | None = None
+    ends: Sequence[Callable[[list[int]], bool]] | None = None
+    processes: list[Process] | None = None
+    outputs: frozenset[str] | None = None
+    past: Past | None = None
+    is_alone: bool = False
+
+    def text(self, row: int, seed: int) -> Text:
+        """The sample of a row, to be decoded."""
+        return Text(
+            self.prompts[row].clone(), self.max_new_tokens, seed,
+            ends=self.ends[row] if self.ends else None,
+            process=self.processes[row] if self.processes else None,
+            record=Record() if self.outputs else None,
+            past=self.past if self.past and self.past.n_known else None,
+        )  # fmt: skip
+
+    def result(self, input_ids: Tensor, texts: list[Text], pad: Tensor | None, cache: RaggedCache) -> Any:
+        """What `generate()` returns: the prompts followed by the new texts, padded on the right as transformers pads
+        finished rows; and what else is wanted.
+
+        Args:
+            input_ids: [B, width]. texts: decoded, of all rows. pad: the id to pad with, if any. cache: holds them.
+        """
+        new = [text.tokens for text in texts]
+        out = input_ids.new_full((len(new), max(map(len, new))), 0 if pad is None else int(pad))
+        for row, tokens in enumerate(new):
+            out[row, : len(tokens)] = torch.tensor(tokens, dtype=out.dtype)
+        sequences = torch.cat([input_ids, out], 1)
+        if self.past is not None:
+            self.past.extend(cache, [len(text.prompt) + len(text.tokens) for text in texts])
+        if self.outputs is None:
+            return sequences
+        kept = {
+            name: tuple(torch.cat(rows) for rows in zip(*(getattr(t.record, name) for t in texts), strict=True))
+            for name in self.outputs
+        }
+        past = None if self.past is None else self.past.cache
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past, **kept)
 
     @property
     def longest(self) -> int:
@@ -64,17 +115,18 @@ class Request:
         Raises:
             Unsupported: with the reason.
         """
-        wanted = [name for name in _OUTPUTS if getattr(generation_config, name)]
-        if wanted:
-            raise Unsupported(", ".join(wanted))
-        extra = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _PLAIN_KWARGS)
+        outputs = None
+        if generation_config.return_dict_in_generate:  # without it nothing else comes out
+            if inner := [name for name in _INNER_OUTPUTS if getattr(generation_config, name)]:
+                raise Unsupported(", ".join(inner))
+            wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
+            outputs = frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+        given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}
+        extra = sorted(given - _PLAIN_KWARGS)
         if extra:
             raise Unsupported(f"model arguments {', '.join(extra)}")
         if not model_kwargs.get("use_cache", True):
             raise Unsupported("use_cache=False")
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
-            raise Unsupported("past_key_values handed in, with earlier text or to be filled")
         if model.training:
             raise Unsupported("the model is in training mode")
         if torch.is_autocast_enabled(input_ids.device.type):
@@ -85,52 +137,32 @@ class Request:
         if min(len(p) for p in prompts) == 0:
             raise Unsupported("an empty prompt")
         _check_positions(prompts, input_ids.shape[1], model_kwargs.get("position_ids"))
-        try:
-            law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device)
-        except NotImplementedError as error:
-            raise Unsupported(str(error)) from None
+        check_processors(processors)
+        law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
         max_length, eos_ids, deadline, others = _read_criteria(criteria)
-        if others and len(input_ids) > 1:
-            raise Unsupported(f"stopping criterion {type(others[0]).__name__} with a batch of several samples")
+        users = [f"logits processor {type(p).__name__}" for p in processors if not is_pure(p)]
+        users += [f"stopping criterion {type(c).__name__}" for c in others if type(c) is not StopStringCriteria]
+        if users and len(input_ids) > 1:
+            raise Unsupported(f"{users[0]} with a batch of several samples")
+        if others and len(input_ids) > 1 and not len(eos_ids):  # there what has stopped goes on until all have
+            raise Unsupported("stop strings with a batch of several samples and no end of text")
+        if outputs and others:
+            raise Unsupported(f"output_{min(outputs)} with stopping criterion {type(others[0]).__name__}")
+        if outputs and len(eos_ids) and len(input_ids) > 1:
+            raise Unsupported(f"output_{min(outputs)} of a batch whose texts may end before others")
         if max_length <= input_ids.shape[1]:
             raise Unsupported("no room for a new token")
-        _check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
-        ends = partial(_end, others, input_ids) if others else None
-        return cls(prompts, law, max_length - input_ids.shape[1], eos_ids, deadline, ends)
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Whether specdec decodes with this model as it is now, to the tokens that its own forward gives.
-
-    Raises:
-        Unsupported: with the reason.
-    """
-    check_forward(model)
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise Unsupported("weights that accelerate's hooks move: offloaded, or spread over several devices")
-    if has_own_forward(model):
-        raise Unsupported("a model with a forward of its own, as assigning torch.compile(model.forward) gives it")
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) > 1:
-        raise Unsupported(f"weights on several devices: {', '.join(devices)}")
-    if model.device.type not in ("cpu", "cuda"):
-        raise Unsupported(f"models on {model.device.type}")
-    if model.device.type == "cuda" and triton is None:
-        raise Unsupported("CUDA without Triton")
-    if _ignores_softcap(model.config):
-        raise Unsupported(f"{model.config._attn_implementation} attention, which ignores this model's softcap")
-
-
-def has_own_forward(model: PreTrainedModel) -> bool:
-    """Whether a module has been given another forward than its class's: a copy of it would still run the original."""
-    return any("forward" in vars(module) for module in model.modules())
-
-
-def _ignores_softcap(config: Any) -> bool:
-    """Whether the model's attention drops the softcap of its configuration, as some versions' sdpa does for Gemma 2."""
-    attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # None for "eager", the model's own
-    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    return has_softcap and attend is not None and "softcap" not in inspect.signature(attend).parameters
+        check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
+        rows, width, cache = range(len(prompts)), input_ids.shape[1], model_kwargs.get("past_key_values")
+        past = None
+        if cache is not None and (outputs is not None or getattr(cache, "_is_user_defined", False)):
+            past = Past.of(cache, width, [width - len(prompt) for prompt in prompts])
+        ends = [partial(_end, others, input_ids[row : row + 1]) for row in rows] if others else None
+        processes = None
+        if not all(map(is_of_a_row, processors)) or outputs:
+            padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
+            processes = [process_row(processors, row, len(rows), padding[row]) for row in rows]
+        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(users))
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -149,16 +181,19 @@ def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
 
 
 def _check_positions(prompts: list[Tensor], width: int, positions: Tensor | None) -> None:
+    """[B or 1, width] int64, or several axes of these, of which a text's are all alike."""
     if positions is None:
         return
-    for row, prompt in zip(positions.expand(len(prompts), -1), prompts, strict=True):
-        n = len(prompt)
-        if row.shape[0] != width or not torch.equal(row[width - n :], torch.arange(n, device=row.device)):
+    for axis in positions.reshape(-1, *positions.shape[-2:]):
+        counted = axis.shape[-1] == width and len(axis) in (1, len(prompts))
+        for row, prompt in zip(axis.expand(len(prompts), -1) if counted else (), prompts, strict=counted):
+            counted &= torch.equal(row[width - len(prompt) :], torch.arange(len(prompt), device=row.device))
+        if not counted:
             raise Unsupported("position_ids that do not count the tokens of the prompt")
 
 
 def _end(criteria: StoppingCriteriaList, input_ids: Tensor, tokens: list[int]) -> bool:
-    """What transformers' loop asks after each token."""
+    """What transformers' loop asks after each token, of one text."""
     new = torch.tensor([tokens], dtype=input_ids.dtype, device=input_ids.device)
     return bool(criteria(torch.cat([input_ids, new], 1), None).all())
 
@@ -180,19 +215,3 @@ def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float |
     if max_length is None:
         raise Unsupported("no length limit")
     return max_length, eos_ids, deadline, others
-
-
-def _check_context(model: PreTrainedModel, longest: int) -> None:
-    config = model.config
-    if (n_positions := learned_positions(config)) is not None and longest > n_positions:
-        raise Unsupported(f"a text of {longest} tokens for {n_positions} positions")
-    if (rope := moving_rope(config)) is not None:
-        raise Unsupported(f"{rope} rope, whose frequencies depend on the longest text of a forward")
-
-
-def moving_rope(config: Any) -> str | None:
-    """The rope type of a model whose frequencies depend on a forward's largest position, which a neighbour or a draft
-    would change; None for all others."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}  # some: by layer type
-    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)

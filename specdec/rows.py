@@ -14,6 +14,8 @@ from torch import Tensor
 
 from specdec.control import Habit
 from specdec.drafters.base import Drafter
+from specdec.past import Past
+from specdec.processors import Process, Record
 from specdec.state import BatchState
 from specdec.view import ModelView
 
@@ -30,6 +32,8 @@ class Text:
     Attributes:
         prompt: [length] int64, at least one token. max_new_tokens: at most so many are added. seed: int64.
         ends: whether the user's criteria end the text, given all new tokens up to one; asked for every one, in order.
+        process: what the logits processors that look at the text make of scores. record: where scores are to be kept.
+        past: keys and values of its first tokens.
         tokens: what has been added. finished: whether the text has ended; whoever sets it ends the text.
         error: what kept it from being decoded. habit: what it made of its drafts.
     """
@@ -38,6 +42,9 @@ class Text:
     max_new_tokens: int
     seed: int = 0
     ends: Callable[[list[int]], bool] | None = None
+    process: Process | None = None
+    record: Record | None = None
+    past: Past | None = None
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     error: Exception | None = None
@@ -56,7 +63,14 @@ class Text:
                 return []
         self.tokens += new
         self.finished |= finished
+        self.cut(len(self.tokens))
         return new
+
+    def cut(self, n_tokens: int | None) -> None:
+        """Keep so many of its new tokens, or all."""
+        self.tokens = self.tokens[:n_tokens]
+        if self.record is not None:
+            self.record.cut(len(self.tokens))
 
     def fail(self, error: Exception) -> None:
         self.finished, self.error = True, error
@@ -91,7 +105,8 @@ class Rows:
                 try:
                     self._state.admit(row, new.prompt, new.max_new_tokens, new.seed)
                     self._target.cache.clear(row)
-                    self._texts[row], self._unwritten[row], self._unread[row] = new, (0, new.prompt[:-1]), 0
+                    written = new.past.write_to(self._target.cache, row) if new.past else 0
+                    self._texts[row], self._unwritten[row], self._unread[row] = new, (written, new.prompt[:-1]), 0
                 except Exception as error:
                     new.fail(error)
                     failed.append(new)

@@ -41,6 +41,11 @@ _NUMBERS: dict[type, str | None] = {
 _CUTS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
+def is_of_a_row(processor: object) -> bool:
+    """Whether a step can do what the processor does: it looks at nothing but a token's own logits."""
+    return type(processor) in _NUMBERS
+
+
 class RowLaw(NamedTuple):
     """The law of each of T rows of logits, without a copy of the rows (see `specdec.kernels.row_law`).
 
@@ -61,6 +66,8 @@ class SamplingLaw:
 
     Attributes:
         greedy: take the argmax.
+        by_text: the law depends on the text, and is asked for on the host (see `specdec.processors`); what is said here
+            is what drafts are drawn from.
         warpers: transformers' warpers, in their order.
         key: equal for laws that share one compiled step.
         knobs: [3] float32, inverse temperature, top-p and min-p, if these and `top_k` say all that the warpers do.
@@ -72,19 +79,17 @@ class SamplingLaw:
     key: tuple[object, ...] = ()
     knobs: Tensor | None = None
     top_k: int = 0
+    by_text: bool = False
 
     @classmethod
-    def from_processors(cls, processors: LogitsProcessorList, do_sample: bool, device: torch.device) -> SamplingLaw:
-        """The law of a `generate()` call.
-
-        Raises:
-            NotImplementedError: naming the processors that need more than a token's own logits.
-        """
-        unknown = sorted({type(p).__name__ for p in processors if type(p) not in _NUMBERS})
-        if unknown:
-            raise NotImplementedError(f"logits processors {', '.join(unknown)}")
+    def from_processors(
+        cls, processors: LogitsProcessorList, do_sample: bool, device: torch.device, by_text: bool = False
+    ) -> SamplingLaw:
+        """The law of a `generate()` call; of processors that look at the text it knows nothing."""
+        by_text |= not all(map(is_of_a_row, processors))
+        processors = LogitsProcessorList(filter(is_of_a_row, processors))
         warpers: list[LogitsProcessor] = []
-        key: list[object] = [do_sample]
+        key: list[object] = [do_sample, by_text]
         for processor in processors:
             warper, name = copy.copy(processor), _NUMBERS[type(processor)]
             if name is not None:  # float64: promotes and rounds as the Python number it stands for
@@ -93,7 +98,7 @@ class SamplingLaw:
             warpers.append(warper)
             key.append((type(warper), *(vars(warper).get(n) for n in ("top_k", "min_tokens_to_keep", "filter_value"))))
         knobs, top_k = _cuts(processors, device)
-        return cls(not do_sample, tuple(warpers), (*key, knobs is None), knobs, top_k)
+        return cls(not do_sample, tuple(warpers), (*key, knobs is None), knobs, top_k, by_text)
 
     def tensors(self) -> list[Tensor]:
         """The numbers of the law that are on the device, in an order that laws of one key share."""

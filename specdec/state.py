@@ -124,6 +124,11 @@ class BatchState:
         """[B] int64, the last token of each text, not yet in the cache."""
         return self.tokens.gather(1, self.lengths[:, None])[:, 0]
 
+    @property
+    def tree_tokens(self) -> Tensor:
+        """[B, N] int64, the pending token and what was drafted after it."""
+        return torch.cat([self.pending[:, None], self.draft.tokens], 1)
+
     def propose(self, draft: Draft) -> None:
         """Keep a draft of the tree, or of its first levels."""
         pairs = [(self.draft.tokens, draft.tokens)]

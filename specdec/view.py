@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,6 +35,28 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 def _trait(tensor: Tensor) -> tuple[object, ...]:
     """What compiled and recorded steps rely on: they know a weight's shape, or even its address."""
     return tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()
+
+
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}
+_PLAIN = {bool, int, float, str, types.FunctionType}
+
+
+def _frozen(value: Any) -> Any:
+    """A setting, to compare with later; None for objects, which are not settings."""
+    if isinstance(value, dict):
+        return [*value, *map(_frozen, value.values())]
+    if isinstance(value, list | tuple | set):
+        return [*map(_frozen, value)]
+    return value if type(value) in _PLAIN else None
+
+
+def _traits(model: nn.Module) -> list[tuple[object, ...]]:
+    """Of all tensors; and what a copy of the modules has taken over: classes and settings, as which adapter is on."""
+    settings = [
+        (type(module), *((k, _frozen(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE))
+        for module in model.modules()
+    ]
+    return [_trait(t) for t in _tensors(model)] + settings
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -71,11 +94,13 @@ class ModelView:
         attention.install()
         self.source = model
         self.weights = _tensors(model)
-        self.traits = [_trait(t) for t in self.weights]
+        self.traits = _traits(model)
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
         self.module.config._attn_implementation = attention.NAME
         self.module.config.get_text_config()._attn_implementation = attention.NAME
-        for layer in _decoder_layers(self.module):
+        # A region takes no weights that are tensors of tensors, as torchao's: with these, every layer compiles.
+        regions = [] if any(map(is_traceable_wrapper_subclass, self.weights)) else _decoder_layers(self.module)
+        for layer in regions:
             vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
         weight = next(model.parameters())
         self.cache = RaggedCache(has_kernels(weight) or runs_triton(weight))
@@ -83,18 +108,19 @@ class ModelView:
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         prove(self)
+        self.traits = _traits(model)  # again: a model may count how often it is run
 
     @property
     def is_current(self) -> bool:
-        """Whether the user's model still holds the very weights this view was made from, as they were then.
+        """Whether the user's model still holds the very weights and settings this view was made from.
 
-        Their values may change freely; compiled steps rely on the rest.
+        The weights' values may change freely; compiled steps rely on the rest.
         """
         now = _tensors(self.source)
         return (
             len(now) == len(self.weights)
             and all(a is b for a, b in zip(now, self.weights, strict=True))
-            and [_trait(t) for t in now] == self.traits
+            and _traits(self.source) == self.traits
         )
 
     @property

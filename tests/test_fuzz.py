@@ -119,8 +119,9 @@ def check_leaves(ours: Any, theirs: Any, rows: list[int] | None) -> None:
             check_leaves(a, b, rows)
     elif rows is None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-    else:
-        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-4, atol=1e-4)
+    else:  # forwards round in proportion to their largest numbers
+        largest = theirs[rows].nan_to_num(0, 0, 0).abs().max().item() if rows else 0
+        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-4, atol=max(1e-4, 1e-6 * largest))
 
 
 def _end(tokens: list[int], call: Call) -> int:
@@ -156,7 +157,7 @@ def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, sma
         assert type(ours) is type(theirs), f"{ours!r} instead of {theirs!r}"
         return f"raised as transformers does: {type(theirs).__name__}"
 
-    assert decoded or reasons or "num_beams" in call.settings
+    assert decoded or reasons
     assert type(ours) is type(theirs)
     assert ids_of(ours).tolist() == ids_of(theirs).tolist()
     new = ids_of(theirs)[:, width:].tolist()
@@ -167,7 +168,7 @@ def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, sma
     if "past_key_values" in given:
         assert given["past_key_values"].get_seq_length() == given_theirs["past_key_values"].get_seq_length()
     if not decoded:
-        first, *others = next(iter(reasons), "beams").split(", ")
+        first, *others = next(iter(reasons)).split(", ")
         return f"fell back: {first}{', ...' if others else ''}"
     if not is_sampled:
         return "decoded, greedy"

@@ -116,10 +116,13 @@ def test_the_users_processors_are_left_alone() -> None:
     assert isinstance(warper.top_p, float)
 
 
-def test_a_processor_that_looks_at_the_text_is_no_law() -> None:
+def test_a_processor_that_looks_at_the_text_is_left_to_the_host() -> None:
+    """What drafts are drawn from knows the others."""
     processors = LogitsProcessorList([TopKLogitsWarper(3), RepetitionPenaltyLogitsProcessor(1.2)])
-    with pytest.raises(NotImplementedError, match="RepetitionPenaltyLogitsProcessor"):
-        SamplingLaw.from_processors(processors, True, torch.device("cpu"))
+    law = SamplingLaw.from_processors(processors, True, torch.device("cpu"))
+    assert law.by_text
+    assert (law.scores(torch.randn(5, 9)) > -torch.inf).sum(1).tolist() == [3] * 5
+    assert law.key != SamplingLaw.from_processors(processors[:1], True, torch.device("cpu")).key
 
 
 VOCAB, N_NEW, N_SAMPLES = 6, 3, 4000

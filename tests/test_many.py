@@ -210,8 +210,8 @@ def test_drafts_named_by_the_settings(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(("reason", "settings"), [
-    ("RepetitionPenaltyLogitsProcessor", {"repetition_penalty": 1.7}), ("use_cache", {"use_cache": False}),
-    ("return_dict_in_generate", {"return_dict_in_generate": True}),
+    ("WatermarkLogitsProcessor", {"watermarking_config": {"bias": 4.0}}), ("use_cache", {"use_cache": False}),
+    ("scores, logits", {"return_dict_in_generate": True, "output_scores": True}),
 ])  # fmt: skip
 def test_settings_left_to_transformers(
     reason: str, settings: dict[str, Any], wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts,
@@ -219,10 +219,16 @@ def test_settings_left_to_transformers(
     with pytest.warns(UserWarning) as caught:
         results = list(generate_many(wrapped, TEXTS[:4], **SETTINGS, **settings))
     assert [reason in str(w.message) for w in caught if "specdec" in str(w.message)] == [True]
-    settings.pop("return_dict_in_generate", None)  # results hold the sequences of what it returns
-    assert_right(results, model, TEXTS[:4], **SETTINGS, **settings)
+    plain = {} if "output_scores" in settings else settings  # results hold the sequences of what it returns
+    assert_right(results, model, TEXTS[:4], **SETTINGS, **plain)
     assert wrapped.specdec.stats.fallbacks.total() == 4
     speculates(wrapped, model, prompts)
+
+
+def test_of_dictionaries_the_sequences_are_kept(wrapped: PreTrainedModel, model: PreTrainedModel) -> None:
+    results = list(generate_many(wrapped, TEXTS[:4], **SETTINGS, return_dict_in_generate=True))
+    assert_right(results, model, TEXTS[:4], **SETTINGS)
+    assert not wrapped.specdec.stats.fallbacks
 
 
 def test_beams(

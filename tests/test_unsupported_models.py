@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
-from specdec import request
+from specdec import suited
 from specdec.decoder import Decoder, Emitted
 from specdec.rows import Text
 
@@ -35,7 +36,7 @@ def _with_an_offload_hook(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatc
 
 def _on_cuda_without_triton(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     _claim(torch.device("cuda", 1), monkeypatch)
-    monkeypatch.setattr(request, "triton", None)
+    monkeypatch.setattr(suited, "triton", None)
 
 
 def _claim(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +115,9 @@ def test_the_models_gpu_is_the_current_one(
             yield [Emitted(texts[0], [token])]
 
     monkeypatch.setattr(Decoder, "run", run)
-    monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: object.__new__(Decoder))
+    decoder = object.__new__(Decoder)
+    decoder.target = SimpleNamespace(cache=None)  # type: ignore[assignment]
+    monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: decoder)
     monkeypatch.setattr(specdec.sampling.SamplingLaw, "from_processors", lambda *_: None)
     assert wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
     assert ran_on == [1, 1]
@@ -127,7 +130,7 @@ def test_a_replaced_forward_is_not_copied(fresh: Callable[..., PreTrainedModel])
     expected = model.generate(IDS, max_new_tokens=6)
     with pytest.raises(ValueError, match="the draft has a forward of its own"):
         draft = fresh("llama", seed=1)
-        draft.model.forward = draft.model.forward
+        draft.model.forward = torch.compile(draft.model.forward, backend="eager")
         specdec.compile(model, draft)
     model.forward = torch.compile(model.forward, backend="eager")
     wrapped = wrap(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import torch
 from transformers import PreTrainedModel
 
 from specdec.config import Config
@@ -11,12 +12,19 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.vocabulary import ForeignDraft
 from specdec.proof import Unsupported
-from specdec.request import has_own_forward, moving_rope
+from specdec.suited import has_own_forward, moving_rope
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
 
-DraftSource: TypeAlias = PreTrainedModel | Drafter | str | None
+DraftSource: TypeAlias = PreTrainedModel | ForeignDraft | Drafter | str | None
+
+
+def draft_model(draft: DraftSource) -> PreTrainedModel | None:
+    """The model that drafts, if one does."""
+    draft = draft.model if isinstance(draft, ForeignDraft) else draft
+    return draft if isinstance(draft, PreTrainedModel) else None
 
 
 def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
@@ -25,16 +33,28 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
     Raises:
         TypeError: it is none of what a draft can be. ValueError: draft, target and options do not fit together.
     """
-    if isinstance(draft, PreTrainedModel):
+    if isinstance(draft, ForeignDraft):
+        draft.overlap(target)
+        draft = draft.model
+    elif isinstance(draft, PreTrainedModel):
         ours, theirs = (m.config.get_text_config().vocab_size for m in (target, draft))
         if ours != theirs:
-            raise ValueError(f"draft vocabulary {theirs} does not match target vocabulary {ours}")
+            raise ValueError(
+                f"draft vocabulary {theirs} does not match target vocabulary {ours}; given both tokenizers, "
+                "compile(model, draft, tokenizer=..., draft_tokenizer=...), it drafts the tokens that both have"
+            )
+    if isinstance(draft, PreTrainedModel):
         if draft.device != target.device:
             raise ValueError(f"draft is on {draft.device}, target is on {target.device}")
         if config.tree is not None and (widest := max(config.tree.n_children)) > SUPPORT_SIZE:
             raise ValueError(f"tree has a node with {widest} children; a draft model drafts {SUPPORT_SIZE} at most")
         if has_own_forward(draft):
             raise ValueError("the draft has a forward of its own; give specdec the model as it was loaded")
+        if not isinstance(draft.get_input_embeddings(), torch.nn.Embedding):
+            raise ValueError(
+                "the draft's embeddings were replaced, as transformers' loop does when it samples with two "
+                "tokenizers; give specdec the model as it was loaded"
+            )
         if (rope := moving_rope(draft.config)) is not None:
             raise ValueError(f"drafts with {rope} rope are not supported")
     elif isinstance(draft, str) and draft != "ngram":
@@ -43,15 +63,16 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
         raise TypeError(f'draft must be "ngram", a model, a Drafter or None, got {type(draft).__name__}')
 
 
-def make_drafter(draft: DraftSource, config: Config) -> Drafter:
-    """The drafter that the user means."""
+def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) -> Drafter:
+    """The drafter that the user means, for a target."""
     depth = config.depth
     if draft is None:
         return NoDrafter()
-    if isinstance(draft, PreTrainedModel):
+    if isinstance(draft, PreTrainedModel | ForeignDraft):
+        model, overlap = (draft.model, draft.overlap(target)) if isinstance(draft, ForeignDraft) else (draft, None)
         tree = config.tree or TokenTree.chain(depth or 5)
         try:
-            return ModelDrafter(draft, tree, VERIFIERS[config.verifier])
+            return ModelDrafter(model, tree, VERIFIERS[config.verifier], overlap)
         except Unsupported as reason:
             raise Unsupported(f"the draft: {reason}") from None
     if isinstance(draft, str):

@@ -1,4 +1,4 @@
-"""A smaller model of the same vocabulary as drafter."""
+"""A smaller model as drafter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.base import Draft, DraftLaw
+from specdec.drafters.vocabulary import Overlap
 from specdec.kernels.draw_children import draw_children
 from specdec.kernels.noise import BONUS, DRAFT
 from specdec.nodes import Nodes
@@ -46,26 +47,31 @@ class _Level:
 
 
 class ModelDrafter:
-    """Drafts a tree with a causal language model that shares the target's vocabulary.
+    """Drafts a tree with a causal language model.
 
     Args:
         model: the draft model, on the target's device.
         tree: the shape of the draft, at least one level, and at most SUPPORT_SIZE children a node.
         verifier: says how children are drawn.
+        overlap: what its vocabulary and the target's share; None where they are the same.
 
     The draft's cache trails the target's by one token: its root is the token before the pending one. After a fully
     accepted draft that token's entry is missing, otherwise writing it again changes nothing; feeding both every time
     keeps the step's shape fixed. Node n of the tree is node n + 1 of the draft's own, and leaves are never run.
     """
 
-    def __init__(self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None
+    ) -> None:
         if tree.depth < 1:
             raise ValueError("the tree of a draft model needs a level of drafts at least")
         self.view, self.tree, self.verifier = ModelView(model), tree, verifier
         device = self.view.device
         self._bits, self._depths = TokenTree((-1, *(p + 1 for p in tree.parents))).tensors(device)
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
-        self.support_size = min(SUPPORT_SIZE, model.config.get_text_config().vocab_size)
+        self._overlap = None if overlap is None else overlap.to(device)
+        n_tokens = model.config.get_text_config().vocab_size if overlap is None else len(overlap.draft_ids)
+        self.support_size = min(SUPPORT_SIZE, n_tokens)
         self._levels = [_Level(tree, depth, device) for depth in range(1, tree.depth + 1)]
 
     @property
@@ -84,7 +90,17 @@ class ModelDrafter:
             if n_known == 0:
                 self.view.cache.clear(row)
         # The token before the pending one is written by `draft`.
-        self.view.prefill({row: (max(n_known - 2, 0), text[:-2]) for row, (n_known, text) in texts.items()})
+        unread = {row: (max(n_known - 2, 0), self._read_as(text[:-2])) for row, (n_known, text) in texts.items()}
+        self.view.prefill(unread)
+
+    def _read_as(self, tokens: Tensor) -> Tensor:
+        """What the draft reads for tokens of the target, int64 of any shape."""
+        return tokens if self._overlap is None else self._overlap.draft_ids[tokens.to(self.view.device)]
+
+    def _forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
+        """As the view's forward, in the target's tokens."""
+        logits = self.view.forward(self._read_as(tokens), nodes, rows)
+        return logits if self._overlap is None else self._overlap.logits(logits)
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         root, alive, n_slots = state.lengths - 1, (~state.finished).long(), self.view.cache.n_slots
@@ -93,13 +109,13 @@ class ModelDrafter:
         pairs = torch.arange(2 * len(live), device=live.device)
         nodes = Nodes.packed(root, 2 * alive, pairs, 2, n_slots, self._bits, self._depths)
         fed = torch.where(nodes.node == 0, before[nodes.sample], state.pending[nodes.sample])
-        logits = self.view.forward(fed, nodes, 1 + 2 * live)
+        logits = self._forward(fed, nodes, 1 + 2 * live)
         pending = Nodes.packed(root, alive, live, 1, n_slots, self._bits, self._depths, first=1)
         levels: list[tuple[Tensor, ...]] = []
         for above, level in enumerate(self._levels[:depth]):
             if above > 0:
                 fed = levels[-1][0][:, self._levels[above - 1].run].flatten()
-                logits = self.view.forward(fed, pending.spread(level.nodes + 1, n_slots))
+                logits = self._forward(fed, pending.spread(level.nodes + 1, n_slots))
             levels.append(self._children(logits, law, state, pending.sample, above, level))
         row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
         tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))

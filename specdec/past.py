@@ -1,0 +1,74 @@
+"""Keys and values that a caller of `generate()` hands in or gets back, in transformers' own cache.
+
+There a batch has one width: a row is its padding, its text, and once that has ended, filler. Here a text has a row of
+its own, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from specdec.cache import RaggedCache
+from specdec.proof import Unsupported
+
+
+@dataclass(frozen=True)
+class Past:
+    """A cache of transformers', and where texts stand in it.
+
+    Attributes:
+        cache: grows, when a call is done, by what was decoded. width: columns of the prompts. padding: by row, the
+            columns before the text. n_known: columns the cache has at first.
+    """
+
+    cache: DynamicCache
+    width: int
+    padding: list[int]
+    n_known: int
+
+    @classmethod
+    def of(cls, cache: Any, width: int, padding: list[int]) -> Past:
+        """Raises:
+        Unsupported: the cache is of a kind that only its own model fills, or holds more than the prompts before their
+            last token.
+        """
+        layers = getattr(cache, "layers", ())
+        if type(cache) is not DynamicCache or {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
+            kinds = sorted({type(x).__name__ for x in layers})
+            raise Unsupported(f"past_key_values in {type(cache).__name__} with layers {', '.join(kinds)}")
+        n_known = cache.get_seq_length()
+        if n_known >= width:
+            raise Unsupported(f"past_key_values of {n_known} tokens for prompts of {width}")
+        rows = {layer.keys.shape[0] for layer in layers if n_known and layer.keys is not None}
+        if rows - {len(padding)}:
+            raise Unsupported(f"past_key_values of {rows.pop()} samples for a batch of {len(padding)}")
+        return cls(cache, width, padding, n_known)
+
+    def write_to(self, cache: RaggedCache, row: int) -> int:
+        """Put what is known of a text into its row; how many of its tokens these are."""
+        padding = self.padding[row]
+        if self.n_known <= padding:
+            return 0
+        for own, theirs in zip(cache.layers, self.cache.layers, strict=True):
+            first = max(padding, self.n_known - theirs.keys.shape[2])  # a window's layer has forgotten what is before
+            for kept, given in (own.keys, theirs.keys), (own.values, theirs.values):
+                kept[:, row, first - padding : self.n_known - padding] = given[row, :, first - self.n_known :]
+        return self.n_known - padding
+
+    def extend(self, cache: RaggedCache, lengths: Sequence[int]) -> None:
+        """Add what the cache lacks of texts with so many tokens each, all but their last one."""
+        ends = [padding + length - 1 for padding, length in zip(self.padding, lengths, strict=True)]
+        for index, layer in enumerate(cache.layers):
+            new = []
+            for kept in (layer.keys, layer.values):
+                whole = kept.new_zeros(len(ends), kept.shape[0], max(ends) - self.n_known, kept.shape[3])
+                for row, (end, padding) in enumerate(zip(ends, self.padding, strict=True)):
+                    first = max(padding, self.n_known)
+                    columns = slice(first - self.n_known, end - self.n_known)
+                    whole[row, :, columns] = kept[:, row, first - padding : end - padding]
+                new.append(whole)
+            self.cache.update(*new, index)
