@@ -41,10 +41,11 @@ def verify_greedy_reference(
     node = torch.arange(n_all, device=tokens.device)
     rows = (starts[:-1, None] + node).clamp(max=len(chosen) - 1)
     choices = chosen[rows]  # [B, N]
-    differs = (tokens != choices[:, parents[1:]]) | (node[1:] >= n_nodes[:, None])
-    # Numbers before padding: a bool in a masked kernel is C++ that Inductor's own headers may refuse.
-    differs = torch.nn.functional.pad(differs.long(), (1, 0))  # the root is what it is
-    words = torch.nn.functional.pad(differs, (0, -n_all % 64)).unflatten(1, (-1, 64))
+    # Tokens are padded before they are compared: bools and indices inside two masks become C++ that Inductor's own
+    # headers may refuse.
+    own = torch.nn.functional.pad(tokens, (1, 0))
+    differs = ((own != choices[:, parents.clamp(min=0)]) | (node >= n_nodes[:, None])) & (node > 0)
+    words = torch.nn.functional.pad(differs.long(), (0, -n_all % 64)).unflatten(1, (-1, 64))
     words = (words << torch.arange(64, device=tokens.device)).sum(-1)  # [B, W]
     is_path = ((words[:, None] & bits) == 0).all(-1)
     ancestors = unpack_words(bits, n_all)
