@@ -186,7 +186,7 @@ class Handle:
         draft = self._draft if draft is None else draft
         if self._here.asks:
             try:
-                check_model(model)
+                self._check(model)
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
@@ -203,19 +203,21 @@ class Handle:
         decoder = None
         tokens_before = self.stats.tokens
         try:
-            check_model(model)
+            self._check(model)
             if synced_gpus:
                 raise Unsupported("synced_gpus")
             if streamer is not None and input_ids.shape[0] > 1:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
             decoder = self.decoder(draft, request.law)
+            if request.past is not None:
+                request.past.check(decoder.target.layer_shapes, decoder.target.module.dtype)
             with decoding(model):
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
-                return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder.target.cache)
+                return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder)
         except Unsupported as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -228,22 +230,28 @@ class Handle:
             self._running.release()
         return self._fall_back(reason, parents_loop)  # out here, where no exception holds on to buffers
 
+    def _check(self, model: PreTrainedModel) -> None:
+        """Whether a wrapped model is as it was wrapped, and one to decode with; raises Unsupported."""
+        if model.config is not self._model.config:
+            raise Unsupported("a model given another config than the one it shares with the model it was made from")
+        check_model(model)
+
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
-        seeds = self.next_seeds(n_batch)
+        seeds = self._seeds.take(n_batch, request.law.greedy)
         texts = [request.text(row, next(seeds)) for row in range(n_batch)]
         room = max(len(prompt) for prompt in request.prompts)
         for emitted in decoder.run(texts, n_batch, request.longest, room, request.law, request.eos_ids):
             for piece in emitted:
-                if piece.text.error is not None:
-                    raise piece.text.error
                 if streamer is not None:
                     for token in piece.tokens:
                         streamer.put(torch.tensor([token]))
+                if piece.text.error is not None:
+                    raise piece.text.error
             if request.deadline is not None and time.time() > request.deadline:
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
                 for text in texts:
-                    text.cut(None if text.finished else shortest)
+                    text.cut(shortest)
                 break
         if streamer is not None:
             streamer.end()
@@ -302,7 +310,10 @@ class Handle:
             key = draft if isinstance(draft, str | ForeignDraft) else id(draft), config.verifier
             decoder = self._decoders.get(key)
             if decoder is None or not decoder.drafter.is_current:
-                check_draft(draft, self._model, config)
+                try:
+                    check_draft(draft, self._model, config)
+                except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
+                    raise Unsupported(f"the draft: {error}") from None
                 compiled = CompiledSteps(config.compile)
                 records = config.compile and self._target.device.type == "cuda"
                 steps = CapturedSteps(compiled) if records else compiled
