@@ -203,7 +203,7 @@ class _Run:
                     raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:  # others would fail with it, in a step
                     raise ValueError(f"tokens {ids.min()} to {ids.max()}, of a model that has {vocabulary}")
-                call = self._handle.ask(self._model, ids, self._settings)
+                call = self._handle.ask(self._model, ids, self._settings, knows_model=self._call is not None)
                 if not isinstance(call, Call):  # transformers' own result
                     out = getattr(call, "sequences", call)  # with return_dict_in_generate
                     self._done.append(Result(index, out[0].cpu() if len(out) == 1 else out.cpu()))

@@ -54,6 +54,7 @@ class _Here(threading.local):
 
     is_warming_up = False
     asks = False  # for the call as it would be decoded
+    knows_model = False  # and of this model, which has been looked at
 
 
 class Handle:
@@ -186,7 +187,8 @@ class Handle:
         draft = self._draft if draft is None else draft
         if self._here.asks:
             try:
-                self._check(model)
+                if not self._here.knows_model:
+                    self._check(model)
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
@@ -194,7 +196,8 @@ class Handle:
                     raise Unsupported("scores, logits and past_key_values in generate_many()")
                 if request.is_alone and request.processes:  # it may keep a state, and texts would take turns
                     raise Unsupported("logits processors of one's own in generate_many()")
-                self.decoder(draft, request.law)
+                if not self._here.knows_model:
+                    self.decoder(draft, request.law)
             except Unsupported as why:
                 return self._fall_back(str(why), parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)
@@ -261,10 +264,14 @@ class Handle:
         """A seed for each of so many texts, or of any number."""
         return self._seeds.take(n_texts)
 
-    def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> Any:
+    def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any], knows_model: bool) -> Any:
         """The `Call` that `generate()` would decode for a prompt, [length] int64, after all of transformers' own
-        checks; or what transformers' own loop makes of it, where that has to run. Raises what `generate()` raises."""
-        self._here.asks = True
+        checks; or what transformers' own loop makes of it, where that has to run. Raises what `generate()` raises.
+
+        Args:
+            knows_model: whether a prompt of this run has been asked for: looking at all modules takes milliseconds.
+        """
+        self._here.asks, self._here.knows_model = True, knows_model
         try:
             return model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
         finally:
