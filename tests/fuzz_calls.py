@@ -173,7 +173,7 @@ MAKE: dict[str, Callable[..., None]] = {
 _tokens = st.integers(0, VOCAB - 1)
 _some_tokens = st.lists(_tokens, min_size=1, max_size=20, unique=True)
 _yes = st.just(True)
-ENDS = st.one_of(_tokens, _some_tokens)
+ENDS = st.one_of(_tokens, st.lists(_tokens, min_size=8, max_size=25, unique=True))  # many: some occur
 _share = st.sampled_from([0.05, 0.3, 0.7, 0.95, 1.0])
 
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
