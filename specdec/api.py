@@ -45,6 +45,7 @@ def compile(  # the name is the point: specdec.compile
     """
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
+    draft = _within_adapters(draft)
     if isinstance(inner := _within_adapters(model), PreTrainedModel) and inner is not model:
         return _replaced(
             model, inner, compile(inner, draft, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, **options)
@@ -106,9 +107,10 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             )  # fmt: skip
 
         try:
-            draft = _draft_of_call(generation_config, assistant_model, tokenizer, assistant_tokenizer)
+            assistant = _within_adapters(assistant_model)
+            draft = _draft_of_call(generation_config, assistant, tokenizer, assistant_tokenizer)
             check_draft(draft, self.specdec._model, self.specdec.config)
-        except (Unsupported, ValueError) as reason:
+        except (Unsupported, TypeError, ValueError) as reason:
             return self.specdec._fall_back(str(reason), parents_loop)
         return self.specdec.generate(parents_loop, self, *arguments, model_kwargs, draft)
 

@@ -73,7 +73,8 @@ def generate_many(
             read at first, because memory is allocated once, for the longest.
         in_order: hand results out in the order of the prompts; False: as they are complete.
         progress: show a bar on stderr, where that is a terminal.
-        settings: of every prompt, as for `generate()`. Objects given (criteria, for one) serve all prompts in turns.
+        settings: of every prompt, as for `generate()`. Objects given (criteria, prefix_allowed_tokens_fn) serve all
+            prompts in turns: what they say must depend on the text alone.
 
     Raises:
         TypeError: `prompts` is a batch in one mapping.
@@ -202,7 +203,7 @@ class _Run:
                     raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:  # others would fail with it, in a step
                     raise ValueError(f"tokens {ids.min()} to {ids.max()}, of a model that has {vocabulary}")
-                call = self._handle.ask(self._model, ids, self._settings)
+                call = self._handle.ask(self._model, ids, self._settings, knows_model=self._call is not None)
                 if not isinstance(call, Call):  # transformers' own result
                     out = getattr(call, "sequences", call)  # with return_dict_in_generate
                     self._done.append(Result(index, out[0].cpu() if len(out) == 1 else out.cpu()))
@@ -232,6 +233,8 @@ class _Run:
 def _length(prompt: Prompt) -> int:
     """Tokens of a prompt, or 0 where it is none: it fails when its turn comes."""
     ids = prompt["input_ids"] if isinstance(prompt, Mapping) and "input_ids" in prompt else prompt
+    if isinstance(ids, Sequence) and len(ids) == 1 and isinstance(ids[0], Sequence | Tensor):
+        ids = ids[0]
     if isinstance(ids, Tensor):
         return ids.numel()
     return len(ids) if isinstance(ids, Sequence) else 0

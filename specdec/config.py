@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import NoneType
 
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
@@ -26,7 +27,7 @@ class Config:
         compile: False runs every step eagerly, for debugging.
 
     Raises:
-        ValueError: naming the value that cannot be.
+        TypeError, ValueError: naming the value that cannot be.
     """
 
     depth: int | None = None
@@ -37,6 +38,14 @@ class Config:
     compile: bool = True
 
     def __post_init__(self) -> None:
+        for name, kinds in (
+            ("depth", (int, NoneType)),
+            ("max_ngram", int),
+            ("adapt", (bool, NoneType)),
+            ("compile", bool),
+        ):
+            if not isinstance(value := getattr(self, name), kinds):
+                raise TypeError(f"{name} must not be a {type(value).__name__}, got {value!r}")
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"depth must be at least 1, got {self.depth}; draft=None decodes without drafting")
         if self.max_ngram < 1:

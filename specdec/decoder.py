@@ -261,10 +261,11 @@ class Decoder:
             *tokens, n_new, n_found, n_judged, finished, broken = report[row]
             if broken:
                 why = f"the target's logits in row {row} of the batch hold a NaN: there is no law to sample from"
-                text.fail(text.error or RuntimeError(why))
+                n_new = n_new - 1 if text.error else 0  # what came before an error of the user's own counts
+                text.error = text.error or RuntimeError(why)
             elif flight.plan.depth and not finished:
                 control.count(text.habit, n_found, n_judged, n_new - 1)
-            emitted.append(Emitted(text, [] if broken else text.take(tokens[:n_new], bool(finished))))
+            emitted.append(Emitted(text, text.take(tokens[:n_new], bool(finished))))
         control.learn(flight.plan, flight.seconds)
         n_tokens, seconds = sum(len(piece.tokens) for piece in emitted), time.perf_counter() - start
         self.stats.count_step(n_tokens, len(emitted), sum(flight.plan.allowed), seconds, compiling=flight.marks is None)

@@ -54,6 +54,7 @@ class _Here(threading.local):
 
     is_warming_up = False
     asks = False  # for the call as it would be decoded
+    knows_model = False  # and of this model, which has been looked at
 
 
 class Handle:
@@ -186,7 +187,8 @@ class Handle:
         draft = self._draft if draft is None else draft
         if self._here.asks:
             try:
-                check_model(model)
+                if not self._here.knows_model:
+                    self._check(model)
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
@@ -194,7 +196,8 @@ class Handle:
                     raise Unsupported("scores, logits and past_key_values in generate_many()")
                 if request.is_alone and request.processes:  # it may keep a state, and texts would take turns
                     raise Unsupported("logits processors of one's own in generate_many()")
-                self.decoder(draft, request.law)
+                if not self._here.knows_model:
+                    self.decoder(draft, request.law)
             except Unsupported as why:
                 return self._fall_back(str(why), parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)
@@ -203,19 +206,21 @@ class Handle:
         decoder = None
         tokens_before = self.stats.tokens
         try:
-            check_model(model)
+            self._check(model)
             if synced_gpus:
                 raise Unsupported("synced_gpus")
             if streamer is not None and input_ids.shape[0] > 1:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
             decoder = self.decoder(draft, request.law)
+            if request.past is not None:
+                request.past.check(decoder.target.layer_shapes, decoder.target.module.dtype)
             with decoding(model):
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
-                return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder.target.cache)
+                return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder)
         except Unsupported as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -228,22 +233,28 @@ class Handle:
             self._running.release()
         return self._fall_back(reason, parents_loop)  # out here, where no exception holds on to buffers
 
+    def _check(self, model: PreTrainedModel) -> None:
+        """Whether a wrapped model is as it was wrapped, and one to decode with; raises Unsupported."""
+        if model.config is not self._model.config:
+            raise Unsupported("a model given another config than the one it shares with the model it was made from")
+        check_model(model)
+
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
-        seeds = self.next_seeds(n_batch)
+        seeds = self._seeds.take(n_batch, request.law.greedy)
         texts = [request.text(row, next(seeds)) for row in range(n_batch)]
         room = max(len(prompt) for prompt in request.prompts)
         for emitted in decoder.run(texts, n_batch, request.longest, room, request.law, request.eos_ids):
             for piece in emitted:
-                if piece.text.error is not None:
-                    raise piece.text.error
                 if streamer is not None:
                     for token in piece.tokens:
                         streamer.put(torch.tensor([token]))
+                if piece.text.error is not None:
+                    raise piece.text.error
             if request.deadline is not None and time.time() > request.deadline:
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
                 for text in texts:
-                    text.cut(None if text.finished else shortest)
+                    text.cut(shortest)
                 break
         if streamer is not None:
             streamer.end()
@@ -253,10 +264,14 @@ class Handle:
         """A seed for each of so many texts, or of any number."""
         return self._seeds.take(n_texts)
 
-    def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> Any:
+    def ask(self, model: PreTrainedModel, ids: Tensor, settings: dict[str, Any], knows_model: bool) -> Any:
         """The `Call` that `generate()` would decode for a prompt, [length] int64, after all of transformers' own
-        checks; or what transformers' own loop makes of it, where that has to run. Raises what `generate()` raises."""
-        self._here.asks = True
+        checks; or what transformers' own loop makes of it, where that has to run. Raises what `generate()` raises.
+
+        Args:
+            knows_model: whether a prompt of this run has been asked for: looking at all modules takes milliseconds.
+        """
+        self._here.asks, self._here.knows_model = True, knows_model
         try:
             return model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
         finally:
@@ -302,7 +317,10 @@ class Handle:
             key = draft if isinstance(draft, str | ForeignDraft) else id(draft), config.verifier
             decoder = self._decoders.get(key)
             if decoder is None or not decoder.drafter.is_current:
-                check_draft(draft, self._model, config)
+                try:
+                    check_draft(draft, self._model, config)
+                except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
+                    raise Unsupported(f"the draft: {error}") from None
                 compiled = CompiledSteps(config.compile)
                 records = config.compile and self._target.device.type == "cuda"
                 steps = CapturedSteps(compiled) if records else compiled

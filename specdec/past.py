@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.cache import RaggedCache
@@ -59,16 +60,25 @@ class Past:
                 kept[:, row, first - padding : self.n_known - padding] = given[row, :, first - self.n_known :]
         return self.n_known - padding
 
-    def extend(self, cache: RaggedCache, lengths: Sequence[int]) -> None:
-        """Add what the cache lacks of texts with so many tokens each, all but their last one."""
-        ends = [padding + length - 1 for padding, length in zip(self.padding, lengths, strict=True)]
+    def extend(self, cache: RaggedCache, end: int) -> None:
+        """Add what the cache lacks before column `end`."""
         for index, layer in enumerate(cache.layers):
             new = []
             for kept in (layer.keys, layer.values):
-                whole = kept.new_zeros(len(ends), kept.shape[0], max(ends) - self.n_known, kept.shape[3])
-                for row, (end, padding) in enumerate(zip(ends, self.padding, strict=True)):
+                whole = kept.new_zeros(len(self.padding), kept.shape[0], end - self.n_known, kept.shape[3])
+                for row, padding in enumerate(self.padding):
                     first = max(padding, self.n_known)
-                    columns = slice(first - self.n_known, end - self.n_known)
-                    whole[row, :, columns] = kept[:, row, first - padding : end - padding]
+                    whole[row, :, first - self.n_known :] = kept[:, row, first - padding : end - padding]
                 new.append(whole)
             self.cache.update(*new, index)
+
+    def check(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
+        """Whether what is known is of a model with layers of `shapes`, (G, D, Dv) each, and this dtype.
+
+        Raises:
+            Unsupported: it is not.
+        """
+        layers = [(x.keys, x.values) for x in self.cache.layers if x.keys is not None]
+        held = [(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype) for keys, values in layers]
+        if self.n_known and held != [(*shape, dtype) for shape in shapes]:
+            raise Unsupported("past_key_values of another model")

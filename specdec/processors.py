@@ -11,6 +11,7 @@ draft, or none.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,11 +56,12 @@ _PURE: tuple[type, ...] = (
     known.SuppressTokensLogitsProcessor,
     known.TopHLogitsWarper,
 )
-_OF_A_BATCH = (
-    known.EncoderNoRepeatNGramLogitsProcessor,
-    known.EncoderRepetitionPenaltyLogitsProcessor,
-    known.RepetitionPenaltyLogitsProcessor,
-)  # what they hold has a row a sample
+# What some of these hold has a row a sample.
+_OF_A_BATCH: dict[type, str] = {
+    known.EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
+    known.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
+    known.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+}
 
 
 @dataclass
@@ -80,41 +82,45 @@ def is_pure(processor: Any) -> bool:
     return type(processor) in _PURE or is_of_a_row(processor)
 
 
-def check(processors: LogitsProcessorList) -> None:
-    """Whether these can be asked text by text.
+def check(processors: LogitsProcessorList, n_rows: int) -> None:
+    """Whether these can be asked text by text, of so many rows.
 
     Raises:
-        Unsupported: naming those of transformers' own that cannot: they run the model, mark whole batches, or are for
-            models that speak.
+        Unsupported: naming those of transformers' own that cannot: they run the model, mark whole batches, are for
+            models that speak, or were made for another number of rows.
     """
     own = [p for p in processors if type(p).__module__ == known.__name__]
-    if refused := sorted({type(p).__name__ for p in own if not is_pure(p)}):
+    if refused := sorted({type(p).__name__ for p in own if not is_pure(p) or len(_held(p) or [0] * n_rows) != n_rows}):
         raise Unsupported(f"logits processors {', '.join(refused)}")
 
 
-def process_row(processors: LogitsProcessorList, row: int, n_rows: int, padding: Tensor) -> Process:
+def _held(processor: Any) -> list[Any] | None:
+    """What a processor holds by row."""
+    held = getattr(processor, _OF_A_BATCH.get(type(processor), ""), None)
+    return list(held) if isinstance(held, list | Tensor) else None
+
+
+def process_row(processors: LogitsProcessorList, row: int, padding: Tensor) -> Process:
     """The processors of a batch, for one of its rows.
 
     Args:
         padding: [n] int64, what stands before the text in its row.
     """
     own = LogitsProcessorList([_for_row(p, row) for p in processors])
-    copies = n_rows if any(type(p) in _OF_A_BATCH for p in processors) else 1
-
-    def process(ids: Tensor, scores: Tensor) -> Tensor:
-        whole = torch.cat([padding[None], ids], 1)
-        if copies == 1:
-            return own(whole, scores)
-        return own(whole.repeat(copies, 1), scores.repeat(copies, 1))[row : row + 1]
-
-    return process
+    return lambda ids, scores: own(torch.cat([padding[None], ids], 1), scores)
 
 
 def _for_row(processor: Any, row: int) -> Any:
-    if type(processor) is not known.PrefixConstrainedLogitsProcessor:
+    if type(processor) is known.PrefixConstrainedLogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+        return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    if (held := _held(processor)) is None:
         return processor
-    allowed = processor._prefix_allowed_tokens_fn
-    return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    one = copy.copy(processor)
+    setattr(one, _OF_A_BATCH[type(one)], torch.stack([held[row]]) if isinstance(held[row], Tensor) else [held[row]])
+    if hasattr(one, "batch_size"):
+        one.batch_size = 1
+    return one
 
 
 class Chosen(NamedTuple):
@@ -146,13 +152,14 @@ def walk(
         ids, node, depth, room = text.ids[None], 0, 0, text.max_new_tokens - len(text.tokens)
         while True:
             try:
-                token = _choose(text, ids, logits[first[row] + node], greedy)
+                token = bonus[row] = _choose(text, ids, logits[first[row] + node], greedy)
             except Exception as error:
                 text.error, broken[row] = error, True
                 break
+            is_over = text.ends is not None and text.asks([*ids[0, len(text.prompt) :].tolist(), token])
+            broken[row] = text.error is not None
             child = next((n for n in tree.children(node) if n < counts[row] and drafted[row][n - 1] == token), None)
-            bonus[row] = token
-            if child is None or token in ends or depth + 1 == room:
+            if child is None or token in ends or is_over or depth + 1 == room:  # no more is asked
                 break
             node, depth = child, depth + 1
             path[row][depth:] = [child] * (tree.depth + 1 - depth)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from specdec.cache import RaggedCache
 from specdec.past import Past
 from specdec.processors import Process, Record, is_pure, process_row
 from specdec.processors import check as check_processors
@@ -26,6 +25,9 @@ from specdec.proof import Unsupported
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw, is_of_a_row
 from specdec.suited import check_context
+
+if TYPE_CHECKING:
+    from specdec.decoder import Decoder
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
 _PLAIN_KWARGS = {
@@ -72,20 +74,25 @@ class Request:
             past=self.past if self.past and self.past.n_known else None,
         )  # fmt: skip
 
-    def result(self, input_ids: Tensor, texts: list[Text], pad: Tensor | None, cache: RaggedCache) -> Any:
+    def result(self, input_ids: Tensor, texts: list[Text], pad: Tensor | None, decoder: Decoder) -> Any:
         """What `generate()` returns: the prompts followed by the new texts, padded on the right as transformers pads
         finished rows; and what else is wanted.
 
         Args:
-            input_ids: [B, width]. texts: decoded, of all rows. pad: the id to pad with, if any. cache: holds them.
+            input_ids: [B, width]. texts: decoded, of all rows. pad: the id to pad with, if any. decoder: theirs.
         """
         new = [text.tokens for text in texts]
-        out = input_ids.new_full((len(new), max(map(len, new))), 0 if pad is None else int(pad))
+        out = torch.full((len(new), max(map(len, new))), 0 if pad is None else int(pad), device=input_ids.device)
         for row, tokens in enumerate(new):
-            out[row, : len(tokens)] = torch.tensor(tokens, dtype=out.dtype)
+            out[row, : len(tokens)] = torch.tensor(tokens)
         sequences = torch.cat([input_ids, out], 1)
         if self.past is not None:
-            self.past.extend(cache, [len(text.prompt) + len(text.tokens) for text in texts])
+            rows = list(zip(self.past.padding, map(len, new), sequences, strict=True))
+            # Transformers' loop goes on with filler where a text has ended, as if it were text.
+            short = {i: (self.past.width + n - 1 - p, row[p:-1]) for i, (p, n, row) in enumerate(rows)}
+            decoder.buffers.grow(max(len(text) for _, text in short.values()) + 1)
+            decoder.target.prefill({i: (n, text) for i, (n, text) in short.items() if n < len(text)})
+            self.past.extend(decoder.target.cache, sequences.shape[1] - 1)
         if self.outputs is None:
             return sequences
         kept = {
@@ -137,7 +144,7 @@ class Request:
         if min(len(p) for p in prompts) == 0:
             raise Unsupported("an empty prompt")
         _check_positions(prompts, input_ids.shape[1], model_kwargs.get("position_ids"))
-        check_processors(processors)
+        check_processors(processors, len(input_ids))
         law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
         max_length, eos_ids, deadline, others = _read_criteria(criteria)
         users = [f"logits processor {type(p).__name__}" for p in processors if not is_pure(p)]
@@ -161,7 +168,7 @@ class Request:
         processes = None
         if not all(map(is_of_a_row, processors)) or outputs:
             padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
-            processes = [process_row(processors, row, len(rows), padding[row]) for row in rows]
+            processes = [process_row(processors, row, padding[row]) for row in rows]
         return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(users))
 
 

@@ -33,7 +33,7 @@ class Text:
         prompt: [length] int64, at least one token. max_new_tokens: at most so many are added. seed: int64.
         ends: whether the user's criteria end the text, given all new tokens up to one; asked for every one, in order.
         process: what the logits processors that look at the text make of scores. record: where scores are to be kept.
-        past: keys and values of its first tokens.
+        past: keys and values of its first tokens. is_over: whether the user's criteria end it, as last asked.
         tokens: what has been added. finished: whether the text has ended; whoever sets it ends the text.
         error: what kept it from being decoded. habit: what it made of its drafts.
     """
@@ -45,6 +45,7 @@ class Text:
     process: Process | None = None
     record: Record | None = None
     past: Past | None = None
+    is_over: bool = False
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     error: Exception | None = None
@@ -52,19 +53,22 @@ class Text:
 
     def take(self, new: list[int], finished: bool) -> list[int]:
         """Add tokens, after which the text has ended or not, and return them; the user's criteria may end it sooner."""
-        if self.ends is not None:
-            try:
-                for n in range(1, len(new) + 1):
-                    if self.ends(self.tokens + new[:n]):
-                        new, finished = new[:n], True
-                        break
-            except Exception as error:
-                self.fail(error)
-                return []
+        if self.ends is not None and self.process is None:
+            n = next((n for n in range(1, len(new) + 1) if self.asks(self.tokens + new[:n])), None)
+            new = new[:n] if self.error is None or n is None else new[: n - 1]
+        finished |= self.is_over or self.error is not None
         self.tokens += new
         self.finished |= finished
         self.cut(len(self.tokens))
         return new
+
+    def asks(self, tokens: list[int]) -> bool:
+        """Whether the user's criteria end the text, with these new tokens, or fail."""
+        try:
+            self.is_over = bool(self.ends and self.ends(tokens))
+        except Exception as error:
+            self.error = error
+        return self.is_over or self.error is not None
 
     def cut(self, n_tokens: int | None) -> None:
         """Keep so many of its new tokens, or all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, repeat
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ class Seeds:
     """What each call's texts draw with.
 
     Attributes:
-        last: [n] int64, the last call's, or those set for the next; None before the first, and where a call did not
-            know how many it would take.
+        last: [n] int64, the last call's, or those set for the next; None before the first, for greedy calls, which
+            draw nothing, and where a call did not know how many it would take.
     """
 
     def __init__(self) -> None:
@@ -23,12 +23,20 @@ class Seeds:
         self._are_fixed = False
 
     def fix(self, value: Any) -> None:
-        """Use these for the next call: whole numbers, one a text."""
-        self.last = torch.as_tensor(value, dtype=torch.int64).flatten()
-        self._are_fixed = True
+        """Use these for the next call: whole numbers, one a text; None takes back what was set.
 
-    def take(self, n_texts: int | None) -> Iterator[int]:
-        """A seed for each of so many texts, or of any number: those that were set, or drawn with torch's generator.
+        Raises:
+            TypeError: they are not whole numbers.
+        """
+        given = None if value is None else torch.as_tensor(value)
+        if given is not None and (given.is_floating_point() or given.is_complex()):
+            raise TypeError(f"seeds are whole numbers, got {given.dtype}")
+        self.last = None if given is None else given.to(torch.int64).flatten()
+        self._are_fixed = given is not None
+
+    def take(self, n_texts: int | None, greedy: bool = False) -> Iterator[int]:
+        """A seed for each of so many texts, or of any number: those that were set, or drawn with torch's generator,
+        which greedy calls leave alone.
 
         Raises:
             ValueError: another number was set.
@@ -38,6 +46,9 @@ class Seeds:
             if n_texts is not None and len(self.last) != n_texts:
                 raise ValueError(f"{len(self.last)} seeds were set for a batch of {n_texts} samples")
             return iter(self.last.tolist())
+        if greedy:
+            self.last = None
+            return repeat(0)
         if n_texts is not None:
             self.last = torch.randint(2**62, (n_texts,))
             return iter(self.last.tolist())

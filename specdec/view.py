@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from specdec import attention
@@ -37,12 +37,14 @@ def _trait(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()
 
 
-_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"} | {"config"}  # which all of them share
 _PLAIN = {bool, int, float, str, types.FunctionType}
 
 
 def _frozen(value: Any) -> Any:
     """A setting, to compare with later; None for objects, which are not settings."""
+    if isinstance(value, PreTrainedConfig):
+        return _frozen(vars(value))
     if isinstance(value, dict):
         return [*value, *map(_frozen, value.values())]
     if isinstance(value, list | tuple | set):
@@ -50,13 +52,13 @@ def _frozen(value: Any) -> Any:
     return value if type(value) in _PLAIN else None
 
 
-def _traits(model: nn.Module) -> list[tuple[object, ...]]:
+def _traits(model: PreTrainedModel) -> list[object]:
     """Of all tensors; and what a copy of the modules has taken over: classes and settings, as which adapter is on."""
     settings = [
         (type(module), *((k, _frozen(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE))
         for module in model.modules()
     ]
-    return [_trait(t) for t in _tensors(model)] + settings
+    return [*map(_trait, _tensors(model)), *settings, _frozen(model.config)]
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -325,3 +325,15 @@ def test_an_asynchronous_streamer(model: PreTrainedModel, tokenizer: PreTrainedT
     expected = model.generate(**inputs, max_new_tokens=NEW)[0, 3:]
     assert asyncio.run(read()).split() == tokenizer.decode(expected).split()
     assert wrapped.specdec.stats.steps == 2
+
+
+def test_adapters_on_a_draft(fresh: Tiny, prompts: Prompts) -> None:
+    """As the draft of all calls, and of one."""
+    model, config = fresh("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    draft = get_peft_model(fresh("llama", seed=7, num_hidden_layers=1), config)
+    inputs = {**prompts([6]), "max_new_tokens": 8}
+    for wrapped, given in ((wrap(model, draft), {}), (wrap(model, None), {"assistant_model": draft})):
+        out = wrapped.generate(**inputs, **given)
+        assert torch.equal(out, model.generate(**inputs))
+        assert not wrapped.specdec.stats.fallbacks
+        assert sum(wrapped.specdec.stats.proposed) > 0

@@ -111,7 +111,8 @@ def test_all_forms_of_a_prompt(wrapped: PreTrainedModel, model: PreTrainedModel)
     padded = {"input_ids": torch.tensor([[0, 0, 5, 6, 7, 8]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
     forms: list[Any] = [
         [5, 6, 7, 8], (5, 6, 7, 8), ids, ids[None], ids.int(), padded, {"input_ids": [5, 6, 7, 8]},
-        {"input_ids": [0, 5, 6, 7, 8], "attention_mask": [0, 1, 1, 1, 1]},
+        {"input_ids": [0, 5, 6, 7, 8], "attention_mask": [0, 1, 1, 1, 1]}, [[5, 6, 7, 8]],
+        {"input_ids": [[5, 6, 7, 8]], "attention_mask": [[1, 1, 1, 1]]},
     ]  # fmt: skip
     results = list(generate_many(wrapped, forms, **SETTINGS))
     assert_right(results, model, [ids] * len(forms), **SETTINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,3 +195,65 @@ def test_scores_of_a_batch_that_runs_out_of_time(tiny: Tiny, prompts: Prompts) -
     assert len(out.scores) == len(out.logits) == 1
     expected = model.generate(**prompts([6] * 16), max_new_tokens=1, **WANTED)
     _same_outputs(out, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["filler read", "filler masked"])
+def test_a_batch_goes_on_whose_texts_ended_one_by_one(
+    family: str, is_masked: bool, tiny: Tiny, prompts: Prompts
+) -> None:
+    """Their last token is in the cache, and the filler behind it too, which a mask of ones lets the next turn read."""
+    model = tiny(family)
+    eos = model.generate(**prompts(RAGGED), max_new_tokens=10)[0, 11].item()
+    results = []
+    for each in (model, wrap(model, model)):
+        cache, asked = DynamicCache(), prompts(RAGGED)
+        settings = {"max_new_tokens": 10, "eos_token_id": eos, "pad_token_id": 0, "past_key_values": cache}
+        ids = each.generate(**asked, **settings)
+        assert ids[0, -1] == 0
+        first_cache = [layer.keys.clone() for layer in cache.layers]
+        mask = torch.cat([asked["attention_mask"], torch.ones_like(ids[:, 9:])], 1)
+        if is_masked:
+            mask[:, 9:] = (ids[:, 9:] != 0).long()
+        words = prompts([2] * len(RAGGED), seed=1)["input_ids"]
+        mask = torch.cat([mask, torch.ones_like(words)], 1)
+        settings |= {"eos_token_id": None, "max_new_tokens": 6}
+        ids = each.generate(torch.cat([ids, words], 1), attention_mask=mask, **settings)
+        results.append((ids, first_cache))
+    (expected, their_cache), (out, our_cache) = results
+    assert torch.equal(out, expected)
+    for ours, theirs in zip(our_cache, their_cache, strict=True):
+        torch.testing.assert_close(ours[:, :, 9:], theirs[:, :, 9:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_of_another_model(tiny: Tiny, prompts: Prompts) -> None:
+    ids = prompts([6])["input_ids"]
+    other = tiny("llama", num_hidden_layers=1)(ids[:, :4], use_cache=True).past_key_values
+    with pytest.warns(UserWarning, match="past_key_values of another model"), pytest.raises(IndexError):
+        wrap(tiny("llama")).generate(ids, max_new_tokens=3, past_key_values=other)
+
+
+def test_whole_numbers_of_any_kind(tiny: Tiny, prompts: Prompts) -> None:
+    model, ids = tiny("llama"), prompts([6])["input_ids"].int()
+    out = wrap(model).generate(ids, max_new_tokens=3)
+    expected = model.generate(ids, max_new_tokens=3)
+    assert out.dtype == expected.dtype
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_out_of_time_when_some_have_reached_their_limit(
+    scores: bool, tiny: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are cut to the shortest that goes on, as if there had been as many steps."""
+    model = tiny("llama")
+    wrapped = wrap(model, tiny("llama", seed=7, num_hidden_layers=1), tree=TokenTree.from_widths(24, 1))
+    asked = {**prompts([6] * 8), "max_new_tokens": 12, **(WANTED if scores else {})}
+    whole = model.generate(**prompts([6] * 8), max_new_tokens=12)
+    for n_looks in range(5, 12):
+        looks = iter([0.0] * n_looks)
+        monkeypatch.setattr("specdec.handle.time", SimpleNamespace(time=lambda looks=looks: next(looks, 1e18)))
+        out = wrapped.generate(**asked, max_time=1e6)
+        out = out.sequences if scores else out
+        assert torch.equal(out, whole[:, : out.shape[1]])
+    assert not wrapped.specdec.stats.fallbacks

@@ -281,3 +281,65 @@ def test_stop_strings_in_batches(tiny: Tiny, prompts: Prompts) -> None:
     criteria = StoppingCriteriaList([_Rhyme()])
     with pytest.warns(UserWarning, match="stopping criterion _Rhyme with a batch"), pytest.raises(TypeError):
         wrapped.generate(**prompts(RAGGED), max_new_tokens=3, stopping_criteria=criteria)
+
+
+class _Until(LogitsProcessor):
+    """Fails where it is asked past a length."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.calls = length, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        if input_ids.shape[1] > self.length:
+            raise KeyError("asked past the end")
+        return scores
+
+
+class _Stop(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 9)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "self"])
+def test_nothing_is_asked_past_a_stop(draft: str, tiny: Tiny, prompts: Prompts) -> None:
+    model = tiny("llama")
+    wrapped = wrap(model, model if draft == "self" else draft)
+    asked = {**prompts([6]), "max_new_tokens": 10, "stopping_criteria": StoppingCriteriaList([_Stop()])}
+    ours, theirs = _Until(8), _Until(8)
+    out = wrapped.generate(**asked, logits_processor=LogitsProcessorList([ours]))
+    assert torch.equal(out, model.generate(**asked, logits_processor=LogitsProcessorList([theirs])))
+    assert out.shape[1] == 9
+    assert ours.calls == theirs.calls == 3
+    assert not wrapped.specdec.stats.fallbacks
+
+
+@pytest.mark.parametrize("kind", ["processor", "criterion"])
+def test_what_came_before_an_error_is_streamed(kind: str, tiny: Tiny, prompts: Prompts) -> None:
+    class Fails(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            if input_ids.shape[1] == 10:
+                raise KeyError("no such word")
+            return torch.zeros(1, dtype=torch.bool)
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            raise AssertionError("it did not end")
+
+    model, seen = tiny("llama"), []
+    for each in (wrap(model, model), model):
+        given: dict[str, Any] = {"logits_processor": LogitsProcessorList([_Until(9)])}
+        if kind == "criterion":
+            given = {"stopping_criteria": StoppingCriteriaList([Fails()])}
+        streamer = Streamer()
+        with pytest.raises(KeyError):
+            each.generate(**prompts([6]), max_new_tokens=10, streamer=streamer, **given)
+        seen.append(streamer.tokens)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == (9 if kind == "criterion" else 10)  # a token is judged before it is handed out

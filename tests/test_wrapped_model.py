@@ -124,3 +124,41 @@ def test_replaced_weights_are_seen(fresh: Tiny, prompts: Prompts) -> None:
     model.double()
     other.double()
     same(wrapped, other, **inputs, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_settings_of_the_config_that_change_after_a_call(family: str, fresh: Tiny, prompts: Prompts) -> None:
+    name = {"gemma2": "final_logit_softcapping", "granite": "logits_scaling"}[family]
+    model = fresh(family)
+    wrapped = wrap(model, model)
+    same(wrapped, model, **prompts([6]), max_new_tokens=5)
+    setattr(model.config, name, 3.0)
+    asked = {**prompts([6]), "max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    ours, theirs = wrapped.generate(**asked), model.generate(**asked)
+    assert not wrapped.specdec.stats.fallbacks
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    wrapped.config = copy.deepcopy(model.config)
+    with pytest.warns(UserWarning, match="given another config"):
+        wrapped.generate(**prompts([6]), max_new_tokens=2)
+
+
+def test_greedy_calls_leave_torchs_generator_alone(fresh: Tiny, prompts: Prompts) -> None:
+    wrapped = wrap(fresh("llama"))
+    before = torch.random.get_rng_state()
+    wrapped.generate(**prompts([6]), max_new_tokens=8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert wrapped.specdec.seeds is None
+    wrapped.generate(**prompts([6]), max_new_tokens=8, do_sample=True)
+    assert not torch.equal(torch.random.get_rng_state(), before)
+    assert len(wrapped.specdec.seeds) == 1
+
+
+def test_seeds_are_whole_numbers_and_can_be_taken_back(fresh: Tiny, prompts: Prompts) -> None:
+    wrapped = wrap(fresh("llama"))
+    with pytest.raises(TypeError, match=r"whole numbers, got torch\.float32"):
+        wrapped.specdec.seeds = [1.5]
+    wrapped.specdec.seeds = [1, 2, 3]
+    wrapped.specdec.seeds = None
+    wrapped.generate(**prompts([6]), max_new_tokens=3, do_sample=True)
+    assert len(wrapped.specdec.seeds) == 1

@@ -59,7 +59,11 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
             raise ValueError(f"drafts with {rope} rope are not supported")
     elif isinstance(draft, str) and draft != "ngram":
         raise ValueError(f'draft must be "ngram", a model, a Drafter or None, got {draft!r}')
-    elif draft is not None and not isinstance(draft, str) and not callable(getattr(draft, "draft", None)):
+    elif (
+        draft is not None
+        and not isinstance(draft, str)
+        and (isinstance(draft, type) or not callable(getattr(draft, "draft", None)))
+    ):
         raise TypeError(f'draft must be "ngram", a model, a Drafter or None, got {type(draft).__name__}')
 
 
