@@ -266,7 +266,8 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
             rows.fill(1)
             rows.write()
             rows.read(rows.live)
-            draft_(state, law, decoder.count(1), 2)
+            with torch.fx.experimental._config.patch(use_duck_shape=False):  # as steps are compiled
+                draft_(state, law, decoder.count(1), 2)
             drafted.append(state.draft.tokens.clone())
     overlap, drawn = overlap_of(wrapped), state.draft.law
     assert overlap is not None
@@ -279,10 +280,10 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_draft_the_same(
-    make: Callable[[Any], Any], model: PreTrainedModel, permuted: Any, prompts: Prompts
-) -> None:
-    draft, tokenizer = permuted
+def test_copies_draft_the_same(make: Callable[[Any], Any], fresh: Tiny, prompts: Prompts) -> None:
+    model = fresh("llama")  # some versions' do not pickle once `output_hidden_states` has left its hooks
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    draft, tokenizer = rearranged(model, order), words(order.tolist())
     other = make(wrap(model, draft, depth=3, tokenizer=words(range(N)), draft_tokenizer=tokenizer))
     same(other, model, **prompts(RAGGED), max_new_tokens=8)
     assert other.specdec.stats.accepted == [8] * 3
