@@ -118,7 +118,8 @@ def test_the_models_gpu_is_the_current_one(
     decoder = object.__new__(Decoder)
     decoder.target = SimpleNamespace(cache=None)  # type: ignore[assignment]
     monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: decoder)
-    monkeypatch.setattr(specdec.sampling.SamplingLaw, "from_processors", lambda *_: None)
+    law = specdec.sampling.SamplingLaw(True)
+    monkeypatch.setattr(specdec.sampling.SamplingLaw, "from_processors", lambda *_: law)
     assert wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
     assert ran_on == [1, 1]
     assert [device.index for device in current] == [0]

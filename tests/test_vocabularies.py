@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 import specdec
 from specdec.decoder import Decoder
 from specdec.drafters.vocabulary import ForeignDraft, Overlap
+from specdec.graphs.compiled import _own_code
 from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
 
@@ -260,7 +261,7 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
     prompt = prompts([9])["input_ids"][0]
     drafted = []
     with torch.no_grad():
-        for draft_ in (decoder.draft, torch.compile(decoder.draft, backend="eager", fullgraph=True)):
+        for draft_ in (decoder.draft, torch.compile(_own_code(decoder.draft), backend="eager", fullgraph=True)):
             state = decoder.buffers.open(1, 20, 9, torch.tensor([3]))
             rows = Rows(iter([Text(prompt, 8)]), state, decoder.target, decoder.drafter)
             rows.fill(1)
