@@ -1,4 +1,4 @@
-"""The LM evaluation harness (`pip install lm_eval`) with a wrapped model: the same answers, sooner.
+"""The LM evaluation harness (`pip install lm_eval`) with a wrapped model: whether its answers are the same.
 
     python -m bench.lm_eval_client                  # 8 texts to complete and 8 to score
 

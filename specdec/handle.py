@@ -23,6 +23,7 @@ from specdec.drafters.make import DraftSource, check_draft, draft_model, make_dr
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
+from specdec.past import is_users
 from specdec.proof import Unsupported
 from specdec.request import Request
 from specdec.rows import Text
@@ -192,9 +193,9 @@ class Handle:
                 request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
-                if request.outputs or getattr(request.past and request.past.cache, "_is_user_defined", False):
+                if request.outputs or (request.past and is_users(request.past.cache)):
                     raise Unsupported("scores, logits and past_key_values in generate_many()")
-                if request.is_alone and request.processes:  # it may keep a state, and texts would take turns
+                if request.has_own_processors:  # texts would take turns
                     raise Unsupported("logits processors of one's own in generate_many()")
                 if not self._here.knows_model:
                     self.decoder(draft, request.law)

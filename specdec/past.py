@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.cache import RaggedCache
 from specdec.proof import Unsupported
+
+if TYPE_CHECKING:
+    from specdec.decoder import Decoder
+
+
+def is_users(cache: Any) -> bool:
+    """Whether the cache is one that the caller handed in, and goes on using."""
+    return getattr(cache, "_is_user_defined", False)
 
 
 @dataclass(frozen=True)
@@ -33,9 +42,10 @@ class Past:
 
     @classmethod
     def of(cls, cache: Any, width: int, padding: list[int]) -> Past:
-        """Raises:
-        Unsupported: the cache is of a kind that only its own model fills, or holds more than the prompts before their
-            last token.
+        """What a cache holds of prompts.
+
+        Raises:
+            Unsupported: it is of a kind that only its own model fills, or of other prompts than these.
         """
         layers = getattr(cache, "layers", ())
         if type(cache) is not DynamicCache or {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
@@ -60,9 +70,17 @@ class Past:
                 kept[:, row, first - padding : self.n_known - padding] = given[row, :, first - self.n_known :]
         return self.n_known - padding
 
-    def extend(self, cache: RaggedCache, end: int) -> None:
-        """Add what the cache lacks before column `end`."""
-        for index, layer in enumerate(cache.layers):
+    def extend(self, decoder: Decoder, sequences: Tensor, n_new: list[int]) -> None:
+        """Add what the cache lacks of sequences [B, length], all but their last column, of whose rows `n_new` tokens
+        each were decoded."""
+        texts = [row[padding:-1] for row, padding in zip(sequences, self.padding, strict=True)]
+        written = [self.width - padding + n - 1 for padding, n in zip(self.padding, n_new, strict=True)]
+        # Transformers' loop goes on with filler where a text has ended, as if it were text.
+        decoder.buffers.grow(max(map(len, texts)) + 1)
+        rest = {row: (n, text) for row, (n, text) in enumerate(zip(written, texts, strict=True)) if n < len(text)}
+        decoder.target.prefill(rest)
+        end = sequences.shape[1] - 1
+        for index, layer in enumerate(decoder.target.cache.layers):
             new = []
             for kept in (layer.keys, layer.values):
                 whole = kept.new_zeros(len(self.padding), kept.shape[0], end - self.n_known, kept.shape[3])

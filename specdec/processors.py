@@ -125,7 +125,7 @@ def _for_row(processor: Any, row: int) -> Any:
 
 class Chosen(NamedTuple):
     """What the target chose along the drafts: path [B, D + 1], n_accepted [B], bonus [B] int64, on the device (see
-    `specdec.kernels.verify_greedy`); and broken [B] bool, where there was no law to sample from."""
+    `specdec.kernels.verify_greedy`); and broken [B] bool, where a processor or a criterion failed: the text's error."""
 
     path: Tensor
     n_accepted: Tensor

@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from specdec.past import Past
+from specdec.past import Past, is_users
 from specdec.processors import Process, Record, is_pure, process_row
 from specdec.processors import check as check_processors
 from specdec.proof import Unsupported
@@ -50,7 +50,7 @@ class Request:
         processes: what the logits processors that look at the text make of scores; likewise.
         outputs: None for the texts alone; else what is wanted beside them, of "scores" and "logits".
         past: the cache that the caller handed in or wants back, or None.
-        is_alone: whether the call has objects of the user's own that may keep a state, of this one text.
+        has_own_processors: whether some are the user's own, which may keep a state of one text.
     """
 
     prompts: list[Tensor]
@@ -62,7 +62,7 @@ class Request:
     processes: list[Process] | None = None
     outputs: frozenset[str] | None = None
     past: Past | None = None
-    is_alone: bool = False
+    has_own_processors: bool = False
 
     def text(self, row: int, seed: int) -> Text:
         """The sample of a row, to be decoded."""
@@ -87,12 +87,7 @@ class Request:
             out[row, : len(tokens)] = torch.tensor(tokens)
         sequences = torch.cat([input_ids, out], 1)
         if self.past is not None:
-            rows = list(zip(self.past.padding, map(len, new), sequences, strict=True))
-            # Transformers' loop goes on with filler where a text has ended, as if it were text.
-            short = {i: (self.past.width + n - 1 - p, row[p:-1]) for i, (p, n, row) in enumerate(rows)}
-            decoder.buffers.grow(max(len(text) for _, text in short.values()) + 1)
-            decoder.target.prefill({i: (n, text) for i, (n, text) in short.items() if n < len(text)})
-            self.past.extend(decoder.target.cache, sequences.shape[1] - 1)
+            self.past.extend(decoder, sequences, [*map(len, new)])
         if self.outputs is None:
             return sequences
         kept = {
@@ -147,8 +142,8 @@ class Request:
         check_processors(processors, len(input_ids))
         law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
         max_length, eos_ids, deadline, others = _read_criteria(criteria)
-        users = [f"logits processor {type(p).__name__}" for p in processors if not is_pure(p)]
-        users += [f"stopping criterion {type(c).__name__}" for c in others if type(c) is not StopStringCriteria]
+        own = [f"logits processor {type(p).__name__}" for p in processors if not is_pure(p)]
+        users = own + [f"stopping criterion {type(c).__name__}" for c in others if type(c) is not StopStringCriteria]
         if users and len(input_ids) > 1:
             raise Unsupported(f"{users[0]} with a batch of several samples")
         if others and len(input_ids) > 1 and not len(eos_ids):  # there what has stopped goes on until all have
@@ -162,14 +157,14 @@ class Request:
         check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
         rows, width, cache = range(len(prompts)), input_ids.shape[1], model_kwargs.get("past_key_values")
         past = None
-        if cache is not None and (outputs is not None or getattr(cache, "_is_user_defined", False)):
+        if cache is not None and (outputs is not None or is_users(cache)):
             past = Past.of(cache, width, [width - len(prompt) for prompt in prompts])
         ends = [partial(_end, others, input_ids[row : row + 1]) for row in rows] if others else None
         processes = None
         if not all(map(is_of_a_row, processors)) or outputs:
             padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
             processes = [process_row(processors, row, padding[row]) for row in rows]
-        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(users))
+        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(own))
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:

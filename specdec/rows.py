@@ -59,7 +59,6 @@ class Text:
         finished |= self.is_over or self.error is not None
         self.tokens += new
         self.finished |= finished
-        self.cut(len(self.tokens))
         return new
 
     def asks(self, tokens: list[int]) -> bool:

@@ -85,7 +85,11 @@ class SamplingLaw:
     def from_processors(
         cls, processors: LogitsProcessorList, do_sample: bool, device: torch.device, by_text: bool = False
     ) -> SamplingLaw:
-        """The law of a `generate()` call; of processors that look at the text it knows nothing."""
+        """The law of a `generate()` call; of processors that look at the text it knows nothing.
+
+        Args:
+            by_text: ask on the host even where no processor looks at the text, for its scores.
+        """
         by_text |= not all(map(is_of_a_row, processors))
         processors = LogitsProcessorList(filter(is_of_a_row, processors))
         warpers: list[LogitsProcessor] = []

@@ -52,13 +52,13 @@ def _frozen(value: Any) -> Any:
     return value if type(value) in _PLAIN else None
 
 
-def _traits(model: PreTrainedModel) -> list[object]:
-    """Of all tensors; and what a copy of the modules has taken over: classes and settings, as which adapter is on."""
+def _traits(model: PreTrainedModel, tensors: list[Tensor]) -> list[object]:
+    """Of its tensors; and what a copy of the modules has taken over: classes and settings, as which adapter is on."""
     settings = [
         (type(module), *((k, _frozen(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE))
         for module in model.modules()
     ]
-    return [*map(_trait, _tensors(model)), *settings, _frozen(model.config)]
+    return [*map(_trait, tensors), *settings, _frozen(model.config)]
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -96,7 +96,7 @@ class ModelView:
         attention.install()
         self.source = model
         self.weights = _tensors(model)
-        self.traits = _traits(model)
+        self.traits = _traits(model, self.weights)
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
         self.module.config._attn_implementation = attention.NAME
         self.module.config.get_text_config()._attn_implementation = attention.NAME
@@ -110,7 +110,7 @@ class ModelView:
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         prove(self)
-        self.traits = _traits(model)  # again: a model may count how often it is run
+        self.traits = _traits(model, self.weights)  # again: a model may count how often it is run
 
     @property
     def is_current(self) -> bool:
@@ -122,7 +122,7 @@ class ModelView:
         return (
             len(now) == len(self.weights)
             and all(a is b for a, b in zip(now, self.weights, strict=True))
-            and _traits(self.source) == self.traits
+            and _traits(self.source, now) == self.traits
         )
 
     @property
@@ -140,11 +140,8 @@ class ModelView:
         config, size = self.module.config.get_text_config(), self.module.dtype.itemsize
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         mlp = n_tokens * (4 * config.hidden_size + 3 * inner) * size
-        dense = (
-            0
-            if self.device.type == "cuda" and self.cache.can_fuse
-            else n_tokens * reach * config.num_attention_heads * 3 * 4
-        )  # scores
+        has_scores = self.device.type != "cuda" or not self.cache.can_fuse
+        dense = n_tokens * reach * config.num_attention_heads * 3 * 4 if has_scores else 0
         return max(mlp, dense, n_logits * config.vocab_size * (size + 4))
 
     def allocate(self, n_batch: int, n_slots: int) -> None:

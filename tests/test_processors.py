@@ -230,6 +230,19 @@ def test_many_prompts_each_with_its_own(tiny: Tiny, prompts: Prompts) -> None:
         assert torch.equal(result.tokens, expected)
 
 
+def test_many_prompts_with_processors_and_a_criterion_of_ones_own(tiny: Tiny, prompts: Prompts) -> None:
+    model, texts = tiny("llama"), [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    settings = {"max_new_tokens": 12, "repetition_penalty": 1.3, "stopping_criteria": StoppingCriteriaList([_Stop()])}
+    wrapped = wrap(model)
+    results = list(specdec.generate_many(wrapped, texts, max_batch_size=2, progress=False, **settings))
+    assert not wrapped.specdec.stats.fallbacks
+    for text, result in zip(texts, results, strict=True):
+        ids = torch.tensor([text])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0]
+        assert len(expected) == 9
+        assert torch.equal(result.tokens, expected)
+
+
 def test_a_processor_that_raises(tiny: Tiny, prompts: Prompts) -> None:
     class Broken(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
