@@ -63,6 +63,16 @@ def test_prompts_of_words(kind: str, prompts: Prompts) -> None:
     assert wrapped.specdec.stats.steps > 0
 
 
+@pytest.mark.parametrize("axis", [0, 3])
+def test_axes_of_positions_that_differ_run_transformers_own_loop(axis: int, prompts: Prompts) -> None:
+    model, asked = make("qwen2_vl"), prompts([6], vocab=90)
+    asked["position_ids"] = torch.arange(6).expand(4, 1, 6).clone()
+    asked["position_ids"][axis] += 1
+    expected = model.generate(**asked, max_new_tokens=5)
+    with pytest.warns(UserWarning, match="position_ids that do not count the tokens"):
+        assert torch.equal(wrap(model).generate(**asked, max_new_tokens=5), expected)
+
+
 def test_pictures_run_transformers_own_loop() -> None:
     model = make("llava")
     wrapped, ids = wrap(model), torch.tensor([[5, 6, *[IMAGE] * 4, 7]])

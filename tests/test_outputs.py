@@ -9,7 +9,7 @@ import pytest
 import torch
 from side_by_side import RAGGED, Prompts, Tiny, wrap
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec import TokenTree
@@ -79,6 +79,22 @@ def test_scores_end_with_the_text(tiny: Tiny, prompts: Prompts) -> None:
     ragged = {**asked, **prompts(RAGGED)}  # rows that have ended go on being scored there
     with pytest.warns(UserWarning, match="output_logits of a batch whose texts may end before others"):
         _same_outputs(wrapped.generate(**ragged), model.generate(**ragged))
+
+
+class _Sure(StoppingCriteria):
+    """Reads the scores so far."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), len(scores) >= 3)
+
+
+def test_criteria_that_may_read_scores_fall_back(tiny: Tiny, prompts: Prompts) -> None:
+    model = tiny("llama")
+    asked = {**prompts([6]), "max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([_Sure()]), **WANTED}
+    with pytest.warns(UserWarning, match="output_logits with stopping criterion _Sure"):
+        out = wrap(model).generate(**asked)
+    _same_outputs(out, model.generate(**asked))
+    assert out.sequences.shape[1] == 9
 
 
 def test_sampled_scores_are_what_was_drawn_from(tiny: Tiny, prompts: Prompts) -> None:

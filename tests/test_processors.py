@@ -165,6 +165,18 @@ def test_what_needs_more_than_a_text_falls_back(name: str, tiny: Tiny, prompts: 
     assert not wrapped.specdec.stats.steps
 
 
+def test_what_was_made_for_fewer_rows_falls_back(tiny: Tiny, prompts: Prompts) -> None:
+    """Transformers makes it of the prompts, before these become several rows each."""
+    model = tiny("llama")
+    wrapped, arguments = wrap(model), {"max_new_tokens": 5, "do_sample": True, "num_return_sequences": 2}
+    arguments |= {**prompts([6]), "encoder_no_repeat_ngram_size": 1}
+    torch.manual_seed(0)
+    expected = model.generate(**arguments)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="logits processors EncoderNoRepeatNGramLogitsProcessor"):
+        assert torch.equal(wrapped.generate(**arguments), expected)
+
+
 class _Rhyme(LogitsProcessor, StoppingCriteria):
     """Keeps a state: every third token asked for is the one before it, and what it saw."""
 
