@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from specdec.errors import warn
 
 if TYPE_CHECKING:
     from specdec.graphs.compiled import CompiledSteps
@@ -115,10 +116,9 @@ class CapturedSteps:
             recording = self.recordings[shape] = self._recording(step, arguments, self._pool)
         except RuntimeError as error:  # no memory, or something in the step that can't be recorded
             self._is_full = True
-            warnings.warn(
+            warn(
                 f"specdec could not record another CUDA graph after {len(self.recordings)}; steps of further shapes "
-                f"run kernel by kernel, slower, with the same tokens: {error}",
-                stacklevel=2,
+                f"run kernel by kernel, slower, with the same tokens: {error}"
             )
             return step(*arguments)
         return recording(*arguments)

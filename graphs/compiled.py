@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Callable, Hashable
 from itertools import count
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from specdec.errors import warn
 from specdec.graphs import backend
 from specdec.kernels.cpu import has_compiler
 
@@ -60,7 +60,7 @@ class CompiledSteps:
 
     def __init__(self, enabled: bool) -> None:
         if enabled and not has_compiler():
-            warnings.warn("specdec found no C++ compiler and runs eagerly: slower, same tokens", stacklevel=3)
+            warn("specdec found no C++ compiler and runs eagerly: slower, same tokens")
             enabled = False
         self.enabled = enabled
         self.was_compiling = False
@@ -85,10 +85,7 @@ class CompiledSteps:
                 with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                     return compiled(*arguments)
             except TorchDynamoException as error:  # nothing has run yet
-                warnings.warn(
-                    f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {error}",
-                    stacklevel=2,
-                )
+                warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {error}")
                 self._functions[key] = function
                 return function(*arguments)
 

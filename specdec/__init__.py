@@ -6,10 +6,11 @@ if TYPE_CHECKING:
     from specdec.api import compile as compile
     from specdec.batching import Result as Result
     from specdec.batching import generate_many as generate_many
+    from specdec.errors import SpecdecWarning as SpecdecWarning
     from specdec.tree import TokenTree as TokenTree
 
 __version__ = "0.1.0"
-__all__ = ["Result", "TokenTree", "__version__", "compile", "generate_many"]
+__all__ = ["Result", "SpecdecWarning", "TokenTree", "__version__", "compile", "generate_many"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
     homes = {
         "compile": "specdec.api", "generate_many": "specdec.batching", "Result": "specdec.batching",
-        "TokenTree": "specdec.tree",
+        "SpecdecWarning": "specdec.errors", "TokenTree": "specdec.tree",
     }  # fmt: skip
     if name not in homes:
         raise AttributeError(f"module 'specdec' has no attribute {name!r}")

@@ -14,8 +14,8 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.make import check_draft
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.vocabulary import ForeignDraft
+from specdec.errors import Unsupported
 from specdec.handle import Handle
-from specdec.proof import Unsupported
 
 
 def compile(  # the name is the point: specdec.compile
@@ -110,12 +110,13 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             assistant = _within_adapters(assistant_model)
             draft = _draft_of_call(generation_config, assistant, tokenizer, assistant_tokenizer)
             check_draft(draft, self.specdec._model, self.specdec.config)
-        except (Unsupported, TypeError, ValueError) as reason:
-            return self.specdec._fall_back(str(reason), parents_loop)
+        except (Unsupported, TypeError, ValueError) as error:
+            why = error if isinstance(error, Unsupported) else Unsupported(str(error))
+            return self.specdec._fall_back(why, parents_loop)
         return self.specdec.generate(parents_loop, self, *arguments, model_kwargs, draft)
 
     def _beam_search(self: Any, *arguments: Any, **options: Any) -> Any:
-        return self.specdec._fall_back("beams", lambda: parent._beam_search(self, *arguments, **options))
+        return self.specdec._fall_back(Unsupported("beams"), lambda: parent._beam_search(self, *arguments, **options))
 
     def __reduce__(self: Any) -> Any:
         plain = object.__new__(parent)

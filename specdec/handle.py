@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,10 +20,10 @@ from specdec.config import Config
 from specdec.decoder import Decoder
 from specdec.drafters.make import DraftSource, check_draft, draft_model, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
+from specdec.errors import Unsupported, warn
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.past import is_users
-from specdec.proof import Unsupported
 from specdec.request import Request
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw
@@ -200,10 +199,10 @@ class Handle:
                 if not self._here.knows_model:
                     self.decoder(draft, request.law)
             except Unsupported as why:
-                return self._fall_back(str(why), parents_loop)
+                return self._fall_back(why, parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)
         if not self._running.acquire(blocking=self._here.is_warming_up):
-            return self._fall_back("another generate() of this model is running", parents_loop)
+            return self._fall_back(Unsupported("another generate() of this model is running"), parents_loop)
         decoder = None
         tokens_before = self.stats.tokens
         try:
@@ -223,16 +222,16 @@ class Handle:
                 texts = self._run(decoder, request, streamer)
                 return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder)
         except Unsupported as error:
-            reason = str(error)
+            why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
         except torch.OutOfMemoryError:
             if streamer is not None and self.stats.tokens > tokens_before:  # another loop would hand them out again
                 raise
             decoder = None
             self.free()
-            reason = f"out of memory for a batch of {len(input_ids)}"
+            why = Unsupported("out of memory", f"for a batch of {len(input_ids)}")
         finally:
             self._running.release()
-        return self._fall_back(reason, parents_loop)  # out here, where no exception holds on to buffers
+        return self._fall_back(why, parents_loop)
 
     def _check(self, model: PreTrainedModel) -> None:
         """Whether a wrapped model is as it was wrapped, and one to decode with; raises Unsupported."""
@@ -300,10 +299,10 @@ class Handle:
         """Bytes that decoding takes beside the weights, for texts of up to `max_length` tokens, prompt and new ones."""
         return self.decoder(self._draft).buffers.memory(batch_size, max_length)
 
-    def _fall_back(self, reason: str, parents_loop: Callable[[], Any]) -> Any:
-        if reason not in self.stats.fallbacks:
-            warnings.warn(f"specdec runs transformers' own loop: {reason}", stacklevel=5)
-        self.stats.fallbacks[reason] += 1
+    def _fall_back(self, why: Unsupported, parents_loop: Callable[[], Any]) -> Any:
+        if why.reason not in self.stats.fallbacks:
+            warn(f"specdec runs transformers' own loop: {why}")
+        self.stats.fallbacks[why.reason] += 1
         return None if self._here.is_warming_up else parents_loop()
 
     def decoder(self, draft: DraftSource, law: SamplingLaw | None = None) -> Decoder:

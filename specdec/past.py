@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.cache import RaggedCache
-from specdec.proof import Unsupported
+from specdec.errors import Unsupported
 
 if TYPE_CHECKING:
     from specdec.decoder import Decoder

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as known
 
+from specdec.errors import Unsupported
 from specdec.kernels.draw_row import draw_row
 from specdec.kernels.noise import BONUS
-from specdec.proof import Unsupported
 from specdec.sampling import SamplingLaw, is_of_a_row
 
 if TYPE_CHECKING:

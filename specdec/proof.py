@@ -9,7 +9,6 @@ layer, at positions far apart, against the window that the layer tells its atten
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from specdec.errors import Unsupported, warn
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
 
@@ -34,10 +34,6 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 ROUGH = 0.2
 
 _REFUSED: WeakKeyDictionary[PreTrainedModel, tuple[object, str]] = WeakKeyDictionary()
-
-
-class Unsupported(Exception):
-    """This call runs transformers' own loop; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ def _prove(view: ModelView) -> None:
             difference = _difference(view, texts, plain)
             if difference is not None:  # a kernel is broken
                 cache.can_fuse = False
-                warnings.warn(f"specdec leaves attention to PyTorch, {_family(model)}: {difference}", stacklevel=2)
+                warn(f"specdec leaves attention to PyTorch, {_family(model)}: {difference}")
     finally:
         cache.asked = None
         cache.release()

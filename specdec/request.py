@@ -18,10 +18,10 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from specdec.errors import Unsupported
 from specdec.past import Past, is_users
 from specdec.processors import Process, Record, is_pure, process_row
 from specdec.processors import check as check_processors
-from specdec.proof import Unsupported
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw, is_of_a_row
 from specdec.suited import check_context

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from specdec.errors import Unsupported
 from specdec.kernels.library import triton
-from specdec.proof import Unsupported, check_forward
+from specdec.proof import check_forward
 from specdec.view import learned_positions
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import attention, generate_many, proof
-from specdec.proof import Unsupported, is_window
+from specdec.errors import Unsupported
+from specdec.proof import is_window
 from specdec.view import ModelView
 
 

@@ -13,7 +13,7 @@ from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.proof import Unsupported
+from specdec.errors import Unsupported
 from specdec.suited import has_own_forward, moving_rope
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
