@@ -198,8 +198,8 @@ class Handle:
                     raise Unsupported("logits processors of one's own in generate_many()")
                 if not self._here.knows_model:
                     self.decoder(draft, request.law)
-            except Unsupported as why:
-                return self._fall_back(why, parents_loop)
+            except Unsupported as error:
+                return self._fall_back(error, parents_loop)
             return Call(request, draft, generation_config.max_new_tokens is None)
         if not self._running.acquire(blocking=self._here.is_warming_up):
             return self._fall_back(Unsupported("another generate() of this model is running"), parents_loop)
@@ -228,7 +228,7 @@ class Handle:
                 raise
             decoder = None
             self.free()
-            why = Unsupported("out of memory", f"for a batch of {len(input_ids)}")
+            why = Unsupported("out of memory", f"a batch of {len(input_ids)}")
         finally:
             self._running.release()
         return self._fall_back(why, parents_loop)

@@ -97,7 +97,7 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
     with monkeypatch.context() as patch:
         patch.setattr(RaggedCache, "allocate", full)
         _same_by_falling_back(
-            wrapped, model, f"out of memory for a batch of {len(RAGGED)}", **prompts(RAGGED),
+            wrapped, model, f"out of memory: a batch of {len(RAGGED)}", **prompts(RAGGED),
             max_new_tokens=300,
         )  # fmt: skip
     assert wrapped.specdec.decoder("ngram") is not decoder
