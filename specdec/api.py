@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.errors import Unsupported
 from specdec.handle import Handle
+from specdec.hf import names
 
 
 def compile(  # the name is the point: specdec.compile
@@ -83,40 +84,27 @@ def _restore(model: PreTrainedModel, draft: Any, config: Config) -> PreTrainedMo
 def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of a model class whose decoding loops are ours; `generate()` looks loops up on the class."""
 
-    def _sample(  # type: ignore[no-untyped-def]
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
-        **model_kwargs,
-    ):  # fmt: skip
-        arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-
-        def parents_loop() -> Any:
-            return parent._sample(self, *arguments, **model_kwargs)
-
-        return self.specdec.generate(parents_loop, self, *arguments, model_kwargs)
-
-    def _assisted_decoding(  # type: ignore[no-untyped-def]
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
-        inputs_tensor=None, assistant_model=None, assistant_tokenizer=None, tokenizer=None, **model_kwargs,
-    ):  # fmt: skip
-        arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-
-        def parents_loop() -> Any:
-            return parent._assisted_decoding(
-                self, *arguments, inputs_tensor=inputs_tensor, assistant_model=assistant_model,
-                assistant_tokenizer=assistant_tokenizer, tokenizer=tokenizer, **model_kwargs,
-            )  # fmt: skip
-
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        parents_loop = partial(parent._sample, self, *args, **kwargs)
         try:
-            assistant = _within_adapters(assistant_model)
-            draft = _draft_of_call(generation_config, assistant, tokenizer, assistant_tokenizer)
+            call = names.LoopCall.read(parent._sample, self, *args, **kwargs)
+        except Unsupported as why:
+            return self.specdec._fall_back(why, parents_loop)
+        return self.specdec.generate(parents_loop, call)
+
+    def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        parents_loop = partial(parent._assisted_decoding, self, *args, **kwargs)
+        try:
+            call = names.LoopCall.read(parent._assisted_decoding, self, *args, **kwargs)
+            draft = _draft_of_call(call)
             check_draft(draft, self.specdec._model, self.specdec.config)
         except (Unsupported, TypeError, ValueError) as error:
             why = error if isinstance(error, Unsupported) else Unsupported(str(error))
             return self.specdec._fall_back(why, parents_loop)
-        return self.specdec.generate(parents_loop, self, *arguments, model_kwargs, draft)
+        return self.specdec.generate(parents_loop, call, draft)
 
-    def _beam_search(self: Any, *arguments: Any, **options: Any) -> Any:
-        return self.specdec._fall_back(Unsupported("beams"), lambda: parent._beam_search(self, *arguments, **options))
+    def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.specdec._fall_back(Unsupported("beams"), partial(parent._beam_search, self, *args, **kwargs))
 
     def __reduce__(self: Any) -> Any:
         plain = object.__new__(parent)
@@ -128,8 +116,8 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__reduce__": __reduce__,
     }  # fmt: skip
     loaders = {"from_pretrained": parent.from_pretrained}  # what is loaded is nobody's wrapping yet
-    names = {"__module__": parent.__module__, "__qualname__": parent.__qualname__, "__doc__": parent.__doc__}
-    return type(parent.__name__, (parent,), {**methods, **loaders, **names})
+    labels = {"__module__": parent.__module__, "__qualname__": parent.__qualname__, "__doc__": parent.__doc__}
+    return type(parent.__name__, (parent,), {**methods, **loaders, **labels})
 
 
 @cache
@@ -137,15 +125,14 @@ def _ngrams(depth: int, max_ngram: int) -> NgramDrafter:
     return NgramDrafter(depth, max_ngram)
 
 
-def _draft_of_call(
-    generation_config: Any, assistant_model: Any, tokenizer: Any, assistant_tokenizer: Any
-) -> PreTrainedModel | ForeignDraft | Drafter:
+def _draft_of_call(call: names.LoopCall) -> PreTrainedModel | ForeignDraft | Drafter:
     """The drafter named by the arguments of a `generate()` call."""
+    generation_config, assistant_model = call.generation_config, _within_adapters(call.assistant_model)
     for name in ("use_mtp", "speculation_type", "assistant_early_exit", "assistant_ensemble_weight"):
         if getattr(generation_config, name, None):
             raise Unsupported(name)
-    if assistant_model is not None and assistant_tokenizer is not None:
-        return ForeignDraft(assistant_model, tokenizer, assistant_tokenizer)
+    if assistant_model is not None and call.assistant_tokenizer is not None:
+        return ForeignDraft(assistant_model, call.tokenizer, call.assistant_tokenizer)
     if assistant_model is not None:
         return assistant_model
     if generation_config.prompt_lookup_num_tokens is not None:

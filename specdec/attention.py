@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from specdec.cache import RaggedCache
+from specdec.hf import names
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.tree_attention import tree_attention
 from specdec.proof import Asked
@@ -135,5 +135,5 @@ def build_mask(
 
 def install() -> None:
     """Register both with transformers; doing it again changes nothing."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, build_mask)
+    names.AttentionInterface.register(NAME, attention_forward)
+    names.AttentionMaskInterface.register(NAME, build_mask)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from specdec.hf import names
 from specdec.kernels.kv_cache import cache_table, kv_append_, kv_commit_
 from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
@@ -31,7 +31,7 @@ class RaggedLayer:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
 
-class RaggedCache(Cache):
+class RaggedCache(names.Cache):
     """A cache whose samples grow at their own pace. The current forward's `Nodes` say where new entries go.
 
     Args:

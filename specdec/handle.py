@@ -23,6 +23,7 @@ from specdec.drafters.vocabulary import ForeignDraft
 from specdec.errors import Unsupported, warn
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.names import LoopCall
 from specdec.past import is_users
 from specdec.request import Request
 from specdec.rows import Text
@@ -173,23 +174,17 @@ class Handle:
     def generate(
         self,
         parents_loop: Callable[[], Any],
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: Any,
-        criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool,
-        streamer: Any,
-        model_kwargs: dict[str, Any],
+        call: LoopCall,
         draft: DraftSource = None,
     ) -> Any:
         """Decode one `generate()` call, or run the parent's loop and say why."""
+        model, input_ids, streamer = call.self, call.input_ids, call.streamer
         draft = self._draft if draft is None else draft
         if self._here.asks:
             try:
                 if not self._here.knows_model:
                     self._check(model)
-                request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
+                request = Request.parse(call)
                 if len(request.prompts) > 1:
                     raise Unsupported("num_return_sequences in generate_many()")
                 if request.outputs or (request.past and is_users(request.past.cache)):
@@ -200,18 +195,18 @@ class Handle:
                     self.decoder(draft, request.law)
             except Unsupported as error:
                 return self._fall_back(error, parents_loop)
-            return Call(request, draft, generation_config.max_new_tokens is None)
+            return Call(request, draft, call.generation_config.max_new_tokens is None)
         if not self._running.acquire(blocking=self._here.is_warming_up):
             return self._fall_back(Unsupported("another generate() of this model is running"), parents_loop)
         decoder = None
         tokens_before = self.stats.tokens
         try:
             self._check(model)
-            if synced_gpus:
+            if call.synced_gpus:
                 raise Unsupported("synced_gpus")
             if streamer is not None and input_ids.shape[0] > 1:
                 raise Unsupported("a streamer with a batch of several samples")
-            request = Request.parse(model, input_ids, processors, criteria, generation_config, model_kwargs)
+            request = Request.parse(call)
             decoder = self.decoder(draft, request.law)
             if request.past is not None:
                 request.past.check(decoder.target.layer_shapes, decoder.target.module.dtype)
@@ -220,7 +215,7 @@ class Handle:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
-                return request.result(input_ids, texts, generation_config._pad_token_tensor, decoder)
+                return request.result(input_ids, texts, decoder)
         except Unsupported as error:
             why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
         except torch.OutOfMemoryError:

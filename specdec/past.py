@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.cache import RaggedCache
 from specdec.errors import Unsupported
+from specdec.hf import names
 
 if TYPE_CHECKING:
     from specdec.decoder import Decoder
@@ -35,7 +35,7 @@ class Past:
             columns before the text. n_known: columns the cache has at first.
     """
 
-    cache: DynamicCache
+    cache: Any
     width: int
     padding: list[int]
     n_known: int
@@ -48,7 +48,10 @@ class Past:
             Unsupported: it is of a kind that only its own model fills, or of other prompts than these.
         """
         layers = getattr(cache, "layers", ())
-        if type(cache) is not DynamicCache or {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
+        if type(cache) is not names.DynamicCache or {type(x) for x in layers} - {
+            names.DynamicLayer,
+            names.DynamicSlidingWindowLayer,
+        }:
             kinds = sorted({type(x).__name__ for x in layers})
             raise Unsupported(f"past_key_values in {type(cache).__name__} with layers {', '.join(kinds)}")
         n_known = cache.get_seq_length()

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process as known
 
 from specdec.errors import Unsupported
+from specdec.hf import names
 from specdec.kernels.draw_row import draw_row
 from specdec.kernels.noise import BONUS
 from specdec.sampling import SamplingLaw, is_of_a_row
@@ -35,32 +35,36 @@ Process = Callable[[Tensor, Tensor], Tensor]
 """From a text [1, length] int64, without padding, and its next token's logits [1, V] float32 to scores [1, V]."""
 
 # Functions of one text and its scores, or of that and which row of the batch it is.
-_PURE: tuple[type, ...] = (
-    known.EncoderNoRepeatNGramLogitsProcessor,
-    known.EncoderRepetitionPenaltyLogitsProcessor,
-    known.EpsilonLogitsWarper,
-    known.EtaLogitsWarper,
-    known.ExponentialDecayLengthPenalty,
-    known.ForcedBOSTokenLogitsProcessor,
-    known.ForcedEOSTokenLogitsProcessor,
-    known.InfNanRemoveLogitsProcessor,
-    known.LogitNormalization,
-    known.MinLengthLogitsProcessor,
-    known.MinNewTokensLengthLogitsProcessor,
-    known.NoBadWordsLogitsProcessor,
-    known.NoRepeatNGramLogitsProcessor,
-    known.PrefixConstrainedLogitsProcessor,
-    known.RepetitionPenaltyLogitsProcessor,
-    known.SequenceBiasLogitsProcessor,
-    known.SuppressTokensAtBeginLogitsProcessor,
-    known.SuppressTokensLogitsProcessor,
-    known.TopHLogitsWarper,
+_PURE: tuple[type, ...] = tuple(
+    names.processor(name)
+    for name in (
+        "EncoderNoRepeatNGramLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "PrefixConstrainedLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "TopHLogitsWarper",
+    )
 )
+_PREFIX_CONSTRAINED = names.processor("PrefixConstrainedLogitsProcessor")
 # What some of these hold has a row a sample.
 _OF_A_BATCH: dict[type, str] = {
-    known.EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
-    known.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
-    known.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    names.processor("EncoderNoRepeatNGramLogitsProcessor"): "generated_ngrams",
+    names.processor("EncoderRepetitionPenaltyLogitsProcessor"): "encoder_input_ids",
+    names.processor("RepetitionPenaltyLogitsProcessor"): "prompt_ignore_length",
 }
 
 
@@ -89,7 +93,7 @@ def check(processors: LogitsProcessorList, n_rows: int) -> None:
         Unsupported: naming those of transformers' own that cannot: they run the model, mark whole batches, are for
             models that speak, or were made for another number of rows.
     """
-    own = [p for p in processors if type(p).__module__ == known.__name__]
+    own = [p for p in processors if type(p).__module__ == names.PROCESSORS_MODULE]
     if refused := sorted({type(p).__name__ for p in own if not is_pure(p) or len(_held(p) or [0] * n_rows) != n_rows}):
         raise Unsupported(f"logits processors {', '.join(refused)}")
 
@@ -111,9 +115,9 @@ def process_row(processors: LogitsProcessorList, row: int, padding: Tensor) -> P
 
 
 def _for_row(processor: Any, row: int) -> Any:
-    if type(processor) is known.PrefixConstrainedLogitsProcessor:
+    if type(processor) is _PREFIX_CONSTRAINED:
         allowed = processor._prefix_allowed_tokens_fn
-        return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+        return _PREFIX_CONSTRAINED(lambda _, ids: allowed(row, ids), 1)
     if (held := _held(processor)) is None:
         return processor
     one = copy.copy(processor)

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.errors import Unsupported, warn
+from specdec.hf import names
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
 
@@ -102,13 +102,13 @@ def run_plainly(model: PreTrainedModel, texts: list[Tensor]) -> Plain:
 
 
 def _shapes(model: PreTrainedModel, out: Any) -> list[tuple[int, int, int]]:
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None)
+    layers = getattr(names.cache_in(out), "layers", None)
     if not layers or len(layers) != model.config.get_text_config().num_hidden_layers:
         raise Unsupported(f"{_family(model)}, whose layers do not all keep keys and values")
     shapes = []
     for layer in layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys is None or values is None:
+        if type(layer) not in (names.DynamicLayer, names.DynamicSlidingWindowLayer) or keys is None or values is None:
             raise Unsupported(f"{_family(model)}, whose layers do not all keep keys and values")
         shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
     if len(set(shapes)) > 1:

@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.stopping_criteria import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    StopStringCriteria,
-)
+from transformers import StoppingCriteriaList
 
 from specdec.errors import Unsupported
+from specdec.hf import names
 from specdec.past import Past, is_users
 from specdec.processors import Process, Record, is_pure, process_row
 from specdec.processors import check as check_processors
@@ -29,10 +23,6 @@ from specdec.suited import check_context
 if TYPE_CHECKING:
     from specdec.decoder import Decoder
 
-# What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
-_PLAIN_KWARGS = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer",
-}  # fmt: skip
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"
 
 
@@ -51,6 +41,7 @@ class Request:
         outputs: None for the texts alone; else what is wanted beside them, of "scores" and "logits".
         past: the cache that the caller handed in or wants back, or None.
         has_own_processors: whether some are the user's own, which may keep a state of one text.
+        pad: the token that rows are filled up with.
     """
 
     prompts: list[Tensor]
@@ -63,6 +54,7 @@ class Request:
     outputs: frozenset[str] | None = None
     past: Past | None = None
     has_own_processors: bool = False
+    pad: int = 0
 
     def text(self, row: int, seed: int) -> Text:
         """The sample of a row, to be decoded."""
@@ -74,15 +66,15 @@ class Request:
             past=self.past if self.past and self.past.n_known else None,
         )  # fmt: skip
 
-    def result(self, input_ids: Tensor, texts: list[Text], pad: Tensor | None, decoder: Decoder) -> Any:
+    def result(self, input_ids: Tensor, texts: list[Text], decoder: Decoder) -> Any:
         """What `generate()` returns: the prompts followed by the new texts, padded on the right as transformers pads
         finished rows; and what else is wanted.
 
         Args:
-            input_ids: [B, width]. texts: decoded, of all rows. pad: the id to pad with, if any. decoder: theirs.
+            input_ids: [B, width]. texts: decoded, of all rows. decoder: theirs.
         """
         new = [text.tokens for text in texts]
-        out = torch.full((len(new), max(map(len, new))), 0 if pad is None else int(pad), device=input_ids.device)
+        out = torch.full((len(new), max(map(len, new))), self.pad, dtype=torch.int64, device=input_ids.device)
         for row, tokens in enumerate(new):
             out[row, : len(tokens)] = torch.tensor(tokens)
         sequences = torch.cat([input_ids, out], 1)
@@ -95,7 +87,7 @@ class Request:
             for name in self.outputs
         }
         past = None if self.past is None else self.past.cache
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past, **kept)
+        return names.output(sequences, past, **kept)
 
     @property
     def longest(self) -> int:
@@ -105,18 +97,16 @@ class Request:
     @classmethod
     def parse(
         cls,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
+        call: names.LoopCall,
     ) -> Request:
         """Read the arguments of transformers' decoding loop.
 
         Raises:
             Unsupported: with the reason.
         """
+        model, input_ids, model_kwargs = call.self, call.input_ids, call.model_kwargs
+        processors, criteria = call.logits_processor, call.stopping_criteria
+        generation_config = call.generation_config
         outputs = None
         if generation_config.return_dict_in_generate:  # without it nothing else comes out
             if inner := [name for name in _INNER_OUTPUTS if getattr(generation_config, name)]:
@@ -124,9 +114,9 @@ class Request:
             wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
             outputs = frozenset(name for name, is_wanted in wanted.items() if is_wanted)
         given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}
-        extra = sorted(given - _PLAIN_KWARGS)
+        extra = sorted(given - names.PLAIN_ARGUMENTS)
         if extra:
-            raise Unsupported(f"model arguments {', '.join(extra)}")
+            raise Unsupported(f"model arguments {', '.join(extra)}", names.hint())
         if not model_kwargs.get("use_cache", True):
             raise Unsupported("use_cache=False")
         if model.training:
@@ -143,7 +133,9 @@ class Request:
         law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
         max_length, eos_ids, deadline, others = _read_criteria(criteria)
         own = [f"logits processor {type(p).__name__}" for p in processors if not is_pure(p)]
-        users = own + [f"stopping criterion {type(c).__name__}" for c in others if type(c) is not StopStringCriteria]
+        users = own + [
+            f"stopping criterion {type(c).__name__}" for c in others if type(c) is not names.StopStringCriteria
+        ]
         if users and len(input_ids) > 1:
             raise Unsupported(f"{users[0]} with a batch of several samples")
         if others and len(input_ids) > 1 and not len(eos_ids):  # there what has stopped goes on until all have
@@ -155,7 +147,7 @@ class Request:
         if max_length <= input_ids.shape[1]:
             raise Unsupported("no room for a new token")
         check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
-        rows, width, cache = range(len(prompts)), input_ids.shape[1], model_kwargs.get("past_key_values")
+        rows, width, cache = range(len(prompts)), input_ids.shape[1], names.cache_in(model_kwargs)
         past = None
         if cache is not None and (outputs is not None or is_users(cache)):
             past = Past.of(cache, width, [width - len(prompt) for prompt in prompts])
@@ -164,7 +156,8 @@ class Request:
         if not all(map(is_of_a_row, processors)) or outputs:
             padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
             processes = [process_row(processors, row, padding[row]) for row in rows]
-        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(own))
+        pad = names.pad_token(generation_config)
+        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(own), pad)
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -205,11 +198,11 @@ def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float |
     max_length, eos_ids, deadline = None, torch.empty(0, dtype=torch.int64), None
     others = StoppingCriteriaList()
     for criterion in criteria:
-        if type(criterion) is MaxLengthCriteria:
+        if type(criterion) is names.MaxLengthCriteria:
             max_length = min(criterion.max_length, max_length or criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
+        elif type(criterion) is names.EosTokenCriteria:
             eos_ids = torch.cat([eos_ids, criterion.eos_token_id.flatten().long().cpu()])
-        elif type(criterion) is MaxTimeCriteria:
+        elif type(criterion) is names.MaxTimeCriteria:
             ends = criterion.initial_timestamp + criterion.max_time
             deadline = min(ends, deadline or ends)
         else:

@@ -14,19 +14,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from specdec.hf import names
 from specdec.kernels.library import runs_triton
 from specdec.kernels.row_law import row_law
 from specdec.kernels.top_support import top_support
+
+TemperatureLogitsWarper = names.processor("TemperatureLogitsWarper")
+TopKLogitsWarper = names.processor("TopKLogitsWarper")
+TopPLogitsWarper = names.processor("TopPLogitsWarper")
+MinPLogitsWarper = names.processor("MinPLogitsWarper")
+TypicalLogitsWarper = names.processor("TypicalLogitsWarper")
 
 # Position-independent warpers, and the attribute that becomes a tensor. top_k stays a number: it is a shape.
 _NUMBERS: dict[type, str | None] = {

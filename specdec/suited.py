@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.errors import Unsupported
+from specdec.hf import names
 from specdec.kernels.library import triton
 from specdec.proof import check_forward
 from specdec.view import learned_positions
@@ -20,6 +21,7 @@ def check_model(model: PreTrainedModel) -> None:
     Raises:
         Unsupported: with the reason.
     """
+    names.check()
     check_forward(model)
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise Unsupported("weights that accelerate's hooks move: offloaded, or spread over several devices")
@@ -55,7 +57,7 @@ def _hook(model: PreTrainedModel) -> str | None:
     """The name of a hook that a forward of this model runs. Transformers' own act only where states are asked for."""
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+            if not names.is_own_hook(hook):
                 return getattr(hook, "__qualname__", type(hook).__qualname__)
     return None
 

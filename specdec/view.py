@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from specdec import attention
 from specdec.cache import RaggedCache
+from specdec.hf import names
 from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
@@ -63,7 +63,7 @@ def _traits(model: PreTrainedModel, tensors: list[Tensor]) -> list[object]:
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of the decoder."""
-    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in model.get_decoder().modules() if isinstance(module, names.DecoderLayer)]
 
 
 def _as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,8 +93,10 @@ class ModelView:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        names.check()
         attention.install()
         self.source = model
+        self._cache_argument, self._decoders_cache_argument = map(names.cache_argument, (model, model.get_decoder()))
         self.weights = _tensors(model)
         self.traits = _traits(model, self.weights)
         self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
@@ -163,9 +165,9 @@ class ModelView:
         out = self.module(
             input_ids=tokens[None],
             position_ids=self._positions(nodes),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=rows,
+            **{self._cache_argument: self.cache},
         )
         self.cache.nodes = None
         return out.logits[0]
@@ -210,7 +212,6 @@ class ModelView:
         nodes = Nodes.packed(done.to(device), counts.to(device), token, int(counts.max()), self.cache.n_slots)
         reach = int((done + counts).max())
         self.cache.nodes = replace(nodes, among=torch.tensor(rows, device=device), reach=reach)
-        self.module.get_decoder()(
-            input_ids=tokens[None], position_ids=self._positions(nodes), past_key_values=self.cache, use_cache=True
-        )
+        given = {self._decoders_cache_argument: self.cache}
+        self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), use_cache=True, **given)
         self.cache.nodes = None
