@@ -33,6 +33,7 @@ from bench.end_to_end import SIZES, numbers, words
 from specdec import measure, zoo
 from specdec.graphs.backend import specdec
 from specdec.graphs.passes import PASSES
+from specdec.hf import names
 
 FED = (1, 4, 8)
 """Tokens fed a call."""
@@ -80,8 +81,9 @@ class Loop:
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], prompts: Tensor, capacity: int) -> None:
         self.forward, self.length = forward, prompts.shape[1]
+        self.past = names.cache_argument(model)
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
-        self.first = model(prompts, past_key_values=self.cache).logits[:, -1:].argmax(-1)
+        self.first = model(prompts, **{self.past: self.cache}).logits[:, -1:].argmax(-1)
 
     def __call__(self, text: Tensor, fed: int) -> Tensor:
         """[B, n] ids that follow the prompt's first token. With fed > 1, those of `text` [B, n] are the drafts."""
@@ -90,7 +92,7 @@ class Loop:
         pending, found = self.first, []
         for i in range(0, text.shape[1], fed):
             tokens = torch.cat([pending, text[:, i : i + fed - 1]], 1) if fed > 1 else pending
-            found.append(self.forward(input_ids=tokens, past_key_values=self.cache).logits.argmax(-1))
+            found.append(self.forward(input_ids=tokens, **{self.past: self.cache}).logits.argmax(-1))
             pending = found[-1][:, -1:]
         return torch.cat(found, 1)
 

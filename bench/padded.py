@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from bench.padding_simulator import Trace
+from specdec.hf import names
 
 DEPTH, MAX_NGRAM = 8, 3
 
@@ -127,7 +128,11 @@ class _Batch:
         ids, seen, positions = (x.to(self.mask.device) for x in (ids, seen, positions))
         mask = torch.cat([self.mask, seen], 1)
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{names.cache_argument(self.model): self.cache},
         )
         return out.logits.argmax(-1).tolist()
 

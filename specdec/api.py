@@ -14,7 +14,7 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.make import check_draft
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.errors import Unsupported
+from specdec.errors import Unsupported, warn
 from specdec.handle import Handle
 from specdec.hf import names
 
@@ -56,6 +56,10 @@ def compile(  # the name is the point: specdec.compile
     if (tokenizer is None) != (draft_tokenizer is None):
         missing = "tokenizer" if tokenizer is None else "draft_tokenizer"
         raise ValueError(f"tokenizer and draft_tokenizer go together, and there is no {missing}")
+    try:  # a release that lacks a loop would never ask, and so never say why nothing is decoded here
+        names.check()
+    except Unsupported as why:
+        warn(f"specdec runs transformers' own loop: {why}")
     source: Any = draft if tokenizer is None else ForeignDraft(draft, tokenizer, draft_tokenizer)
     return Handle(model, source, Config(**options)).attach(_subclass(type(model)))  # type: ignore[arg-type]
 
@@ -87,6 +91,7 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         parents_loop = partial(parent._sample, self, *args, **kwargs)
         try:
+            names.check()
             call = names.LoopCall.read(parent._sample, self, *args, **kwargs)
         except Unsupported as why:
             return self.specdec._fall_back(why, parents_loop)
@@ -95,6 +100,7 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
         parents_loop = partial(parent._assisted_decoding, self, *args, **kwargs)
         try:
+            names.check()
             call = names.LoopCall.read(parent._assisted_decoding, self, *args, **kwargs)
             draft = _draft_of_call(call)
             check_draft(draft, self.specdec._model, self.specdec.config)

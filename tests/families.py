@@ -5,6 +5,7 @@ python tests/families.py        # the table, from models made and proved here an
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -92,7 +93,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 DENSE = {
     "qwen2_moe": "windows that its layers do not tell", "gpt_oss": "attention sinks",
 }  # fmt: skip
-FLAT = ["gptj", "codegen", "falcon", "deepseek_v3"]
+SINCE_5_24 = ["gptj", "codegen"]
+"""Attended by themselves in earlier releases of transformers, under a mask."""
+
+
+def _attends_by_itself(family: str) -> bool:
+    return not hasattr(import_module(f"transformers.models.{family}.modeling_{family}"), "ALL_ATTENTION_FUNCTIONS")
+
+
+FLAT = [*filter(_attends_by_itself, SINCE_5_24), "falcon", "deepseek_v3"]
 REFUSED = {
     "bloom": "takes no position_ids", "mpt": "takes no position_ids", "mamba": "takes no position_ids",
     "rwkv": "takes no position_ids", "gpt_neo": "not the model's own",
@@ -103,11 +112,13 @@ DECODED = [family for family in CONFIGS if family not in REFUSED]
 
 def table() -> str:
     """In Markdown."""
-    fused = [f"`{family}`" for family in DECODED if family not in DENSE and family not in FLAT]
+    others = {*DENSE, *FLAT, *SINCE_5_24}
+    fused = [f"`{family}`" for family in DECODED if family not in others]
+    fused += [f"`{family}` (from transformers 5.24 on)" for family in SINCE_5_24]
     rows = {
         "a step's fused kernel": ", ".join(fused),
         "PyTorch, under a mask": ", ".join(f"`{family}` ({why})" for family, why in DENSE.items()),
-        "the model's own, under a mask": ", ".join(f"`{family}`" for family in FLAT),
+        "the model's own, under a mask": ", ".join(f"`{family}`" for family in FLAT if family not in SINCE_5_24),
         "transformers' own loop": ", ".join(f"`{family}`" for family in REFUSED),
     }
     lines = [f"| {how} | {families} |" for how, families in rows.items()]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from families import VOCAB
 from hypothesis import strategies as st
+from side_by_side import PAST
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -131,8 +132,8 @@ def _cache(given: dict[str, Any], share: float, model: PreTrainedModel, *_: Any)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         ids = given["input_ids"][:, :n_known]
         with torch.no_grad():
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    given["past_key_values"] = cache
+            model(ids, attention_mask=mask, position_ids=positions, **{PAST: cache}, use_cache=True)
+    given[PAST] = cache
 
 
 def _embeds(given: dict[str, Any], keeps_ids: bool, model: PreTrainedModel, *_: Any) -> None:

@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.hf import names
 
 Tiny = Callable[..., PreTrainedModel]
 Prompts = Callable[..., dict[str, Tensor]]
 RAGGED = [9, 2, 1, 6]
+PAST = names.output_name()
+"""What this transformers calls a cache that is handed to `generate()` and back."""
 
 
 def wrap(model: PreTrainedModel, draft: Any = "ngram", **options: Any) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from side_by_side import PAST
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -334,12 +335,12 @@ def test_unknown_options_are_named() -> None:
 def static_loop(forward: Callable[..., Any], model: PreTrainedModel, ids: Tensor, n_new: int) -> Tensor:
     """A user's own greedy loop over a static cache."""
     cache = StaticCache(config=model.config, max_cache_len=96)
-    logits = model(ids, past_key_values=cache).logits
+    logits = model(ids, **{PAST: cache}).logits
     tokens = []
     for i in range(n_new):
         tokens.append(logits[:, -1:].argmax(-1))
         position = torch.full_like(tokens[-1], ids.shape[1] + i)
-        logits = forward(input_ids=tokens[-1], position_ids=position, past_key_values=cache).logits
+        logits = forward(input_ids=tokens[-1], position_ids=position, **{PAST: cache}).logits
     return torch.cat(tokens, 1)
 
 

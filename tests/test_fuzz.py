@@ -21,7 +21,7 @@ import torch
 import transformers
 from fuzz_calls import FAMILIES, Call, Case, Recorder, arguments, cases
 from hypothesis import HealthCheck, given, settings
-from side_by_side import Tiny
+from side_by_side import PAST, Tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -101,7 +101,7 @@ def check_outputs(ours: Any, theirs: Any, ends: list[int] | None) -> None:
     """Every number per token; with `ends` those of each sample's first `ends[row]` tokens, up to rounding."""
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys()
-        for name in theirs.keys() - {"sequences", "past_key_values"}:
+        for name in theirs.keys() - {"sequences", PAST}:
             check_outputs(ours[name], theirs[name], ends)
     elif isinstance(theirs, tuple):
         assert len(ours) == len(theirs)
@@ -165,8 +165,8 @@ def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, sma
     check_outputs(ours, theirs, ends)
     if isinstance(given.get("streamer"), Recorder):
         assert given["streamer"].puts == given_theirs["streamer"].puts
-    if "past_key_values" in given:
-        assert given["past_key_values"].get_seq_length() == given_theirs["past_key_values"].get_seq_length()
+    if PAST in given:
+        assert given[PAST].get_seq_length() == given_theirs[PAST].get_seq_length()
     if not decoded:
         first, *others = next(iter(reasons)).split(", ")
         return f"fell back: {first}{', ...' if others else ''}"

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import RAGGED, Prompts, Tiny, wrap
+from side_by_side import PAST, RAGGED, Prompts, Tiny, wrap
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec import TokenTree
+from specdec.hf import names
 
 WANTED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 FAMILIES = ("llama", "gpt2", "gemma2", "mistral", "deepseek_v3")  # windows; keys and values of different widths
@@ -64,7 +65,7 @@ def test_by_token(
         assert wrapped.specdec.stats.tokens_per_step > 3
     _same_outputs(out, expected)
     columns = torch.cat([asked["attention_mask"], torch.ones(len(lengths), 10)], 1)
-    _same_cache(out.past_key_values, expected.past_key_values, columns)
+    _same_cache(out[PAST], expected[PAST], columns)
 
 
 def test_scores_end_with_the_text(tiny: Tiny, prompts: Prompts) -> None:
@@ -121,7 +122,7 @@ def _turns(model: PreTrainedModel, ids: Tensor, more: list[Tensor], cache: Dynam
     for words in [ids[:, :0], *more]:
         ids = torch.cat([ids, words], 1)
         asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, **settings}
-        ids = model.generate(ids, past_key_values=cache, **asked)
+        ids = model.generate(ids, **{PAST: cache}, **asked)
         outs.append(ids)
     return outs
 
@@ -161,7 +162,7 @@ def test_a_ragged_batch_goes_on(tiny: Tiny, prompts: Prompts) -> None:
         cache, asked = DynamicCache(), prompts(RAGGED)
         ids, mask = asked["input_ids"], asked["attention_mask"]
         for turn in range(3):
-            ids = each.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4)
+            ids = each.generate(ids, attention_mask=mask, **{PAST: cache}, max_new_tokens=4)
             words = prompts([2] * len(RAGGED), seed=turn)["input_ids"]
             ids = torch.cat([ids, words], 1)
             mask = torch.cat([mask, torch.ones(len(RAGGED), 6, dtype=torch.int64)], 1)
@@ -173,8 +174,8 @@ def test_a_ragged_batch_goes_on(tiny: Tiny, prompts: Prompts) -> None:
 
 def test_a_cache_of_ones_own_is_the_one_returned(tiny: Tiny, prompts: Prompts) -> None:
     wrapped, cache = wrap(tiny("llama")), DynamicCache()
-    out = wrapped.generate(**prompts([6]), max_new_tokens=5, past_key_values=cache, return_dict_in_generate=True)
-    assert out.past_key_values is cache
+    out = wrapped.generate(**prompts([6]), max_new_tokens=5, **{PAST: cache}, return_dict_in_generate=True)
+    assert out[PAST] is cache
     assert cache.get_seq_length() == 10
 
 
@@ -187,13 +188,13 @@ def test_caches_that_fall_back(kind: str, tiny: Tiny, prompts: Prompts) -> None:
         if kind == "static":
             return StaticCache(config=model.config, max_cache_len=16)
         given = ids if kind == "too long" else ids.repeat(2, 1)[:, :4]
-        return model(given, use_cache=True).past_key_values
+        return names.cache_in(model(given, use_cache=True))
 
     wrapped = wrap(model)
     results: list[Any] = []
     for each in (wrapped, model):
         try:
-            results.append(each.generate(ids, max_new_tokens=5, past_key_values=cache()).tolist())
+            results.append(each.generate(ids, max_new_tokens=5, **{PAST: cache()}).tolist())
         except (RuntimeError, ValueError) as error:
             results.append(type(error))
     assert results[0] == results[1]
@@ -224,7 +225,7 @@ def test_a_batch_goes_on_whose_texts_ended_one_by_one(
     results = []
     for each in (model, wrap(model, model)):
         cache, asked = DynamicCache(), prompts(RAGGED)
-        settings = {"max_new_tokens": 10, "eos_token_id": eos, "pad_token_id": 0, "past_key_values": cache}
+        settings = {"max_new_tokens": 10, "eos_token_id": eos, "pad_token_id": 0, PAST: cache}
         ids = each.generate(**asked, **settings)
         assert ids[0, -1] == 0
         first_cache = [layer.keys.clone() for layer in cache.layers]
@@ -244,9 +245,9 @@ def test_a_batch_goes_on_whose_texts_ended_one_by_one(
 
 def test_a_cache_of_another_model(tiny: Tiny, prompts: Prompts) -> None:
     ids = prompts([6])["input_ids"]
-    other = tiny("llama", num_hidden_layers=1)(ids[:, :4], use_cache=True).past_key_values
+    other = names.cache_in(tiny("llama", num_hidden_layers=1)(ids[:, :4], use_cache=True))
     with pytest.warns(UserWarning, match="past_key_values of another model"), pytest.raises(IndexError):
-        wrap(tiny("llama")).generate(ids, max_new_tokens=3, past_key_values=other)
+        wrap(tiny("llama")).generate(ids, max_new_tokens=3, **{PAST: other})
 
 
 def test_whole_numbers_of_any_kind(tiny: Tiny, prompts: Prompts) -> None:

@@ -23,6 +23,7 @@ from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf import names
 from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
@@ -147,7 +148,7 @@ def rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prefilled(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer, [G, length, D] each, as the model itself caches them."""
-    cache = model(ids[None], use_cache=True).past_key_values
+    cache = names.cache_in(model(ids[None], use_cache=True))
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 

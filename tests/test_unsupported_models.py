@@ -10,13 +10,21 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import Prompts, Tiny, wrap
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
 from specdec import suited
 from specdec.decoder import Decoder, Emitted
+from specdec.hf import names
 from specdec.rows import Text
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -60,9 +68,11 @@ def test_models_that_are_somewhere_else_run_transformers_own_loop(
     model = fresh("llama")
     wrapped = wrap(model)
     change(model, monkeypatch)
-    nothing: list[Any] = [None] * 4
+    call = names.LoopCall(
+        wrapped, IDS, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig(), False, None, {}
+    )
     with pytest.warns(UserWarning, match=f"transformers' own loop: .*{reason}"):
-        out = wrapped.specdec.generate(lambda: "theirs", wrapped, IDS, *nothing, False, None, {})
+        out = wrapped.specdec.generate(lambda: "theirs", call)
     assert out == "theirs"
     assert list(wrapped.specdec.stats.fallbacks.values()) == [1]
 

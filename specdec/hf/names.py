@@ -116,7 +116,8 @@ _LOOPS = {
 """The decoding loops that a wrapped model overrides, and what of their arguments is needed."""
 
 
-def missing() -> list[str]:
+@cache
+def missing() -> tuple[str, ...]:
     """What specdec needs of transformers and does not find, by its name there; empty with every release tested."""
     found = list(_MISSING)
     for loop, wanted in _LOOPS.items():
@@ -134,7 +135,7 @@ def missing() -> list[str]:
         found += [f"{path.__name__}.{name}" for name in names if not callable(getattr(path, name, None))]
     if output_name() is None:
         found.append(f"{DecoderOnlyOutput.__name__}({CACHE_NAMES[0]}=...)")
-    return found
+    return tuple(found)
 
 
 def check() -> None:

@@ -12,6 +12,7 @@ import typer
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from typer import Option
 
+from specdec.hf import names
 from specdec.training import data, export, loop
 from specdec.training.evaluate import LONG_WINDOW, WINDOW, agreement, figures_of, mean_loss
 
@@ -82,7 +83,7 @@ def sample(
     ids = new = prompts
     while ids.shape[1] < length:
         with loop.autocast(ids.device):
-            logits = target(input_ids=new, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            logits = target(input_ids=new, logits_to_keep=1, **{names.cache_argument(target): cache}).logits[:, -1]
         if greedy:
             new = logits.argmax(-1, keepdim=True)
         else:
