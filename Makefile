@@ -1,4 +1,5 @@
-# Everyday commands. The first one run makes .venv: it needs Python 3.10 or newer, a C++ compiler and a network.
+# Everyday commands. The first one run makes .venv: it needs Python 3.10 or newer, a C++ compiler and a network. What is
+# installed stands in constraints.txt, so that a commit does next month what it does today.
 #
 #   PYTHON           the interpreter .venv is made from; for `make gpu`, the one it runs with
 #   TORCH_INDEX_URL  where torch comes from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
@@ -9,16 +10,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
+PIN := -c constraints.txt
 SIZES ?= bundled,100m
 PROMPTS ?= 4
 OUT ?= bench/results/gpu
 SECTIONS ?= tests,kernels,decode,steps,backend,padding
 
-# torch goes in first and on its own, so that nothing after it chooses another build.
-GPU := $(shell command -v nvidia-smi 2>/dev/null)
-TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
+INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 
-.PHONY: demo test test-library test-kernels test-oldest bench lint gpu setup clean
+.PHONY: demo test test-library test-kernels test-oldest test-newest bench lint gpu setup clean
 
 demo: setup
 	$(RUN) -m specdec demo
@@ -42,6 +43,13 @@ test-kernels: setup
 test-oldest: $(OLDEST)/.setup
 	$(OLDEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao"
 
+# The same with the newest of everything that pip finds, each time anew.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --upgrade $(INDEX) torch
+	$(NEWEST)/bin/python -m pip install --upgrade -e '.[test]'
+	$(NEWEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao"
+
 bench: setup
 	@mkdir -p .benchmarks
 	$(RUN) -m pytest bench/test_ops.py -q --benchmark-only --benchmark-columns=median,iqr,rounds \
@@ -64,29 +72,30 @@ gpu:
 
 setup: $(VENV)/.setup
 
-$(VENV)/.setup: pyproject.toml
+# torch goes in first and on its own, so that nothing after it chooses another build.
+$(VENV)/.setup: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "specdec needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
-	$(RUN) -m pip install -e '.[test]'
+	$(RUN) -m pip install $(PIN) $(INDEX) torch
+	$(RUN) -m pip install $(PIN) -e '.[test]'
 	@touch $@
 
 # Beside the environment: transformers imports it wherever it is found.
 $(VENV)/.torchao: $(VENV)/.setup
-	$(RUN) -m pip install --no-deps --target $(VENV)/torchao torchao
+	$(RUN) -m pip install $(PIN) --no-deps --target $(VENV)/torchao torchao
 	@touch $@
 
 $(OLDEST)/.setup: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.11.0
+	$(OLDEST)/bin/python -m pip install $(INDEX) torch==2.11.0
 	$(OLDEST)/bin/python -m pip install -e '.[test]' torch==2.11.0 transformers==5.17.0 \
 		'triton==3.6.0; sys_platform == "linux"' 'numpy<2.4'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.setup
-	$(RUN) -m pip install -e '.[dev]'
+	$(RUN) -m pip install $(PIN) -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .benchmarks .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .benchmarks .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

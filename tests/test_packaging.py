@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_version_is_the_same_everywhere():
     version = re.search(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)[1]
     assert run("import specdec; print(specdec.__version__)") == version
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_everything_that_is_installed_by_name_is_pinned():
+    """`make` installs what constraints.txt says, exactly; pip itself leaves the rest to ranges."""
+    asked = {re.match(r"[\w-]+", line)[0] for line in metadata.requires("specdec")} - {"specdec"}
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)(?:;.*)?$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {"torch", "transformers", "scipy", "ruff"} <= asked
+    assert asked <= pins.keys()
+    assert "torchao" in pins
 
 
 def test_every_data_file_is_packaged():
