@@ -247,11 +247,11 @@ def _ids(prompt: Prompt, device: torch.device) -> Tensor:
         ValueError, TypeError: it is not one text's token ids.
     """
     mask = prompt.get("attention_mask") if isinstance(prompt, Mapping) else None
-    ids = torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt)
+    ids = torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt, device="cpu")
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.dim() != 1 or ids.is_floating_point():
         raise ValueError(f"a prompt is one text's token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
     if mask is not None:
-        ids = ids[torch.as_tensor(mask).flatten().bool()]
+        ids = ids[torch.as_tensor(mask, device="cpu").flatten().bool()]
     return ids.to(device, torch.int64)

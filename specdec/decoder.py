@@ -112,7 +112,7 @@ class Decoder:
         path, n_accepted, bonus, is_lawless = self.verify(state, law, n_nodes, nodes, logits)
         self._commit(state, n_nodes, path, n_accepted, bonus)
         if is_lawless is not None:
-            place = torch.arange(path.shape[1], device=path.device)
+            place = torch.arange(path.shape[1], device=path.device, dtype=torch.int64)
             state.broken |= torch.where(place < state.n_new[:, None], is_lawless, 0).sum(1) > 0
         return state.report()
 
@@ -154,7 +154,7 @@ class Decoder:
         laws = law.rows(logits)
         position = state.lengths + 1
         if self.verifier.coupled:
-            row = torch.arange(len(logits), device=logits.device)
+            row = torch.arange(len(logits), device=logits.device, dtype=torch.int64)
             none = nodes.node[:, None][:, :0]
             place = position[nodes.sample] + self.depths[nodes.node]
             chosen = draw_row(
@@ -235,8 +235,8 @@ class Decoder:
         else:
             rows.skip(live)
         drafted = Mark(self.target.device)
-        allowed = torch.zeros(n_batch, dtype=torch.int64)
-        allowed[list(live)] = torch.tensor(plan.allowed)
+        allowed = torch.zeros(n_batch, dtype=torch.int64, device="cpu")
+        allowed[list(live)] = torch.tensor(plan.allowed, dtype=torch.int64, device="cpu")
         state.allowed.copy_(allowed)
         # The last sample of a batch is decoded as two, one of them nobody: one would be compiled on its own.
         token = self.count(self._bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(self.tree)))
@@ -308,7 +308,7 @@ class Decoder:
     def count(self, n: int) -> Tensor:
         """[n] int64: 0, 1, ..., n - 1; compiled functions take them for any number."""
         if n not in self._counts:
-            self._counts[n] = torch.arange(n, device=self.target.device)
+            self._counts[n] = torch.arange(n, device=self.target.device, dtype=torch.int64)
             torch._dynamo.maybe_mark_dynamic(self._counts[n], 0)
         return self._counts[n]
 

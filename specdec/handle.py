@@ -243,7 +243,7 @@ class Handle:
             for piece in emitted:
                 if streamer is not None:
                     for token in piece.tokens:
-                        streamer.put(torch.tensor([token]))
+                        streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
                 if piece.text.error is not None:
                     raise piece.text.error
             if request.deadline is not None and time.time() > request.deadline:

@@ -154,7 +154,7 @@ class BatchState:
                 int64, the accepted nodes, the root first. n_accepted: [B] int64, drafted ones among them.
             bonus: [B] int64.
         """
-        place = torch.arange(path.shape[1], device=bonus.device)
+        place = torch.arange(path.shape[1], device=bonus.device, dtype=torch.int64)
         following = F.pad(path[:, 1:], (0, 1))  # the nodes whose tokens are new
         new = torch.where(place < n_accepted[:, None], tokens.gather(1, following), bonus[:, None])
 
@@ -164,7 +164,7 @@ class BatchState:
         n_new = torch.where(ends.any(1), ends.int().argmax(1) + 1, n_new)
         n_new = torch.where(self.finished, 0, n_new)
 
-        node = torch.arange(len(self.proposed), device=bonus.device)
+        node = torch.arange(len(self.proposed), device=bonus.device, dtype=torch.int64)
         self.proposed += ((node < n_nodes[:, None]) & (self._depths <= room[:, None])).sum(0)
         counted = (place <= torch.minimum(n_accepted, room)[:, None]) & ~self.finished[:, None]
         taken = (path[..., None] == node) & counted[..., None]  # [B, D + 1, N]

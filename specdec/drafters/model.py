@@ -38,12 +38,13 @@ class _Level:
     def __init__(self, tree: TokenTree, depth: int, device: torch.device) -> None:
         above = [node for node in tree.inner if tree.depths[node] == depth - 1]
         own = [node for node, d in enumerate(tree.depths) if d == depth]
-        self.nodes = torch.tensor(above, device=device)
-        self.counts = torch.tensor([tree.n_children[node] for node in above], device=device)
+        self.nodes = torch.tensor(above, device=device, dtype=torch.int64)
+        self.counts = torch.tensor([tree.n_children[node] for node in above], device=device, dtype=torch.int64)
         self.widest = max(tree.n_children[node] for node in above)
         flat = [row * self.widest + k for row, node in enumerate(above) for k in range(tree.n_children[node])]
-        self.flat = torch.tensor(flat, device=device)
-        self.run = torch.tensor([i for i, node in enumerate(own) if tree.n_children[node]], device=device)
+        self.flat = torch.tensor(flat, device=device, dtype=torch.int64)
+        inner = [i for i, node in enumerate(own) if tree.n_children[node]]
+        self.run = torch.tensor(inner, device=device, dtype=torch.int64)
 
 
 class ModelDrafter:
@@ -106,7 +107,7 @@ class ModelDrafter:
         root, alive, n_slots = state.lengths - 1, (~state.finished).long(), self.view.cache.n_slots
         # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.
         before = state.tokens.gather(1, root.clamp(min=0)[:, None])[:, 0]
-        pairs = torch.arange(2 * len(live), device=live.device)
+        pairs = torch.arange(2 * len(live), device=live.device, dtype=torch.int64)
         nodes = Nodes.packed(root, 2 * alive, pairs, 2, n_slots, self._bits, self._depths)
         fed = torch.where(nodes.node == 0, before[nodes.sample], state.pending[nodes.sample])
         logits = self._forward(fed, nodes, 1 + 2 * live)
