@@ -23,8 +23,8 @@ from specdec.kernels.noise import uniform
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKERS = {
-    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn",
-    "randperm", "scalar_tensor", "tensor", "zeros",
+    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
+    "randn", "randperm", "scalar_tensor", "tensor", "zeros",
 }  # fmt: skip
 
 
