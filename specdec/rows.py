@@ -107,7 +107,6 @@ class Rows:
             while self._texts[row] is None and (new := next(self._waiting, None)) is not None:
                 try:
                     self._state.admit(row, new.prompt, new.max_new_tokens, new.seed)
-                    self._target.cache.clear(row)
                     written = new.past.write_to(self._target.cache, row) if new.past else 0
                     self._texts[row], self._unwritten[row], self._unread[row] = new, (written, new.prompt[:-1]), 0
                 except Exception as error:

@@ -129,13 +129,21 @@ class _AnyPlan(Controller):
 
 
 class _SeenRows(Rows):
-    """The rows of the latest run are kept, to be looked at."""
+    """The rows of the latest run are kept, to be looked at; a row that a text takes holds nothing of another's."""
 
     latest: _SeenRows
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         _SeenRows.latest = self
+
+    def fill(self, n_rows: int) -> list[Text]:
+        before = list(self._texts)
+        failed = super().fill(n_rows)
+        for row, (old, new) in enumerate(zip(before, self._texts, strict=True)):
+            for layer in self._target.cache.layers if old is not new else ():
+                layer.keys[:, row] = layer.values[:, row] = 0
+        return failed
 
     def row_of(self, text: Text) -> int:
         return next(row for row, other in enumerate(self._texts) if other is text)

@@ -87,9 +87,6 @@ class ModelDrafter:
         self.view.allocate(n_batch, n_slots)
 
     def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
-        for row, (n_known, _) in texts.items():
-            if n_known == 0:
-                self.view.cache.clear(row)
         # The token before the pending one is written by `draft`.
         unread = {row: (max(n_known - 2, 0), self._read_as(text[:-2])) for row, (n_known, text) in texts.items()}
         self.view.prefill(unread)
