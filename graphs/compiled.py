@@ -22,6 +22,21 @@ def _needed_guards(guards: Any) -> list[bool]:
     ]
 
 
+_has_regions = True
+"""Whether layers compile as regions here: torch 2.14 refuses those that read a tensor which is not an argument. Then
+every layer compiles by itself, which takes longer, once."""
+
+
+def as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward that compiles once for all layers alike; eager calls go straight through."""
+    region = torch.compiler.nested_compile_region(forward)
+
+    def layer_forward(*args: Any, **kwargs: Any) -> Any:
+        return (region if torch.compiler.is_compiling() and _has_regions else forward)(*args, **kwargs)
+
+    return layer_forward
+
+
 _numbers = count()
 
 
@@ -42,6 +57,10 @@ _OPTIONS: dict[str, Any] = {
     "cpp.min_chunk_size": 16384,
     "triton.cudagraphs": False,
 }
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(_own_code(function), fullgraph=True, backend=backend.specdec, options=dict(_OPTIONS))
 
 
 class CompiledSteps:
@@ -80,17 +99,22 @@ class CompiledSteps:
         self.was_compiling = key not in self._functions
         if not self.was_compiling:
             return self._functions[key]
-        compiled = torch.compile(_own_code(function), fullgraph=True, backend=backend.specdec, options=dict(_OPTIONS))
-        self._functions[key] = compiled
+        self._functions[key] = function
 
         def first_call(*arguments: Any) -> Any:
-            try:
-                # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
-                with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                    return compiled(*arguments)
-            except TorchDynamoException as error:  # nothing has run yet
-                warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {error}")
-                self._functions[key] = function
-                return function(*arguments)
+            global _has_regions
+            before = _has_regions
+            for _has_regions in (True, False) if before else (False,):
+                self._functions[key] = compiled = _compiled(function)
+                try:
+                    # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
+                    with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                        return compiled(*arguments)
+                except (TorchDynamoException, AssertionError) as error:  # Dynamo's own; nothing has run yet
+                    why = error
+            _has_regions = before  # it was not the regions
+            warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {why}")
+            self._functions[key] = function
+            return function(*arguments)
 
         return first_call

@@ -314,12 +314,9 @@ class Decoder:
     def _plan(self, control: Controller, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
         """What the next step does: what the controller says, but for texts that the drafter cannot read to their ends,
         for which nothing is drafted."""
-        if (
-            control.adapts
-            and n_rows == 1
-            and not self.steps.has(("look" if law.by_text else "judge", law.key, True, True))
-        ):
-            return control.uniform(1, 0)  # the judgement of a root alone is a function of its own: compiled at once
+        root_alone = ("look" if law.by_text else "judge", law.key, True, True)
+        if control.adapts and n_rows == 1 and not self.steps.has(root_alone):
+            return control.uniform(1, 0)  # a function of its own: compiled at once, not in the middle of a later text
         plan = control.plan([text.habit for text in live.values()])
         context = getattr(self.drafter, "context", None)  # users' drafters need not have one
         if context is None or not plan.depth:
@@ -330,9 +327,8 @@ class Decoder:
         reason = f"texts past the draft's context of {context} tokens"
         self.stats.undrafted_texts[reason] += len(fits) - sum(fits)
         allowed = tuple(n if fit else 0 for n, fit in zip(plan.allowed, fits, strict=True))
-        return replace(
-            plan, depth=plan.depth if any(allowed) else 0, allowed=allowed, n_tokens=len(fits) + sum(allowed)
-        )
+        depth = plan.depth if any(allowed) else 0
+        return replace(plan, depth=depth, allowed=allowed, n_tokens=len(fits) + sum(allowed))
 
     def _controller(self, law: SamplingLaw) -> Controller:
         """The controller of calls of this law; it remembers what earlier ones took and got accepted."""

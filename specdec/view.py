@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec import attention
 from specdec.cache import RaggedCache
+from specdec.graphs.compiled import as_region
 from specdec.hf import names
 from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import runs_triton
@@ -66,16 +67,6 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.get_decoder().modules() if isinstance(module, names.DecoderLayer)]
 
 
-def _as_region(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward that compiles once for all layers alike; eager calls go straight through."""
-    region = torch.compiler.nested_compile_region(forward)
-
-    def layer_forward(*args: Any, **kwargs: Any) -> Any:
-        return (region if torch.compiler.is_compiling() else forward)(*args, **kwargs)
-
-    return layer_forward
-
-
 def learned_positions(config: Any) -> int | None:
     """How many positions a model has a table for; None with a rope, which goes on."""
     config = config.get_text_config()
@@ -105,7 +96,7 @@ class ModelView:
         # A region takes no weights that are tensors of tensors, as torchao's: with these, every layer compiles.
         regions = [] if any(map(is_traceable_wrapper_subclass, self.weights)) else _decoder_layers(self.module)
         for layer in regions:
-            vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
+            vars(layer)["forward"] = types.MethodType(as_region(type(layer).forward), layer)
         weight = next(model.parameters())
         self.cache = RaggedCache(has_kernels(weight) or runs_triton(weight))
         self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = self.cache

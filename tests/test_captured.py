@@ -17,6 +17,8 @@ from specdec.decoder import Decoder
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.errors import SpecdecWarning
+from specdec.graphs import compiled
 from specdec.graphs.captured import CapturedSteps, Recording
 from specdec.graphs.compiled import CompiledSteps
 from specdec.rows import Text
@@ -184,6 +186,32 @@ def test_what_can_not_be_compiled_runs_as_it_is(tiny: Tiny, decoders: Callable[.
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         assert _texts(decoder, [5, 3], _law(None), 12, NO_EOS, 0) == texts
+
+
+def test_where_layers_cannot_be_regions_each_compiles_by_itself(
+    tiny: Tiny, decoders: Callable[..., tuple[Decoder, Decoder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with torch 2.14, whose Dynamo fails with an AssertionError of its own; and later steps know it."""
+    refused = []
+
+    def refuse(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def region(*args: Any, **kwargs: Any) -> Any:
+            refused.append(1)
+            raise AssertionError("Freevar has no source")
+
+        return torch._dynamo.disable(region)
+
+    _, plain = decoders("ngram")
+    monkeypatch.setattr(torch.compiler, "nested_compile_region", refuse)
+    monkeypatch.setattr(compiled, "_has_regions", True)
+    stats = Stats()
+    decoder = Decoder(ModelView(tiny("llama")), NgramDrafter(3), CompiledSteps(True), stats, adapt=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SpecdecWarning)
+        texts = _texts(decoder, [5], _law(None), 12, NO_EOS, 0)
+    assert texts == _texts(plain, [5], _law(None), 12, NO_EOS, 0)
+    assert not compiled._has_regions
+    assert not refused  # nothing ran before it was compiled
 
 
 def test_a_law_given_again_is_still_itself(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
