@@ -37,7 +37,7 @@ def _trait(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()
 
 
-_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"} | {"config"}  # which all of them share
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"} | {"config", *names.NOT_OF_FORWARDS}
 _PLAIN = {bool, int, float, str, types.FunctionType}
 
 

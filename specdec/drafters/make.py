@@ -77,8 +77,8 @@ def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) ->
         tree = config.tree or TokenTree.chain(depth or 5)
         try:
             return ModelDrafter(model, tree, VERIFIERS[config.verifier], overlap)
-        except Unsupported as reason:
-            raise Unsupported(f"the draft: {reason}") from None
+        except Unsupported as error:
+            raise Unsupported(f"the draft: {error.reason}", error.detail) from None
     if isinstance(draft, str):
         return NgramDrafter(depth or 8, config.max_ngram)
     return draft

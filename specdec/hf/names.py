@@ -221,6 +221,21 @@ def pad_token(generation_config: Any) -> int:
     return 0 if pad is None else int(pad)
 
 
+def asked(generation_config: Any, name: str) -> Any:
+    """What a call's configuration says of a setting; None where it is what transformers fills in by itself."""
+    value = getattr(generation_config, name, None)
+    return None if value == _defaults().get(name) else value
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    fill_in = getattr(GenerationConfig(), "_get_default_generation_params", dict)
+    return fill_in()
+
+
+NOT_OF_FORWARDS = {"generation_config", "_previous_max_cache_length", "_cached_continuous_batching_manager"}
+"""Attributes of a model that `generate()` alone reads and writes."""
+
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
 PLAIN_ARGUMENTS = {
     "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", "tokenizer", *CACHE_NAMES,
