@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Hashable
 from itertools import count
 from typing import Any
@@ -28,10 +29,12 @@ _numbers = count()
 def _own_code(method: Any) -> Any:
     """A method with a code object and a name of its own. Dynamo keeps what it compiled on the code object, and which
     sizes it saw vary by the function's name: two decoders must not see each other's, since the guards that would tell
-    them apart are not kept, and the depth of one is not a varying size of the other."""
+    them apart are not kept, and the depth of one is not a varying size of the other. What was compiled knows the code
+    again and would keep itself alive: it goes with the decoder."""
     function = method.__func__
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    weakref.finalize(method.__self__, torch._dynamo.reset_code, code).atexit = False
     return types.MethodType(own, method.__self__)
 
 
