@@ -139,6 +139,7 @@ def _prove(view: ModelView) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     texts = [torch.randint(vocabulary, (n + len(TREE),), generator=generator).to(view.device) for n in LENGTHS]
     plain = run_plainly(model, texts)
+    view.check_untouched()
     view.layer_shapes = plain.shapes
     can_fuse, cache.can_fuse = cache.can_fuse, False
     try:
