@@ -13,12 +13,19 @@ from torch._dynamo.exc import TorchDynamoException
 from specdec.errors import warn
 from specdec.graphs import backend
 from specdec.kernels.cpu import has_compiler
+from specdec.twin import is_seen
 
 
 def _needed_guards(guards: Any) -> list[bool]:
-    """Which of Dynamo's guards can fail: modules and settings of a private view never change, shapes of tensors do."""
+    """Which of Dynamo's guards can fail: the modules and settings of a private view never change, or it is made anew
+    (see `specdec.twin`). Shapes of tensors change, globals do, and what hangs on a model and is not looked into."""
+    models = tuple(f"{g.name}." for g in guards if isinstance(g.value, torch.nn.Module))
+    unseen = tuple(g.name for g in guards if g.name.startswith(models) and not is_seen(g.value))
     return [
-        g.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(g.value, torch.nn.Parameter) for g in guards
+        g.is_global
+        or g.name.startswith(unseen)
+        or (g.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(g.value, torch.nn.Parameter))
+        for g in guards
     ]
 
 
