@@ -334,7 +334,7 @@ class Handle:
             try:
                 check_draft(draft, self._model, config)
             except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
-                raise Unsupported(str(error)) from None
+                raise Unsupported("it does not fit", str(error)) from None
             compiled = CompiledSteps(config.compile)
             records = config.compile and self._target.device.type == "cuda"
             steps = CapturedSteps(compiled) if records else compiled

@@ -48,14 +48,15 @@ def check_model(model: PreTrainedModel) -> None:
 def differs(wrapped: PreTrainedModel, model: PreTrainedModel) -> str | None:
     """An attribute that has been set on a wrapped model, or on the one it was made from, and not on the other, of those
     that code of the model's class speaks of: modules and weights are shared, but not who holds them."""
+    kind: Any = type(model)
     ours, theirs = vars(wrapped), vars(model)
-    names = (ours.keys() | theirs.keys()) & _spoken_of(type(model))
-    return next((name for name in sorted(names) if ours.get(name, ...) is not theirs.get(name, ...)), None)
+    spoken_of = (ours.keys() | theirs.keys()) & _spoken_of(kind)
+    return next((name for name in sorted(spoken_of) if ours.get(name, ...) is not theirs.get(name, ...)), None)
 
 
 @cache
-def _spoken_of(kind: type) -> frozenset[str]:
-    """All names and words in the code of a class, without what all models have from transformers."""
+def _spoken_of(kind: Any) -> frozenset[str]:
+    """All names and words in the code of a class, without what transformers uses and sets by itself."""
     found: set[str] = set()
     todo: list[Any] = [x for one in kind.__mro__ if one not in PreTrainedModel.__mro__ for x in vars(one).values()]
     while todo:
@@ -65,7 +66,7 @@ def _spoken_of(kind: type) -> frozenset[str]:
         elif isinstance(part, CodeType):
             found |= {*part.co_names, *(word for word in part.co_consts if isinstance(word, str))}
             todo += part.co_consts
-    return frozenset(found - {*dir(PreTrainedModel), "generation_config"} | {"config"})
+    return frozenset(found - {*dir(PreTrainedModel), "generation_config", "vocab_size"} | {"config"})
 
 
 def has_own_forward(model: PreTrainedModel) -> bool:

@@ -82,8 +82,7 @@ def test_an_assistant_that_does_not_fit_is_done_without(model: PreTrainedModel, 
         out = wrapped.generate(**prompts([9]), max_new_tokens=6, assistant_model=tiny("bloom"))
     assert torch.equal(out, expected)
     assert not wrapped.specdec.stats.fallbacks
-    ((reason, n),) = wrapped.specdec.stats.dropped_drafts.items()
-    assert n == 1
+    assert [*wrapped.specdec.stats.dropped_drafts.values()] == [1]
     assert "decoded without the draft" in str(wrapped.specdec.stats)
 
 
