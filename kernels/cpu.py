@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -147,4 +148,30 @@ def bind(source: str, types: str) -> Callable[..., None]:
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    return CppPythonBindingsCodeCache.load_pybinding(types.split(", "), _PRELUDE + source)
+    kernel = CppPythonBindingsCodeCache.load_pybinding(types.split(", "), _PRELUDE + source)
+    read = [(i, _DTYPES[kind]) for i, kind in enumerate(types.split(", ")) if kind in _DTYPES]
+
+    def call(*arguments: Any) -> None:
+        for i, dtype in read:
+            if arguments[i].dtype is not dtype:
+                raise TypeError(f"a kernel reads {dtype}, and argument {i} is {arguments[i].dtype}")
+        kernel(*arguments)
+
+    return call
+
+
+_DTYPES = {"float*": torch.float32, "int64_t*": torch.int64}
+
+
+def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Where C++ finds a tensor's numbers, one after the other.
+
+    Raises:
+        TypeError: they are not of this dtype, not on the CPU, or not side by side.
+    """
+    if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise TypeError(
+            f"a kernel reads contiguous {dtype} on a CPU, got {tensor.dtype} on {tensor.device}, "
+            f"strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.kernels.cpu import build, has_compiler
+from specdec.kernels.cpu import address, build, has_compiler
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.noise import BLOCK_STREAM, NOISE_CPP, exponential, exponentials, unit_exponential
 
@@ -50,7 +50,7 @@ def draw_reference(
     blocks = torch.stack(pad(probs.float(), (0, -probs.shape[-1] % width)).split(width, -1), 1)
     noise = exponential(seed, position, node, stream + BLOCK_STREAM, blocks.shape[1])
     block = (blocks.sum(-1) / noise).argmax(-1)
-    inside = blocks[torch.arange(len(probs), device=probs.device), block]
+    inside = blocks[torch.arange(len(probs), device=probs.device, dtype=torch.int64), block]
     noise = exponential(seed, position, node, stream, width, first=block * width)
     return block * width + (inside / noise).argmax(-1)
 
@@ -84,11 +84,11 @@ static inline float sum(const float* p, int64_t n) {
 
 extern "C" void draw(
     const float* probs, const int64_t* seed, const int64_t* position, const int64_t* node, int64_t* out, int64_t rows,
-    int64_t size, int64_t stride, int64_t stream, int64_t width) {
+    int64_t size, int64_t stream, int64_t width) {
   const int64_t n_blocks = (size + width - 1) / width;
   std::vector<float> mass(n_blocks);
   for (int64_t r = 0; r < rows; r++) {
-    const float* p = probs + r * stride;
+    const float* p = probs + r * size;
     float best = -1;
     int64_t winner = 0;
     const auto use = [&](int64_t i, float score) { if (score > best) best = score, winner = i; };
@@ -111,7 +111,7 @@ extern "C" void draw(
 def _cpp() -> ctypes._NamedFuncPointer:
     constants = f"#include <algorithm>\nconstexpr int64_t BLOCK_STREAM = {BLOCK_STREAM};\n"
     function = build(constants + NOISE_CPP + RACE_CPP + _SOURCE).draw
-    function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5, None
+    function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4, None
     return function
 
 
@@ -119,11 +119,12 @@ def draw_cpu(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stream
     """One index per row from the law `probs / probs.sum(-1)` (see `draw_reference`)."""
     if not has_compiler():
         return draw_reference(probs, seed, position, node, stream, flat)
-    out = torch.empty(len(probs), dtype=torch.int64)
-    probs = probs.float()
-    inputs = [probs if probs.stride(-1) == 1 else probs.contiguous(), *(x.contiguous() for x in (seed, position, node))]
+    out = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
+    probs = probs.float().contiguous()
+    keys = [x.contiguous() for x in (seed, position, node)]
     width = max(probs.shape[1], 1) if flat else DRAW_BLOCK
-    _cpp()(*(x.data_ptr() for x in inputs), out.data_ptr(), *probs.shape, inputs[0].stride(0), stream, width)
+    integers = (address(x, torch.int64) for x in (*keys, out))
+    _cpp()(address(probs, torch.float32), *integers, *probs.shape, stream, width)
     return out
 
 

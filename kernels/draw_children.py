@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import build, has_compiler
+from specdec.kernels.cpu import address, build, has_compiler
 from specdec.kernels.draw import RACE_CPP, entry_scores, race_config
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.noise import NOISE_CPP, exponential, unit_exponential
@@ -55,7 +55,7 @@ def draw_children_reference(
         noise = exponential(*keys, int(ids.max()) + 1 if ids.numel() else 1).gather(1, ids)
     else:
         noise = exponential(*keys, size)
-    out = torch.full((len(probs), n_children), -1)
+    out = torch.full((len(probs), n_children), -1, dtype=torch.int64, device=probs.device)
     for r, (hubs, count) in enumerate(zip(n_hubs.tolist(), counts.tolist(), strict=True)):
         law = torch.where(probs[r] > 0, probs[r], 0)
         for k in range(min(hubs, count, size)):
@@ -133,9 +133,11 @@ def draw_children_cpu(
         return draw_children_reference(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
     _check(probs)
     out = _fake(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
-    integers = (x.long().contiguous() for x in (n_hubs, counts, seed, position, node))
-    inputs = [ids.long().contiguous(), probs.float().contiguous(), *integers]
-    _cpp()(*(x.data_ptr() for x in inputs), out.data_ptr(), *probs.shape, n_children, stream, int(shared))
+    ids, probs = ids.long().contiguous(), probs.float().contiguous()
+    rows = [x.long().contiguous() for x in (n_hubs, counts, seed, position, node)]
+    integers = (address(x, torch.int64) for x in (*rows, out))
+    law = address(ids, torch.int64), address(probs, torch.float32)
+    _cpp()(*law, *integers, *probs.shape, n_children, stream, int(shared))
     return out
 
 

@@ -25,7 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import build, has_compiler
+from specdec.kernels.cpu import address, build, has_compiler
 from specdec.kernels.library import jit, register, tl, triton
 
 
@@ -114,11 +114,11 @@ def _commit_python(
     # Host reads: without a compiler steps run eagerly, and only CPU tensors come here, for which nothing waits.
     n_batch = lengths.shape[0]
     for *addresses, n_slots in table.tolist():
-        for address, size in zip(addresses, (k_bytes, v_bytes), strict=True):
+        for start, size in zip(addresses, (k_bytes, v_bytes), strict=True):
             for b, (length, n) in enumerate(zip(lengths.tolist(), n_path.tolist(), strict=True)):
                 moves = [(j, node) for j, node in enumerate(path[b, :n].tolist()) if node != j]
                 for g in range(n_groups):
-                    root = address + ((g * n_batch + b) * n_slots + length) * size
+                    root = start + ((g * n_batch + b) * n_slots + length) * size
                     for j, node in moves:
                         ctypes.memmove(root + j * size, root + node * size, size)
 
@@ -151,8 +151,9 @@ def kv_commit_cpu_(
         return _commit_python(table, lengths, path, n_path, n_groups, k_bytes, v_bytes)
     tensors = [x.contiguous() for x in (table, lengths, path, n_path)]
     _commit_cpp()(
-        *(x.data_ptr() for x in tensors), len(table), *path.shape, n_groups, k_bytes, v_bytes, torch.get_num_threads()
-    )
+        *(address(x, torch.int64) for x in tensors), len(table), *path.shape, n_groups, k_bytes, v_bytes,
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 @jit

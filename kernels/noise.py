@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import build, has_compiler
+from specdec.kernels.cpu import address, build, has_compiler
 from specdec.kernels.library import jit, register, tl, triton
 
 # One stream per use of noise; two uses never share a number, except that coupled drafts are drawn with the target's. A
@@ -44,7 +44,7 @@ def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32. All arguments are int64 and broadcast; results are int64 holding unsigned 32 bits."""
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    c3 = torch.as_tensor(c3, device=seed.device)
+    c3 = torch.as_tensor(c3, device=seed.device, dtype=torch.int64)
     for _ in range(10):
         hi_b, lo_b = _multiply(_ROUND_B, c2)
         hi_a, lo_a = _multiply(_ROUND_A, c0)
@@ -77,7 +77,7 @@ def exponential(
     Values near zero, which decide an exponential race, carry full relative precision: with half-precision or
     2^-24-spaced uniforms the tail of a large vocabulary would never win.
     """
-    quad = torch.arange((size + 3) // 4, device=seed.device)
+    quad = torch.arange((size + 3) // 4, device=seed.device, dtype=torch.int64)
     if first is not None:
         quad = first[..., None] // 4 + quad
     words = philox(seed[..., None], quad, position[..., None], node[..., None], stream)
@@ -132,8 +132,8 @@ def uniform_cpu(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Te
     if not has_compiler():
         return uniform_reference(seed, position, node, stream)
     keys = [x.contiguous() for x in (seed, position, node)]
-    out = torch.empty(seed.shape)
-    _cpp().uniform(*(x.data_ptr() for x in keys), out.data_ptr(), out.numel(), stream)
+    out = torch.empty(seed.shape, dtype=torch.float32, device="cpu")
+    _cpp().uniform(*(address(x, torch.int64) for x in keys), address(out, torch.float32), out.numel(), stream)
     return out
 
 
@@ -196,7 +196,7 @@ def _uniform_kernel(seed_ptr, position_ptr, node_ptr, out_ptr, n, stream, BLOCK:
 def uniform_triton(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
     """One float32 uniform in (0, 1) per element (see `uniform_reference`)."""
     seed, position, node = (x.contiguous() for x in (seed, position, node))
-    out = torch.empty(seed.shape, device=seed.device)
+    out = torch.empty(seed.shape, device=seed.device, dtype=torch.float32)
     n = out.numel()
     if n > 0:
         _uniform_kernel[(triton.cdiv(n, 1024),)](seed, position, node, out, n, stream, BLOCK=1024)
@@ -204,7 +204,7 @@ def uniform_triton(seed: Tensor, position: Tensor, node: Tensor, stream: int) ->
 
 
 def _uniform_fake(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
-    return torch.empty(seed.shape, device=seed.device)
+    return torch.empty(seed.shape, device=seed.device, dtype=torch.float32)
 
 
 uniform = register(

@@ -47,7 +47,7 @@ def row_probs(logits: Tensor, knobs: Tensor, log_total: Tensor, threshold: Tenso
     Args:
         logits: [..., V]. knobs: [3]. log_total, threshold, first: [...], what `row_law` gives.
     """
-    ids = torch.arange(logits.shape[-1], device=logits.device)
+    ids = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int64)
     return law_of(logits, ids, knobs, log_total[..., None], threshold[..., None], first[..., None])
 
 
@@ -73,7 +73,7 @@ def row_law_reference(logits: Tensor, knobs: Tensor, top_k: int) -> tuple[Tensor
     kept = ascending >= ascending[:, vocab - limit, None]
     mass = weights * kept
     up_to = mass.flip(-1).cumsum(-1).flip(-1)
-    is_last = torch.arange(vocab, device=logits.device) == vocab - 1
+    is_last = torch.arange(vocab, device=logits.device, dtype=torch.int64) == vocab - 1
     kept &= (up_to.roll(-1, -1) < top_p * up_to[:, :1]) | is_last | (top_p >= 1)
     kept &= weights >= min_p * weights[:, -1:]
 

@@ -61,7 +61,7 @@ def _mass(scores: Tensor, best: Tensor, inverse_temperature: Tensor) -> Tensor:
 def _truncate(mass: Tensor, total: Tensor, knobs: Tensor, top_k: int) -> Tensor:
     """The law of entries of this `mass` [R, K], best first, where `total` [R, 1] is what top-p refers to."""
     _, top_p, min_p = knobs.unbind()
-    place = torch.arange(mass.shape[-1], device=mass.device)
+    place = torch.arange(mass.shape[-1], device=mass.device, dtype=torch.int64)
     keep = (mass.cumsum(-1) - mass < top_p * total) | (top_p >= 1)
     keep &= mass >= min_p
     if top_k > 0:
@@ -92,12 +92,14 @@ def top_support_cpu(logits: Tensor, knobs: Tensor, top_k: int, size: int) -> tup
     n_rows, n_vocab = logits.shape
     n_groups, group = n_vocab // 64, 64
     if n_groups < max(size, 128):  # no time is saved by groups
-        ids = _key_ids(_best_keys(logits.float(), torch.arange(n_vocab), size))
+        ids = _key_ids(_best_keys(logits.float(), torch.arange(n_vocab, dtype=torch.int64, device="cpu"), size))
     else:
         maxima = logits[:, : n_groups * group].unflatten(1, (n_groups, group)).amax(-1).float()
-        first = _key_ids(_best_keys(maxima, torch.arange(n_groups), size)) * group
-        rest = torch.arange(n_groups * group, n_vocab).expand(n_rows, -1)
-        candidates = torch.cat([(first[..., None] + torch.arange(group)).flatten(1), rest], 1)
+        first = _key_ids(_best_keys(maxima, torch.arange(n_groups, dtype=torch.int64, device="cpu"), size)) * group
+        rest = torch.arange(n_groups * group, n_vocab, dtype=torch.int64, device="cpu").expand(n_rows, -1)
+        candidates = torch.cat(
+            [(first[..., None] + torch.arange(group, dtype=torch.int64, device="cpu")).flatten(1), rest], 1
+        )
         ids = _key_ids(_best_keys(logits.gather(1, candidates).float(), candidates, size))
     scores = logits.gather(1, ids).float()
     mass = _mass(scores, scores[:, :1], knobs[0])

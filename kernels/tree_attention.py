@@ -52,7 +52,7 @@ def tree_attention_reference(
     """
     n_tokens = q.shape[0]
     n_groups, n_batch, n_slots, _ = k_cache.shape
-    tokens, slots = (torch.arange(n, device=q.device) for n in (n_tokens, n_slots))
+    tokens, slots = (torch.arange(n, device=q.device, dtype=torch.int64) for n in (n_tokens, n_slots))
     owner = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
     sample = owner.clamp(max=n_batch - 1)
     length = lengths[sample][:, None]
@@ -71,7 +71,7 @@ def tree_attention_reference(
             key_place = torch.where(other < 0, slots, length + depth.gather(1, other.clamp(0, depth.shape[1] - 1)))
     if window > 0:
         seen = seen & (length + place - key_place < window)
-    at_home = owner[:, None] == torch.arange(n_batch, device=q.device)
+    at_home = owner[:, None] == torch.arange(n_batch, device=q.device, dtype=torch.int64)
     seen = (at_home[:, :, None] & seen[:, None]).flatten(1)[:, None, None]  # [T, 1, 1, B * S]
 
     keys, values = (cache.float().flatten(1, 2) for cache in (k_cache, v_cache))

@@ -25,7 +25,7 @@ def n_words(n_nodes: int) -> int:
 
 def unpack_words(bits: Tensor, n_nodes: int) -> Tensor:
     """The words as booleans: [..., W] int64 to [..., n_nodes] bool."""
-    shifts = torch.arange(64, device=bits.device)
+    shifts = torch.arange(64, device=bits.device, dtype=torch.int64)
     return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :n_nodes].bool()
 
 
@@ -41,7 +41,7 @@ def ancestor_words_reference(parents: Tensor) -> Tensor:
     """
     n_batch, n_nodes = parents.shape
     bits = parents.new_zeros(n_batch, n_nodes, n_words(n_nodes))
-    rows = torch.arange(n_batch, device=parents.device)
+    rows = torch.arange(n_batch, device=parents.device, dtype=torch.int64)
     for node in range(n_nodes):
         parent = parents[:, node]
         inherited = torch.where((parent >= 0)[:, None], bits[rows, parent.clamp(min=0)], 0)
@@ -53,8 +53,8 @@ def ancestor_words_reference(parents: Tensor) -> Tensor:
 def ancestor_words_cpu(parents: Tensor) -> Tensor:
     """As `ancestor_words_reference`, in log2(N) rounds: after round r every node knows its 2^r nearest ancestors."""
     n_batch, n_nodes = parents.shape
-    node = torch.arange(n_nodes, device=parents.device)[:, None]
-    word = torch.arange(n_words(n_nodes), device=parents.device)
+    node = torch.arange(n_nodes, device=parents.device, dtype=torch.int64)[:, None]
+    word = torch.arange(n_words(n_nodes), device=parents.device, dtype=torch.int64)
     bits = torch.where(node // 64 == word, torch.ones_like(node) << node % 64, 0).expand(n_batch, -1, -1)
     for _ in range(int(n_nodes - 1).bit_length()):
         above = parents.clamp(min=0)  # where a climb has ended, node 0: a root, whose parent is -1

@@ -59,7 +59,8 @@ def weigh_children_reference(
     measure = weight[..., None] * torch.where(listed, target_probs, 0)
     scale, total = weight, weight
     weights = torch.zeros_like(places, dtype=measure.dtype)
-    is_child = torch.arange(listed.shape[-1], device=places.device) == places[..., None]  # [..., K, C]
+    place = torch.arange(listed.shape[-1], device=places.device, dtype=torch.int64)
+    is_child = place == places[..., None]  # [..., K, C]
     hubs, n_children = max(n_hubs, 0), places.shape[-1]
     law = torch.where(listed, draft_probs, 0)
     if hubs:

@@ -38,7 +38,7 @@ def verify_greedy_reference(
     """
     parents, depths = topology[0], topology[1]
     n_all = len(parents)
-    node = torch.arange(n_all, device=tokens.device)
+    node = torch.arange(n_all, device=tokens.device, dtype=torch.int64)
     rows = (starts[:-1, None] + node).clamp(max=len(chosen) - 1)
     choices = chosen[rows]  # [B, N]
     # Tokens are padded before they are compared: bools and indices inside two masks become C++ that Inductor's own
@@ -46,11 +46,11 @@ def verify_greedy_reference(
     own = torch.nn.functional.pad(tokens, (1, 0))
     differs = ((own != choices[:, parents.clamp(min=0)]) | (node >= n_nodes[:, None])) & (node > 0)
     words = torch.nn.functional.pad(differs.long(), (0, -n_all % 64)).unflatten(1, (-1, 64))
-    words = (words << torch.arange(64, device=tokens.device)).sum(-1)  # [B, W]
+    words = (words << torch.arange(64, device=tokens.device, dtype=torch.int64)).sum(-1)  # [B, W]
     is_path = ((words[:, None] & bits) == 0).all(-1)
     ancestors = unpack_words(bits, n_all)
     end = torch.where(is_path, depths * n_all + n_all - node, 0).argmax(1)  # the deepest, of equals the first
-    place = torch.arange(depth + 1, device=tokens.device)
+    place = torch.arange(depth + 1, device=tokens.device, dtype=torch.int64)
     on_path = ancestors[end][:, None] & (depths == place[:, None])  # [B, P, N]
     path = torch.where(place <= depths[end][:, None], (on_path * node).sum(-1), end[:, None])
     return path, depths[end], choices.gather(1, end[:, None])[:, 0]

@@ -62,13 +62,13 @@ def verify_tree_reference(
     """
     parents, depths, first_child, n_children, inner = topology.tolist()
     n_batch, last, size = n_nodes.shape[0], len(logits) - 1, support_ids.shape[-1]
-    path = torch.zeros(n_batch, depth + 1, dtype=torch.int64)
-    n_accepted, row = torch.zeros(n_batch, dtype=torch.int64), torch.zeros(n_batch, dtype=torch.int64)
-    exit_ids = torch.full((n_batch, size), -1)
-    exit_weights = torch.zeros(n_batch, size, dtype=torch.promote_types(logits.dtype, torch.float32))
+    path = torch.zeros(n_batch, depth + 1, dtype=torch.int64, device="cpu")
+    n_accepted, row = (torch.zeros(n_batch, dtype=torch.int64, device="cpu") for _ in range(2))
+    exit_ids = torch.full((n_batch, size), -1, dtype=torch.int64, device="cpu")
+    exit_weights = torch.zeros(n_batch, size, dtype=torch.promote_types(logits.dtype, torch.float32), device="cpu")
 
     def accepts(b: int, node: int, probability: Tensor) -> bool:
-        key = seed[b], position[b] + depths[node] - 1, torch.tensor(node)
+        key = seed[b], position[b] + depths[node] - 1, torch.tensor(node, dtype=torch.int64, device="cpu")
         return bool(_coin(*key) < probability)
 
     def ends_at(b: int, node: int, weight: Tensor) -> int:
@@ -328,7 +328,8 @@ def _fake(
     n_batch, size = n_nodes.shape[0], support_ids.shape[2]
     shapes = (n_batch, depth + 1), (n_batch,), (n_batch,), (n_batch, size)
     path, n_accepted, row, exit_ids = (torch.empty(s, dtype=torch.int64, device=n_nodes.device) for s in shapes)
-    return path, n_accepted, row, exit_ids, torch.empty((n_batch, size), device=n_nodes.device)
+    exit_weights = torch.empty((n_batch, size), dtype=torch.float32, device=n_nodes.device)
+    return path, n_accepted, row, exit_ids, exit_weights
 
 
 verify_tree = register(

@@ -149,12 +149,15 @@ class _Run:
         longest = self._longest + request.max_new_tokens
         if self._call.limits_whole_text:
             longest = len(first.prompt) + request.max_new_tokens
+        # Memory for all of it at once, where texts may come to that: limits can be beyond any model's positions.
+        config = self._model.config.get_text_config()
+        room = max(self._longest, min(longest, getattr(config, "max_position_embeddings", longest)))
         with self._handle.running():
             n_ended = -1
             while n_ended:
                 n_ended = 0
                 decoder = self._handle.decoder(self._call.draft, request.law)
-                run = decoder.run(queue, self._n_rows, longest, longest, request.law, request.eos_ids)
+                run = decoder.run(queue, self._n_rows, longest, room, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
                     yield True
@@ -166,8 +169,8 @@ class _Run:
                 clear_frames(emitted.__traceback__)  # or results would hold the buffers, for which memory may lack
                 self._handle.free()
                 if not n_ended:
-                    size = self._handle.memory(self._n_rows, longest) / 2**30
-                    rows = f"{self._n_rows} rows of {longest} tokens, {size:.1f} GiB"
+                    size = self._handle.memory(self._n_rows, room) / 2**30
+                    rows = f"{self._n_rows} rows of {room} tokens, {size:.1f} GiB"
                     raise RuntimeError(f"decoding stopped, with {rows}: {emitted}") from emitted
                 yield True
 
@@ -247,11 +250,11 @@ def _ids(prompt: Prompt, device: torch.device) -> Tensor:
         ValueError, TypeError: it is not one text's token ids.
     """
     mask = prompt.get("attention_mask") if isinstance(prompt, Mapping) else None
-    ids = torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt)
+    ids = torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt, device="cpu")
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.dim() != 1 or ids.is_floating_point():
         raise ValueError(f"a prompt is one text's token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
     if mask is not None:
-        ids = ids[torch.as_tensor(mask).flatten().bool()]
+        ids = ids[torch.as_tensor(mask, device="cpu").flatten().bool()]
     return ids.to(device, torch.int64)

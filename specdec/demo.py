@@ -87,7 +87,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     note = "" if settings.size == "bundled" else f", the target enlarged to {settings.size} with its function unchanged"
     with console.status(f"loading the bundled models{note}"):
         target, draft, tokenizer = measure.load_pair(settings.size)
-    tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer(settings.prompt)["input_ids"]]])
+    ids = [tokenizer.eos_token_id, *tokenizer(settings.prompt)["input_ids"]]
+    tokens = torch.tensor([ids], dtype=torch.int64, device="cpu")
     room = target.config.max_position_embeddings - tokens.shape[1]
     if settings.new_tokens > room:
         raise ValueError(f"the prompt has {tokens.shape[1]} tokens: there is room for {max(room, 0)} more")

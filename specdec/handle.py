@@ -215,6 +215,7 @@ class Handle:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
+                self.stats.decoded += 1
                 return request.result(input_ids, texts, decoder)
         except Unsupported as error:
             why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
@@ -243,13 +244,12 @@ class Handle:
             for piece in emitted:
                 if streamer is not None:
                     for token in piece.tokens:
-                        streamer.put(torch.tensor([token]))
+                        streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
                 if piece.text.error is not None:
                     raise piece.text.error
             if request.deadline is not None and time.time() > request.deadline:
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
-                for text in texts:
-                    text.cut(shortest)
+                self.stats.tokens -= sum(text.cut(shortest) for text in texts)
                 break
         if streamer is not None:
             streamer.end()
@@ -308,7 +308,8 @@ class Handle:
             Unsupported: the model cannot be decoded with.
         """
         with decoding(self._model):  # models are run to prove that they can be
-            if self._target is None or not self._target.is_current:
+            steps = [decoder.steps for decoder in self._decoders.values()]
+            if self._target is None or not (self._target.is_current and all(step.is_current for step in steps)):
                 self._target, self._decoders = ModelView(self._model), {}
             config = self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise

@@ -81,7 +81,7 @@ class Nodes:
         """Of one token a sample, several: `nodes` [w] int64 of each sample's tree."""
         assert self.depths is not None
         width = len(nodes)
-        own = torch.arange(len(self.slot), device=self.slot.device) < self.starts[-1]
+        own = torch.arange(len(self.slot), device=self.slot.device, dtype=torch.int64) < self.starts[-1]
         length = self.lengths[self.sample]
         slot = torch.where(own[:, None], length[:, None] + nodes, n_slots - 1) + (self.sample * n_slots)[:, None]
         position = length[:, None] + self.depths[nodes]
@@ -98,12 +98,12 @@ class Nodes:
     def to_grid(self, x: Tensor) -> Tensor:
         """[T, ...] to [B, R, ...]; places without a token hold some other token's values."""
         first = self.starts[:-1] if self.among is None else self.starts[self.among]
-        place = first[:, None] + torch.arange(self.rows, device=x.device)
+        place = first[:, None] + torch.arange(self.rows, device=x.device, dtype=torch.int64)
         return x[place.clamp(max=len(x) - 1)]
 
     def from_grid(self, x: Tensor) -> Tensor:
         """[B, R, ...] to [T, ...]; tokens of nobody get some other token's values."""
-        row = torch.arange(len(self.sample), device=x.device) - self.starts[self.sample]
+        row = torch.arange(len(self.sample), device=x.device, dtype=torch.int64) - self.starts[self.sample]
         sample = self.sample if self.among is None else torch.searchsorted(self.among, self.sample)
         return x[sample, row.clamp(0, self.rows - 1)]
 
@@ -116,7 +116,7 @@ class Nodes:
         """
         row_node, row_position = self.to_grid(self.node), self.to_grid(self.position)
         lengths = self.lengths if self.among is None else self.lengths[self.among]
-        slot = torch.arange(n_slots, device=lengths.device)
+        slot = torch.arange(n_slots, device=lengths.device, dtype=torch.int64)
         offset = slot - lengths[:, None]  # [B, S]; negative for the committed text
         if self.bits is None or self.depths is None:
             visible = offset[:, None] <= row_node[..., None]
@@ -139,7 +139,7 @@ class Nodes:
         """The same [1, 1, T, B * S], over the slots of all samples one after the other."""
         nodes = replace(self, among=None)
         own = nodes.from_grid(nodes.mask(allowed, n_slots, dtype)[:, 0])  # [T, S]
-        sample = torch.arange(len(self.lengths), device=own.device)
+        sample = torch.arange(len(self.lengths), device=own.device, dtype=torch.int64)
         lowest = torch.finfo(dtype).min  # a model's own attention may not expect infinity
         mask = torch.where(self.sample[:, None, None] == sample[:, None], own[:, None].clamp(min=lowest), lowest)
         return mask.flatten(1)[None, None]

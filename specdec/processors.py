@@ -169,8 +169,8 @@ def walk(
             path[row][depth:] = [child] * (tree.depth + 1 - depth)
             ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
         accepted[row] = depth
-    made = (torch.tensor(x, device=logits.device) for x in (path, accepted, bonus, broken))
-    return Chosen(*made)
+    made = zip((path, accepted, bonus, broken), 3 * (torch.int64,) + (torch.bool,), strict=True)
+    return Chosen(*(torch.tensor(x, dtype=dtype, device=logits.device) for x, dtype in made))
 
 
 def _choose(text: Text, ids: Tensor, logits: Tensor, greedy: bool) -> int:

@@ -137,7 +137,9 @@ def _prove(view: ModelView) -> None:
     model, cache = view.source, view.cache
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
-    texts = [torch.randint(vocabulary, (n + len(TREE),), generator=generator).to(view.device) for n in LENGTHS]
+    sizes = [n + len(TREE) for n in LENGTHS]
+    texts = [torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int64, device="cpu") for n in sizes]
+    texts = [text.to(view.device) for text in texts]
     plain = run_plainly(model, texts)
     view.check_untouched()
     view.layer_shapes = plain.shapes
@@ -184,8 +186,8 @@ def is_window(rule: Callable[..., Tensor], window: int, longest: int, device: to
     0. Asked at the window's edges, and as far as texts go."""
     last = max(min(longest, 2**20), 2 * window + 2, 1024)
     places = {0, 1, 5, 6, *(window + i for i in (-1, 0, 1, 7)), 2 * window + 1, last // 2, last - 1}
-    query = torch.tensor(sorted(p for p in places if 0 <= p < last), device=device)[:, None]
-    key = torch.arange(last, device=device)[None]
+    query = torch.tensor(sorted(p for p in places if 0 <= p < last), device=device, dtype=torch.int64)[:, None]
+    key = torch.arange(last, device=device, dtype=torch.int64)[None]
     zero = torch.zeros((), dtype=torch.int64, device=device)
     try:
         seen = rule(zero, zero, query, key).expand(len(query), last)
@@ -201,11 +203,9 @@ def _difference(view: ModelView, texts: list[Tensor], plain: Plain) -> str | Non
     bits, depths = TREE.tensors(device)
     try:
         view.allocate(n_rows, max(LENGTHS) + n_nodes + 1)  # the last slot is scratch
-        for row in range(n_rows):
-            view.cache.clear(row)
         view.prefill({row: (0, text[:-n_nodes]) for row, text in enumerate(texts)})
-        lengths = torch.tensor(LENGTHS, device=device)
-        token = torch.arange(n_rows * n_nodes, device=device)
+        lengths = torch.tensor(LENGTHS, device=device, dtype=torch.int64)
+        token = torch.arange(n_rows * n_nodes, device=device, dtype=torch.int64)
         counts = torch.full_like(lengths, n_nodes)
         nodes = Nodes.packed(lengths, counts, token, n_nodes, view.cache.n_slots, bits, depths)
         logits = view.forward(torch.cat([text[-n_nodes:] for text in texts]), nodes)

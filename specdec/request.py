@@ -23,6 +23,7 @@ from specdec.suited import check_context
 if TYPE_CHECKING:
     from specdec.decoder import Decoder
 
+_UNLIMITED = 2**48  # tokens: more than any text will have, and few enough to count with
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"
 
 
@@ -76,7 +77,7 @@ class Request:
         new = [text.tokens for text in texts]
         out = torch.full((len(new), max(map(len, new))), self.pad, dtype=torch.int64, device=input_ids.device)
         for row, tokens in enumerate(new):
-            out[row, : len(tokens)] = torch.tensor(tokens)
+            out[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         sequences = torch.cat([input_ids, out], 1)
         if self.past is not None:
             self.past.extend(decoder, sequences, [*map(len, new)])
@@ -156,8 +157,8 @@ class Request:
         if not all(map(is_of_a_row, processors)) or outputs:
             padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
             processes = [process_row(processors, row, padding[row]) for row in rows]
-        pad = names.pad_token(generation_config)
-        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(own), pad)
+        pad, most = names.pad_token(generation_config), min(max_length - width, _UNLIMITED)
+        return cls(prompts, law, most, eos_ids, deadline, ends, processes, outputs, past, bool(own), pad)
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -169,7 +170,7 @@ def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
         )
     counts = mask.long().sum(1).tolist()
     width = input_ids.shape[1]
-    tails = torch.arange(width, device=mask.device) >= width - mask.long().sum(1, keepdim=True)
+    tails = torch.arange(width, device=mask.device, dtype=torch.int64) >= width - mask.long().sum(1, keepdim=True)
     if not torch.equal(mask.bool(), tails):
         raise Unsupported("an attention mask with holes or right padding")
     return [row[width - n :] for row, n in zip(input_ids, counts, strict=True)]
@@ -182,7 +183,8 @@ def _check_positions(prompts: list[Tensor], width: int, positions: Tensor | None
     for axis in positions.reshape(-1, *positions.shape[-2:]):
         counted = axis.shape[-1] == width and len(axis) in (1, len(prompts))
         for row, prompt in zip(axis.expand(len(prompts), -1) if counted else (), prompts, strict=counted):
-            counted &= torch.equal(row[width - len(prompt) :], torch.arange(len(prompt), device=row.device))
+            place = torch.arange(len(prompt), device=row.device, dtype=torch.int64)
+            counted &= torch.equal(row[width - len(prompt) :], place)
         if not counted:
             raise Unsupported("position_ids that do not count the tokens of the prompt")
 
@@ -195,7 +197,7 @@ def _end(criteria: StoppingCriteriaList, input_ids: Tensor, tokens: list[int]) -
 
 def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float | None, StoppingCriteriaList]:
     """The longest text, the ends of text, the deadline, and the criteria that are none of these."""
-    max_length, eos_ids, deadline = None, torch.empty(0, dtype=torch.int64), None
+    max_length, eos_ids, deadline = None, torch.empty(0, dtype=torch.int64, device="cpu"), None
     others = StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) is names.MaxLengthCriteria:

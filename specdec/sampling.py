@@ -136,7 +136,7 @@ class SamplingLaw:
 
 def _neutral(device: torch.device) -> Tensor:
     """Knobs that change nothing."""
-    knobs = torch.ones(3, device=device)
+    knobs = torch.ones(3, device=device, dtype=torch.float32)
     knobs[2:] = 0  # a fill; an index would copy a number from the host
     return knobs
 
@@ -160,4 +160,4 @@ def _cuts(processors: LogitsProcessorList, device: torch.device) -> tuple[Tensor
             knobs[1] = processor.top_p
         else:
             knobs[2] = processor.min_p
-    return torch.tensor(knobs, device=device), top_k
+    return torch.tensor(knobs, device=device, dtype=torch.float32), top_k

@@ -28,7 +28,7 @@ class Seeds:
         Raises:
             TypeError: they are not whole numbers.
         """
-        given = None if value is None else torch.as_tensor(value)
+        given = None if value is None else torch.as_tensor(value, device="cpu")
         if given is not None and (given.is_floating_point() or given.is_complex()):
             raise TypeError(f"seeds are whole numbers, got {given.dtype}")
         self.last = None if given is None else given.to(torch.int64).flatten()
@@ -50,8 +50,8 @@ class Seeds:
             self.last = None
             return repeat(0)
         if n_texts is not None:
-            self.last = torch.randint(2**62, (n_texts,))
+            self.last = torch.randint(2**62, (n_texts,), dtype=torch.int64, device="cpu")
             return iter(self.last.tolist())
         self.last = None
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        return (int(torch.randint(2**62, (), generator=generator)) for _ in count())
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")))
+        return (int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in count())

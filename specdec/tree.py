@@ -123,8 +123,8 @@ class TokenTree:
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Ancestor words [N, W] and depths [N], int64, on `device`."""
-        parents = torch.tensor([self.parents])
-        return ancestor_words(parents)[0].to(device), torch.tensor(self.depths, device=device)
+        parents = torch.tensor([self.parents], dtype=torch.int64, device="cpu")
+        return ancestor_words(parents)[0].to(device), torch.tensor(self.depths, device=device, dtype=torch.int64)
 
     def topology(self, device: torch.device) -> Tensor:
         """[5, N] int64 on `device`: each node's parent, depth, first child, number of children, place in `inner`.
@@ -134,7 +134,7 @@ class TokenTree:
         places = {node: place for place, node in enumerate(self.inner)}
         place = [places.get(node, -1) for node in range(len(self))]
         rows = [self.parents, self.depths, self.first_child, self.n_children, place]
-        return torch.tensor(rows, device=device)
+        return torch.tensor(rows, device=device, dtype=torch.int64)
 
     def __str__(self) -> str:
         """A drawing, one node a line. Neighbours with equal subtrees are drawn once, as `1-4 x 4`: all their numbers,

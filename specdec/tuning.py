@@ -110,7 +110,7 @@ class _Forward:
     def __init__(self, view: ModelView, n_nodes: int, times: int) -> None:
         self.view, self.n_nodes, self.times = view, n_nodes, times
         self.bits, self.depths = TokenTree.chain(n_nodes - 1).tensors(view.device)
-        self.lengths = torch.tensor([_COMMITTED], device=view.device)
+        self.lengths = torch.tensor([_COMMITTED], device=view.device, dtype=torch.int64)
 
     def run(self, token: Tensor) -> Tensor:
         count = torch.ones_like(self.lengths) * token.shape[0]
@@ -134,7 +134,7 @@ def forward_seconds(
     forward = _Forward(view, n_nodes, times)
     counts = sorted({n for n in COUNTS if n < n_nodes} | {n_nodes})
     run = CompiledSteps(compiled).get(forward.run, None, 0)
-    tokens = {n: torch.arange(n, device=view.device) for n in counts}
+    tokens = {n: torch.arange(n, device=view.device, dtype=torch.int64) for n in counts}
     seconds: dict[int, list[float]] = {n: [] for n in counts}
     for turn in range(repeats + 2):  # the first two compile
         for n, token in tokens.items():

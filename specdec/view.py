@@ -149,8 +149,12 @@ class ModelView:
             logits_to_keep=rows,
             **{self._cache_argument: self.cache},
         )
+        logits = out.logits[0]
+        if self.cache.is_flat:  # the model's own attention knows nothing of lost slots
+            lost = self.cache.sees_lost(nodes)
+            logits = torch.where(lost[:, None] if isinstance(rows, int) else lost[rows, None], torch.nan, logits)
         self.cache.nodes = None
-        return out.logits[0]
+        return logits
 
     def _positions(self, nodes: Nodes) -> Tensor:
         # Drafts may reach past a table of positions near the end of a text; they are never accepted there.
@@ -184,14 +188,14 @@ class ModelView:
     def _write(self, pieces: Mapping[int, tuple[int, Tensor]]) -> None:
         """One forward of pieces of texts, in ascending order of rows: where each begins, and its tokens."""
         device, rows = self.device, list(pieces)
-        done, counts = (torch.zeros(self.cache.n_batch, dtype=torch.int64) for _ in range(2))
+        done, counts = (torch.zeros(self.cache.n_batch, dtype=torch.int64, device="cpu") for _ in range(2))
         for row, (written, piece) in pieces.items():
             done[row], counts[row] = written, len(piece)
         tokens = torch.cat([piece for _, piece in pieces.values()]).to(device)
-        token = torch.arange(len(tokens), device=device)
+        token = torch.arange(len(tokens), device=device, dtype=torch.int64)
         nodes = Nodes.packed(done.to(device), counts.to(device), token, int(counts.max()), self.cache.n_slots)
         reach = int((done + counts).max())
-        self.cache.nodes = replace(nodes, among=torch.tensor(rows, device=device), reach=reach)
+        self.cache.nodes = replace(nodes, among=torch.tensor(rows, device=device, dtype=torch.int64), reach=reach)
         given = {self._decoders_cache_argument: self.cache}
         self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), use_cache=True, **given)
         self.cache.nodes = None

@@ -38,12 +38,13 @@ class _Level:
     def __init__(self, tree: TokenTree, depth: int, device: torch.device) -> None:
         above = [node for node in tree.inner if tree.depths[node] == depth - 1]
         own = [node for node, d in enumerate(tree.depths) if d == depth]
-        self.nodes = torch.tensor(above, device=device)
-        self.counts = torch.tensor([tree.n_children[node] for node in above], device=device)
+        self.nodes = torch.tensor(above, device=device, dtype=torch.int64)
+        self.counts = torch.tensor([tree.n_children[node] for node in above], device=device, dtype=torch.int64)
         self.widest = max(tree.n_children[node] for node in above)
         flat = [row * self.widest + k for row, node in enumerate(above) for k in range(tree.n_children[node])]
-        self.flat = torch.tensor(flat, device=device)
-        self.run = torch.tensor([i for i, node in enumerate(own) if tree.n_children[node]], device=device)
+        self.flat = torch.tensor(flat, device=device, dtype=torch.int64)
+        inner = [i for i, node in enumerate(own) if tree.n_children[node]]
+        self.run = torch.tensor(inner, device=device, dtype=torch.int64)
 
 
 class ModelDrafter:
@@ -71,6 +72,7 @@ class ModelDrafter:
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
         self._overlap = None if overlap is None else overlap.to(device)
         n_tokens = model.config.get_text_config().vocab_size if overlap is None else len(overlap.draft_ids)
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.support_size = min(SUPPORT_SIZE, n_tokens)
         self._levels = [_Level(tree, depth, device) for depth in range(1, tree.depth + 1)]
 
@@ -86,9 +88,6 @@ class ModelDrafter:
         self.view.allocate(n_batch, n_slots)
 
     def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
-        for row, (n_known, _) in texts.items():
-            if n_known == 0:
-                self.view.cache.clear(row)
         # The token before the pending one is written by `draft`.
         unread = {row: (max(n_known - 2, 0), self._read_as(text[:-2])) for row, (n_known, text) in texts.items()}
         self.view.prefill(unread)
@@ -106,7 +105,7 @@ class ModelDrafter:
         root, alive, n_slots = state.lengths - 1, (~state.finished).long(), self.view.cache.n_slots
         # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.
         before = state.tokens.gather(1, root.clamp(min=0)[:, None])[:, 0]
-        pairs = torch.arange(2 * len(live), device=live.device)
+        pairs = torch.arange(2 * len(live), device=live.device, dtype=torch.int64)
         nodes = Nodes.packed(root, 2 * alive, pairs, 2, n_slots, self._bits, self._depths)
         fed = torch.where(nodes.node == 0, before[nodes.sample], state.pending[nodes.sample])
         logits = self._forward(fed, nodes, 1 + 2 * live)
@@ -120,6 +119,8 @@ class ModelDrafter:
         row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
         tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))
         counts = torch.full_like(root, tokens.shape[1])
+        if self.context is not None:  # past its positions it knows nothing; that depends on nothing but the length
+            counts = torch.where(state.lengths + 1 + self.tree.depth <= self.context, counts, 0)
         return Draft(tokens, counts, DraftLaw(*rest) if rest else None)
 
     def _children(

@@ -48,7 +48,7 @@ class NgramDrafter:
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         tokens, last = state.tokens, state.lengths[:, None]  # `last` is the pending token's place
-        place = torch.arange(tokens.shape[1], device=tokens.device)
+        place = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.int64)
         # matched[b, i]: how many tokens up to and including i equal the suffix that ends at the pending token.
         alive = (place < last).long()
         matched = torch.zeros_like(tokens)
@@ -60,7 +60,7 @@ class NgramDrafter:
         best = (matched * tokens.shape[1] + place).argmax(1, keepdim=True)
         found = matched.gather(1, best)[:, 0] > 0
         # What followed the match; past the end of the text the period between match and suffix goes on.
-        ahead = torch.arange(depth, device=tokens.device)
+        ahead = torch.arange(depth, device=tokens.device, dtype=torch.int64)
         period = (last - best).clamp(min=1)
         drafted = tokens.gather(1, (best + 1 + ahead % period).clamp(max=tokens.shape[1] - 1))
         return Draft(drafted, torch.where(found, depth, 0))

@@ -93,9 +93,9 @@ def _overlap(
     for i, text in target.items():
         endings = (text[at:] for at in range(len(text)))
         draft_ids[i] = next((draft_id_of[ending] for ending in endings if ending in draft_id_of), neutral)
-    is_shared = torch.zeros(n_target, dtype=torch.bool)
+    is_shared = torch.zeros(n_target, dtype=torch.bool, device="cpu")
     is_shared[shared] = True
-    return Overlap(torch.tensor(draft_ids), is_shared)
+    return Overlap(torch.tensor(draft_ids, dtype=torch.int64, device="cpu"), is_shared)
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, n: int) -> dict[int, bytes]:

@@ -78,7 +78,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     ids = []
     for encoding in tokenizer.backend_tokenizer.encode_batch(texts):
         ids += [*encoding.ids, tokenizer.eos_token_id]
-    return torch.tensor(ids)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def random_windows(tokens: torch.Tensor, count: int, length: int, seed: int) -> torch.Tensor:
@@ -90,5 +90,7 @@ def random_windows(tokens: torch.Tensor, count: int, length: int, seed: int) -> 
     if len(tokens) < length:
         raise ValueError(f"{len(tokens)} tokens are less than one window of {length}")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(tokens) - length + 1, (count, 1), generator=generator)
-    return tokens[starts + torch.arange(length)]
+    starts = torch.randint(
+        0, len(tokens) - length + 1, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
+    )
+    return tokens[starts + torch.arange(length, dtype=torch.int64, device="cpu")]

@@ -154,7 +154,8 @@ def train_draft(
 
     def loss(step: int) -> torch.Tensor:
         if step % 3:
-            rows = data.random_windows(torch.arange(len(samples)), max(1, DRAFT_BATCH // SAMPLE), 1, seed + step)
+            every = torch.arange(len(samples), dtype=torch.int64, device="cpu")
+            rows = data.random_windows(every, max(1, DRAFT_BATCH // SAMPLE), 1, seed + step)
             ids = samples[rows[:, 0].to(samples.device)]
         else:
             ids = windows_of_step(train, DRAFT_BATCH, step, steps, seed + 1)

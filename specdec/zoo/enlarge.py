@@ -203,7 +203,7 @@ def _embed(
 def _embed_attention(tensor: torch.Tensor, name: str, small: torch.Tensor, old: LlamaConfig, new: LlamaConfig) -> None:
     """One attention projection of a layer that the model has."""
     width, ratio = old.hidden_size, new.head_dim // old.head_dim
-    half = torch.arange(old.head_dim // 2, device=tensor.device) * ratio
+    half = torch.arange(old.head_dim // 2, device=tensor.device, dtype=torch.int64) * ratio
     pairs = torch.cat([half, half + new.head_dim // 2])  # rotate_half joins channel i with i + head_dim / 2
     group = old.num_attention_heads // old.num_key_value_heads
     for head, (new_head, new_kv) in enumerate(_heads(old, new)):
