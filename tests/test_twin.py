@@ -10,6 +10,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -211,16 +212,15 @@ def test_what_compiled_steps_have_read(fresh: Tiny, prompts: Prompts, monkeypatc
     decoder = wrapped.specdec.decoder(None)
     same(wrapped, model, **inputs)
     assert wrapped.specdec.decoder(None) is decoder
-    for change in (
-        lambda patch: patch.setitem(table, -1, 3.0),
-        lambda patch: patch.setitem(globals(), "SCALE", -1.0),
-        lambda patch: patch.setitem(STEERING["scale"], 0, 3.0),
-        lambda patch: patch.setattr(Strong, "factor", 3.0),
-    ):
-        with monkeypatch.context() as patch:
-            change(patch)
-            assert not decoder.steps.is_current
+    holders: list[tuple[Any, Any]] = [(table, -1), (STEERING["scale"], 0), (globals(), "SCALE")]
+    for holder, key in holders:
+        value, holder[key] = holder[key], 3.0
+        assert not decoder.steps.is_current
+        holder[key] = value
         assert decoder.steps.is_current
+    with monkeypatch.context() as patch:
+        patch.setattr(Strong, "factor", 3.0)
+        assert not decoder.steps.is_current
     table[-1] = -9.0  # too large to be looked into: nobody but the steps knows
     assert not torch.equal(same(wrapped, model, **inputs), before)
 
@@ -284,10 +284,15 @@ HOOKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOOKS)
-@pytest.mark.parametrize("where", ["subclass", "instance", "transformers' class"])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        *product(["subclass", "transformers' class"], HOOKS),
+        *(("instance", name) for name in HOOKS if name != "_sample"),  # which transformers takes from the class
+    ],
+)
 def test_methods_of_transformers_loop_are_called(
-    name: str, where: str, fresh: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+    where: str, name: str, fresh: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also those that look like transformers' own."""
     calls: list[str] = []
@@ -302,8 +307,6 @@ def test_methods_of_transformers_loop_are_called(
     if where == "subclass":
         model.__class__ = type("Mine", (LlamaForCausalLM,), {name: method})
     elif where == "instance":
-        if name == "_sample":  # which transformers takes from the class
-            pytest.skip("nobody would call it")
         vars(model)[name] = MethodType(method, model)
     else:
         monkeypatch.setattr(GenerationMixin, name, method)
