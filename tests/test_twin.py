@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import DECODED
 from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
@@ -450,18 +449,6 @@ def test_a_draft_whose_preparation_breaks(fresh: Tiny, prompts: Prompts, monkeyp
     monkeypatch.setattr("specdec.drafters.model.ModelView", breaks(torch.OutOfMemoryError()))
     with pytest.warns(UserWarning, match="transformers' own loop: out of memory"):
         assert torch.equal(wrapped.generate(**inputs), expected)
-
-
-@pytest.mark.parametrize("family", DECODED)
-def test_a_model_that_is_run_is_what_it_was(family: str, fresh: Tiny, prompts: Prompts) -> None:
-    """Nothing that transformers notes while it runs makes the decoder anew."""
-    model, inputs = fresh(family), {**prompts([5]), "max_new_tokens": 2}
-    wrapped = wrap(model)
-    wrapped.generate(**inputs)
-    decoder = wrapped.specdec.decoder("ngram")
-    model.generate(**inputs)
-    wrapped.generate(**inputs)
-    assert wrapped.specdec.decoder("ngram") is decoder
 
 
 def test_settings_of_torch_are_looked_at(model: PreTrainedModel) -> None:
