@@ -141,6 +141,7 @@ def _prove(view: ModelView) -> None:
     texts = [torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int64, device="cpu") for n in sizes]
     texts = [text.to(view.device) for text in texts]
     plain = run_plainly(model, texts)
+    view.check_untouched()
     view.layer_shapes = plain.shapes
     can_fuse, cache.can_fuse = cache.can_fuse, False
     try:
