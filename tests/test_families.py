@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from specdec import attention, generate_many, proof
 from specdec.errors import Unsupported
-from specdec.windows import is_window
 from specdec.view import ModelView
+from specdec.windows import is_window
 
 
 @pytest.mark.parametrize("family", DECODED)
