@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
+import sys
+from collections.abc import Iterator
+from functools import cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.errors import Unsupported
 from specdec.hf import names
@@ -43,6 +44,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise Unsupported("CUDA without Triton")
     if _ignores_softcap(model.config):
         raise Unsupported(f"{model.config._attn_implementation} attention, which ignores this model's softcap")
+    if (own := _own_attention(model)) is not None:
+        raise Unsupported("attention by a function that is not transformers' own", own)
 
 
 def differs(wrapped: PreTrainedModel, model: PreTrainedModel) -> str | None:
@@ -130,9 +133,40 @@ def _hook(model: PreTrainedModel) -> str | None:
 
 def _ignores_softcap(config: Any) -> bool:
     """Whether the model's attention drops the softcap of its configuration, as some versions' sdpa does for Gemma 2."""
-    attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # None for "eager", the model's own
+    attend = names.ATTENTION_FUNCTIONS.get(config._attn_implementation)  # None for "eager", the model's own
     has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     return has_softcap and attend is not None and "softcap" not in inspect.signature(attend).parameters
+
+
+def _own_attention(model: PreTrainedModel) -> str | None:
+    """The name of a function that makes masks or attends in this model, and is not transformers' own: what it does far
+    away no short text shows, and in a view specdec's would take its place."""
+    functions = [function for function in _attention_functions(model) if not _is_their_code(function)]
+    return getattr(functions[0], "__qualname__", repr(functions[0])) if functions else None
+
+
+def _attention_functions(model: PreTrainedModel) -> Iterator[Any]:
+    """All that attends and makes masks by name, or is called for "eager", in the files that this model's classes are
+    of: each may look names up in a table of its own."""
+    modules = list(model.get_decoder().modules())
+    files = [vars(sys.modules[name]) for name in {type(module).__module__ for module in modules} if name in sys.modules]
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    for how in {getattr(config, "_attn_implementation", None) or "eager" for config in configs}:
+        own = "eager_attention_forward"
+        found = [
+            file.get("ALL_ATTENTION_FUNCTIONS", names.ATTENTION_FUNCTIONS).get(how, file.get(own)) for file in files
+        ]
+        yield from (x for x in (*found, names.MASK_FUNCTIONS.get(how)) if x is not None)
+
+
+def _is_their_code(function: Any) -> bool:
+    """Whether a function is defined in transformers, by its code and not by what it is called; and so are those that it
+    wraps."""
+    while isinstance(function, partial):
+        function = function.func
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    wrapped = getattr(function, "__wrapped__", None)
+    return module.startswith("transformers.") and (wrapped is None or _is_their_code(wrapped))
 
 
 def check_context(model: PreTrainedModel, longest: int) -> None:
