@@ -28,7 +28,7 @@ class Seeds:
         """Use these for the next call: whole numbers, one a text; None takes back what was set.
 
         Raises:
-            TypeError: they are not whole numbers. ValueError: they are too large.
+            TypeError: they are not whole numbers of 64 bits.
         """
         self.last = self._waiting = None if value is None else _whole(value)
 
@@ -70,15 +70,14 @@ def _draw(generator: torch.Generator | None = None) -> int:
 
 def _whole(value: Any) -> Tensor:
     """[n] int64; see `Seeds.fix`."""
+    wrong = TypeError(f"seeds are whole numbers of 64 bits, got {value!r}")
     try:
         given = torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError):
-        raise TypeError(f"seeds are whole numbers, got {value!r}") from None
-    except (RuntimeError, OverflowError):
-        raise ValueError(f"seeds are whole numbers of 64 bits, got {value!r}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise wrong from None
     if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
-        raise TypeError(f"seeds are whole numbers, got {given.dtype}")
+        raise wrong
     seeds = given.to(torch.int64, copy=True).flatten()
-    if given.dtype == torch.uint64 and bool((seeds < 0).any()):
-        raise ValueError(f"seeds are whole numbers of 64 bits, got {value!r}")
+    if given.dtype == torch.uint64 and bool((seeds < 0).any()):  # wrapped around
+        raise wrong
     return seeds
