@@ -32,7 +32,7 @@ class RaggedLayer:
     is_compileable = True
     is_initialized = True
 
-    def __init__(self, keys: Tensor, values: Tensor, lost: Tensor | None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, lost: Tensor | None = None) -> None:
         self.keys, self.values, self.lost = keys, values, lost
         # The fused attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
         self.table = cache_table([(keys, values)])[0]
