@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -180,7 +181,8 @@ class Handle:
         with self._running, torch.random.fork_rng(devices=[]):
             choice = choose(probe, *views, max_nodes, max_depth, self.config)
             self.config = replace(self.config, tree=choice.tree, depth=None)
-            self.stats.tree, self._decoders = str(choice), {}
+            self.stats.tree = str(choice)
+            self.free()
         return choice
 
     def _probe(self, ids: Tensor, mask: Tensor, settings: dict[str, Any], tree: TokenTree, timed: bool) -> Stats:
@@ -334,6 +336,7 @@ class Handle:
     def free(self) -> None:
         """Give back the memory of all batches."""
         self._decoders, self._target = {}, None
+        gc.collect()  # copies of models and compiled steps know themselves
 
     def memory(self, batch_size: int, max_length: int) -> int:
         """Bytes that decoding takes beside the weights, for texts of up to `max_length` tokens, prompt and new ones.
@@ -370,9 +373,11 @@ class Handle:
             Unsupported: the model cannot be decoded with.
         """
         with decoding(self._model):  # models are run to prove that they can be
-            steps = [decoder.steps for decoder in self._decoders.values()]
-            if self._target is None or not (self._target.is_current and all(step.is_current for step in steps)):
-                self._target, self._decoders = ModelView(self._model), {}
+            is_current = self._target is not None and self._target.is_current
+            if not (is_current and all(decoder.steps.is_current for decoder in self._decoders.values())):
+                if self._target is not None:
+                    self.free()
+                self._target = ModelView(self._model)
             config = config or self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
@@ -407,8 +412,9 @@ class Handle:
             )  # fmt: skip
         self._decoders[key] = decoder  # the last used comes last
         named = [key for key in self._decoders if not self._is_own(key)]
-        for key in named[:-N_NAMED]:
-            del self._decoders[key]
+        if len(named) > N_NAMED:
+            del self._decoders[named[0]]
+            gc.collect()  # its memory is wanted now
         return decoder
 
     def _is_own(self, key: tuple[object, Config]) -> bool:
