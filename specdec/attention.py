@@ -19,7 +19,7 @@ from specdec.cache import RaggedCache, readable
 from specdec.hf import names
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.tree_attention import tree_attention
-from specdec.proof import Asked
+from specdec.windows import Asked
 
 NAME = "specdec"
 
@@ -130,8 +130,9 @@ def build_mask(
     if not cache.is_dense:
         return None
     if cache.is_flat:
-        return nodes.flat_mask(mask_function, cache.n_slots, dtype)
-    mask = nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)
+        mask = nodes.flat_mask(mask_function, cache.n_slots, dtype)
+    else:
+        mask = nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)
     if cache.asked is not None:
         vars(mask)["rule"] = mask_function
     return mask

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.arguments import flag, whole
 from specdec.decoder import Emitted
 from specdec.handle import Call, Handle, decoding
 from specdec.rows import Text
@@ -77,7 +78,7 @@ def generate_many(
             prompts in turns: what they say must depend on the text alone.
 
     Raises:
-        TypeError: `prompts` is a batch in one mapping.
+        TypeError: `prompts` is a batch in one mapping, or a text; a size is no whole number, or a flag no bool.
         ValueError: `model` is not from `specdec.compile`, a size is not positive, there is a streamer, or the seeds
             that were set are not one a prompt.
         RuntimeError: there is no memory for the rows, steps fail without any text's ending in between, or another
@@ -85,16 +86,20 @@ def generate_many(
     """
     if not isinstance(getattr(model, "specdec", None), Handle):
         raise ValueError("generate_many() takes a model from specdec.compile()")
-    if max_batch_size < 1 or (max_prompt_length is not None and max_prompt_length < 1):
-        raise ValueError(f"{max_batch_size=} and {max_prompt_length=} must be at least 1")
-    if isinstance(prompts, Mapping):
-        raise TypeError("generate_many() takes one prompt a text, and got a batch in one mapping")
-    if settings.get("streamer") is not None:
-        raise ValueError("generate_many() decodes several texts at once, and a streamer takes one")
-    if max_prompt_length is None:
-        prompts = list(prompts)
-        max_prompt_length = max((_length(prompt) for prompt in prompts), default=1)
-    return _Run(model, prompts, max_batch_size, max_prompt_length, settings).results(in_order, progress)
+    with model.specdec.one_call():  # seeds that were set are this one's, also where it goes no further
+        max_batch_size = whole("max_batch_size", max_batch_size)
+        if max_prompt_length is not None:
+            max_prompt_length = whole("max_prompt_length", max_prompt_length)
+        flag("in_order", in_order), flag("progress", progress)
+        if isinstance(prompts, Mapping | str):
+            kind = "a batch in one mapping" if isinstance(prompts, Mapping) else repr(prompts)
+            raise TypeError(f"generate_many() takes one prompt a text, of token ids, and got {kind}")
+        if settings.get("streamer") is not None:
+            raise ValueError("generate_many() decodes several texts at once, and a streamer takes one")
+        if max_prompt_length is None:
+            prompts = list(prompts)
+            max_prompt_length = max((_length(prompt) for prompt in prompts), default=1)
+        return _Run(model, prompts, max_batch_size, max_prompt_length, settings).results(in_order, progress)
 
 
 class _Run:
@@ -107,6 +112,7 @@ class _Run:
         self._total = len(prompts) if isinstance(prompts, Sized) else None
         self._n_rows, self._longest = n_rows if self._total is None else min(n_rows, max(self._total, 1)), longest
         self._prompts = prompts
+        self._seeds = self._handle.next_seeds(self._total)
         self._done: list[Result] = []
         self._under_way: dict[Text, tuple[int, float | None]] = {}  # which prompt's, and its deadline
         self._call: Call | None = None  # the first prompt's, which all others resemble
@@ -156,7 +162,7 @@ class _Run:
             n_ended = -1
             while n_ended:
                 n_ended = 0
-                decoder = self._handle.decoder(self._call.draft, request.law)
+                decoder = self._handle.decoder(self._call.draft, request.law, self._call.config)
                 run = decoder.run(queue, self._n_rows, longest, room, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
@@ -222,10 +228,9 @@ class _Run:
 
     def _read(self) -> Generator[tuple[int, Prompt, int]]:
         """Prompts, by their places, with their seeds. An error of theirs ends them, and waits for those read."""
-        seeds = self._handle.next_seeds(self._total)
         try:
             for index, prompt in enumerate(self._prompts):
-                seed = next(seeds, None)
+                seed = next(self._seeds, None)
                 if seed is None:
                     raise ValueError(f"{index} seeds were set for more prompts")
                 yield index, prompt, seed
@@ -253,7 +258,7 @@ def _ids(prompt: Prompt, device: torch.device) -> Tensor:
     ids = torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt, device="cpu")
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
-    if ids.dim() != 1 or ids.is_floating_point():
+    if ids.dim() != 1 or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"a prompt is one text's token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
     if mask is not None:
         ids = ids[torch.as_tensor(mask, device="cpu").flatten().bool()]

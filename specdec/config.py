@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import NoneType
 
+from specdec.arguments import flag, whole
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
 
@@ -38,19 +38,14 @@ class Config:
     compile: bool = True
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            ("depth", (int, NoneType)),
-            ("max_ngram", int),
-            ("adapt", (bool, NoneType)),
-            ("compile", bool),
-        ):
-            if not isinstance(value := getattr(self, name), kinds):
-                raise TypeError(f"{name} must not be a {type(value).__name__}, got {value!r}")
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}; draft=None decodes without drafting")
-        if self.max_ngram < 1:
-            raise ValueError(f"max_ngram must be at least 1, got {self.max_ngram}")
-        if self.verifier not in VERIFIERS:
+        given = {"max_ngram": whole("max_ngram", self.max_ngram)}
+        if self.depth is not None:
+            given["depth"] = whole("depth", self.depth, hint="; draft=None decodes without drafting")
+        vars(self).update(given)
+        flag("compile", self.compile)
+        if self.adapt is not None:
+            flag("adapt", self.adapt)
+        if not isinstance(self.verifier, str) or self.verifier not in VERIFIERS:
             raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {self.verifier!r}")
         if self.tree is not None:
             if not isinstance(self.tree, TokenTree):

@@ -53,13 +53,18 @@ class Past:
             names.DynamicSlidingWindowLayer,
         }:
             kinds = sorted({type(x).__name__ for x in layers})
-            raise Unsupported(f"past_key_values in {type(cache).__name__} with layers {', '.join(kinds)}")
+            raise Unsupported(
+                "past_key_values of a kind that only its own model fills",
+                f"{type(cache).__name__} with layers {', '.join(kinds)}",
+            )
         n_known = cache.get_seq_length()
         if n_known >= width:
-            raise Unsupported(f"past_key_values of {n_known} tokens for prompts of {width}")
+            raise Unsupported("past_key_values as long as the prompts", f"{n_known} tokens for prompts of {width}")
         rows = {layer.keys.shape[0] for layer in layers if n_known and layer.keys is not None}
         if rows - {len(padding)}:
-            raise Unsupported(f"past_key_values of {rows.pop()} samples for a batch of {len(padding)}")
+            raise Unsupported(
+                "past_key_values of another number of samples", f"{rows.pop()} for a batch of {len(padding)}"
+            )
         return cls(cache, width, padding, n_known)
 
     def write_to(self, cache: RaggedCache, row: int) -> int:

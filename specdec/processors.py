@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Process = Callable[[Tensor, Tensor], Tensor]
 """From a text [1, length] int64, without padding, and its next token's logits [1, V] float32 to scores [1, V]."""
 
-# Functions of one text and its scores, or of that and which row of the batch it is.
+# Functions of one text and its scores.
 _PURE: tuple[type, ...] = tuple(
     names.processor(name)
     for name in (
@@ -86,6 +86,12 @@ def is_pure(processor: Any) -> bool:
     return type(processor) in _PURE or is_of_a_row(processor)
 
 
+def asks_user(processor: Any) -> bool:
+    """Whether the processor runs code of the user's, which may keep a state: what it says of a text can depend on the
+    texts it was shown before, and a batch shows them in another order than transformers' loop."""
+    return not is_pure(processor) or type(processor) is _PREFIX_CONSTRAINED
+
+
 def check(processors: LogitsProcessorList, n_rows: int) -> None:
     """Whether these can be asked text by text, of so many rows.
 
@@ -115,9 +121,6 @@ def process_row(processors: LogitsProcessorList, row: int, padding: Tensor) -> P
 
 
 def _for_row(processor: Any, row: int) -> Any:
-    if type(processor) is _PREFIX_CONSTRAINED:
-        allowed = processor._prefix_allowed_tokens_fn
-        return _PREFIX_CONSTRAINED(lambda _, ids: allowed(row, ids), 1)
     if (held := _held(processor)) is None:
         return processor
     one = copy.copy(processor)

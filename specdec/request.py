@@ -14,11 +14,11 @@ from transformers import StoppingCriteriaList
 from specdec.errors import Unsupported
 from specdec.hf import names
 from specdec.past import Past, is_users
-from specdec.processors import Process, Record, is_pure, process_row
+from specdec.processors import Process, Record, asks_user, is_pure, process_row
 from specdec.processors import check as check_processors
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw, is_of_a_row
-from specdec.suited import check_context
+from specdec.suited import check_context, check_mode
 
 if TYPE_CHECKING:
     from specdec.decoder import Decoder
@@ -120,8 +120,7 @@ class Request:
             raise Unsupported(f"model arguments {', '.join(extra)}", names.hint())
         if not model_kwargs.get("use_cache", True):
             raise Unsupported("use_cache=False")
-        if model.training:
-            raise Unsupported("the model is in training mode")
+        check_mode(model)
         if torch.is_autocast_enabled(input_ids.device.type):
             raise Unsupported("autocast")
         if len(input_ids) == 0:
@@ -132,14 +131,17 @@ class Request:
         _check_positions(prompts, input_ids.shape[1], model_kwargs.get("position_ids"))
         check_processors(processors, len(input_ids))
         law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
-        max_length, eos_ids, deadline, others = _read_criteria(criteria)
-        own = [f"logits processor {type(p).__name__}" for p in processors if not is_pure(p)]
-        users = own + [
+        n_rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+        n_tokens = max(model.config.get_text_config().vocab_size, n_rows)
+        max_length, eos_ids, deadline, others = _read_criteria(criteria, n_tokens)
+        own = [p for p in processors if not is_pure(p)]
+        users = [f"logits processor {type(p).__name__}" for p in processors if asks_user(p)] + [
             f"stopping criterion {type(c).__name__}" for c in others if type(c) is not names.StopStringCriteria
         ]
         if users and len(input_ids) > 1:
             raise Unsupported(f"{users[0]} with a batch of several samples")
-        if others and len(input_ids) > 1 and not len(eos_ids):  # there what has stopped goes on until all have
+        pads = any(type(criterion) is names.EosTokenCriteria for criterion in criteria)
+        if others and len(input_ids) > 1 and not pads:  # there what has stopped goes on until all have
             raise Unsupported("stop strings with a batch of several samples and no end of text")
         if outputs and others:
             raise Unsupported(f"output_{min(outputs)} with stopping criterion {type(others[0]).__name__}")
@@ -165,9 +167,8 @@ def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     if mask is None:
         return list(input_ids.unbind())
     if mask.shape != input_ids.shape:
-        raise Unsupported(
-            f"an attention mask of shape {tuple(mask.shape)} for tokens of shape {tuple(input_ids.shape)}"
-        )
+        shapes = f"{tuple(mask.shape)} for tokens of shape {tuple(input_ids.shape)}"
+        raise Unsupported("an attention mask of another shape than the tokens", shapes)
     counts = mask.long().sum(1).tolist()
     width = input_ids.shape[1]
     tails = torch.arange(width, device=mask.device, dtype=torch.int64) >= width - mask.long().sum(1, keepdim=True)
@@ -195,8 +196,11 @@ def _end(criteria: StoppingCriteriaList, input_ids: Tensor, tokens: list[int]) -
     return bool(criteria(torch.cat([input_ids, new], 1), None).all())
 
 
-def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float | None, StoppingCriteriaList]:
-    """The longest text, the ends of text, the deadline, and the criteria that are none of these."""
+def _read_criteria(
+    criteria: StoppingCriteriaList, n_tokens: int
+) -> tuple[int, Tensor, float | None, StoppingCriteriaList]:
+    """The longest text, the ends of text among a model's `n_tokens`, the deadline, and the criteria that are none of
+    these."""
     max_length, eos_ids, deadline = None, torch.empty(0, dtype=torch.int64, device="cpu"), None
     others = StoppingCriteriaList()
     for criterion in criteria:
@@ -211,4 +215,5 @@ def _read_criteria(criteria: StoppingCriteriaList) -> tuple[int, Tensor, float |
             others.append(criterion)
     if max_length is None:
         raise Unsupported("no length limit")
+    eos_ids = eos_ids[(eos_ids >= 0) & (eos_ids < n_tokens)]  # no text ends with another, as with -1 for "never"
     return max_length, eos_ids, deadline, others

@@ -94,13 +94,13 @@ def test_trees_and_verifiers(
         wrap(model, model, **options)
 
 
-def test_a_tree_is_for_a_draft_model(model: PreTrainedModel, prompts: Prompts) -> None:
-    for draft in ("ngram", NgramDrafter(2)):
-        with pytest.raises(ValueError, match="tree is what a draft model drafts"):
+def test_a_tree_is_for_a_draft_model(model: PreTrainedModel, tiny: Tiny, prompts: Prompts) -> None:
+    for draft in (None, "ngram", NgramDrafter(2)):
+        with pytest.raises(ValueError, match=r"tree=\(-1, 0, 0, 1, 2\) is what a draft model drafts"):
             wrap(model, draft, tree=TREE)
     with pytest.raises(ValueError, match="a node with 65 children; a draft model drafts 64"):
         wrap(model, model, tree=TokenTree.from_widths(65))
-    wrapped = wrap(model, None, tree=TREE)  # which a call may name
+    wrapped = wrap(model, tiny("llama", seed=7), tree=TREE)  # also for one that a call names
     wrapped.generate(**prompts([5]), max_new_tokens=6, assistant_model=model)
     assert wrapped.specdec.stats.accepted == [2, 2]
 
@@ -187,12 +187,17 @@ def test_same_outcome_as_transformers(
 
 def test_gpt2_beyond_its_context_fails_as_in_transformers(tiny: Tiny, prompts: Prompts) -> None:
     model = tiny("gpt2")
-    wrapped = wrap(model, "ngram")
+    wrapped, said = wrap(model, "ngram"), []
     for arguments in ({**prompts([120]), "max_new_tokens": 20}, {**prompts([140]), "max_new_tokens": 2}):
         with pytest.raises(IndexError):
             model.generate(**arguments)
-        with pytest.warns(UserWarning, match="128 positions"), pytest.raises(IndexError):
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(IndexError):
+            warnings.simplefilter("always")
             wrapped.generate(**arguments)
+        said.append([str(w.message) for w in caught if issubclass(w.category, specdec.SpecdecWarning)])
+    assert [len(messages) for messages in said] == [1, 0]  # one reason, whatever the lengths
+    assert "a text of 140 tokens for 128 positions" in said[0][0]
+    assert [*wrapped.specdec.stats.fallbacks.values()] == [2]
     inputs = prompts([20])
     assert torch.equal(wrapped.generate(**inputs, max_new_tokens=6), model.generate(**inputs, max_new_tokens=6))
 
@@ -347,7 +352,7 @@ def test_a_vocabulary_resized_after_compile(fresh: Tiny, prompts: Prompts) -> No
     wrapped.generate(**prompts([6]), max_new_tokens=3)
     model.resize_token_embeddings(101)
     expected = model.generate(**prompts([6]), max_new_tokens=3)
-    with pytest.warns(UserWarning, match=r"transformers' own loop: the draft: (?=.*97)(?=.*101)"):
+    with pytest.warns(UserWarning, match=r"without the draft: it does not fit: (?=.*97)(?=.*101)"):
         assert torch.equal(wrapped.generate(**prompts([6]), max_new_tokens=3), expected)
     draft.resize_token_embeddings(101)
     expected = model.generate(**prompts([6]), max_new_tokens=8)

@@ -281,7 +281,7 @@ def test_arguments(wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Pr
     with pytest.raises(ValueError, match=r"specdec\.compile"):
         generate_many(model, TEXTS)
     for sizes in ({"max_batch_size": 0}, {"max_prompt_length": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(sizes))}=0"):
+        with pytest.raises(ValueError, match=f"{next(iter(sizes))} must be at least 1, got 0"):
             generate_many(wrapped, TEXTS, **sizes)
     with pytest.raises(TypeError, match="one prompt a text"):
         generate_many(wrapped, prompts([3, 4]))

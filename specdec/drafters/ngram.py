@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from specdec.arguments import whole
 from specdec.drafters.base import Draft
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState
@@ -25,8 +26,7 @@ class NgramDrafter:
     """
 
     def __init__(self, depth: int = 8, max_ngram: int = 3) -> None:
-        if depth < 1 or max_ngram < 1:
-            raise ValueError(f"depth and max_ngram must be at least 1, got {depth} and {max_ngram}")
+        depth, max_ngram = whole("depth", depth), whole("max_ngram", max_ngram)
         self.tree, self.max_ngram = TokenTree.chain(depth), max_ngram
         self.depths: tuple[int, ...] = (depth,)
 

@@ -11,6 +11,7 @@ Algorithms for Heterogeneous Vocabularies", arXiv 2502.05202.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,14 +69,18 @@ class ForeignDraft:
             if not isinstance(value, PreTrainedTokenizerBase):
                 raise TypeError(f"{name} must be a transformers tokenizer, got {type(value).__name__}")
         sizes = (model.config.get_text_config().vocab_size for model in (target, self.model))
-        return _overlap(self.tokenizer, self.draft_tokenizer, *sizes)
+        return _overlap(weakref.ref(self.tokenizer), weakref.ref(self.draft_tokenizer), *sizes)
 
 
 @lru_cache(maxsize=8)  # seconds for large vocabularies, and asked for at every call that names an assistant
 def _overlap(
-    tokenizer: PreTrainedTokenizerBase, draft_tokenizer: PreTrainedTokenizerBase, n_target: int, n_draft: int
-) -> Overlap | None:
-    """What models of `n_target` and `n_draft` tokens share; tokens without a row in their model are none."""
+    target_ref: weakref.ref[PreTrainedTokenizerBase], draft_ref: weakref.ref[PreTrainedTokenizerBase],
+    n_target: int, n_draft: int,
+) -> Overlap | None:  # fmt: skip
+    """What models of `n_target` and `n_draft` tokens share; tokens without a row in their model are none. The
+    tokenizers, which are large, live no longer for being known here."""
+    tokenizer, draft_tokenizer = target_ref(), draft_ref()
+    assert tokenizer is not None and draft_tokenizer is not None  # who asks holds them
     target, draft = _texts(tokenizer, n_target), _texts(draft_tokenizer, n_draft)
     if n_target == n_draft and target == draft:
         return None

@@ -53,6 +53,8 @@ DynamicLayer = _class("transformers.cache_utils.DynamicLayer")
 DynamicSlidingWindowLayer = _class("transformers.cache_utils.DynamicSlidingWindowLayer")
 AttentionInterface = _class("transformers.AttentionInterface")
 AttentionMaskInterface = _class("transformers.AttentionMaskInterface")
+ATTENTION_FUNCTIONS = _class("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS")
+MASK_FUNCTIONS = _class("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS")
 DecoderLayer = _class("transformers.modeling_layers.GradientCheckpointingLayer")
 DecoderOnlyOutput = _class("transformers.generation.GenerateDecoderOnlyOutput")
 EosTokenCriteria = _class("transformers.generation.stopping_criteria.EosTokenCriteria")
@@ -220,6 +222,21 @@ def pad_token(generation_config: Any) -> int:
     pad = generation_config._pad_token_tensor
     return 0 if pad is None else int(pad)
 
+
+def asked(generation_config: Any, name: str) -> Any:
+    """What a call's configuration says of a setting; None where it is what transformers fills in by itself."""
+    value = getattr(generation_config, name, None)
+    return None if value == _defaults().get(name) else value
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    fill_in = getattr(GenerationConfig(), "_get_default_generation_params", dict)
+    return fill_in()
+
+
+NOT_OF_FORWARDS = {"generation_config", "_previous_max_cache_length", "_cached_continuous_batching_manager"}
+"""Attributes of a model that `generate()` alone reads and writes."""
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.
 PLAIN_ARGUMENTS = {

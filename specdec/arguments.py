@@ -1,0 +1,37 @@
+"""What users hand in, checked where they hand it in: an error names the argument and its value."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+
+def whole(name: str, value: Any, least: int = 1, hint: str = "") -> int:
+    """A whole number of any kind, numpy's and torch's included; `hint` says what else there is.
+
+    Raises:
+        TypeError: it is something else, a truth value for one. ValueError: it is less than `least`.
+    """
+    is_truth = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
+    try:
+        number = None if is_truth else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must not be a {type(value).__name__}, got {value!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}{hint}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Yes or no.
+
+    Raises:
+        TypeError: it is something else, a number for one.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must not be a {type(value).__name__}, got {value!r}")
+    return value
