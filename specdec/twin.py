@@ -18,6 +18,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import chain
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,10 @@ _SEQUENCES = list, tuple, set, frozenset, deque
 _ARRAYS = np.ndarray, np.generic, bytearray, array
 _CODE = type, types.FunctionType, types.MethodType, types.ModuleType, property, staticmethod, classmethod, partial
 _SETTINGS = types.SimpleNamespace, Namespace  # the standard library's holders of what is others'
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "transformers", "specdec"}
+_LIBRARIES = {
+    *sys.stdlib_module_names, "torch", "numpy", "transformers", "specdec", "accelerate", "huggingface_hub",
+    "safetensors", "tokenizers", "tqdm",
+}  # fmt: skip
 _OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"} | names.NOT_OF_FORWARDS
 _OF_ANY_CLASS = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl"}
 
@@ -147,8 +151,10 @@ def is_seen(value: Any) -> bool:
 
 
 def _has_fields(value: Any) -> bool:
-    """Whether an object is a module, a holder of settings or a user's own, and no library's."""
-    return isinstance(value, (nn.Module, PreTrainedConfig, *_SETTINGS)) or not _is_librarys(type(value).__module__)
+    """Whether an object is a module, a holder of settings or a user's own, and no library's nor what runs by itself."""
+    if isinstance(value, (nn.Module, PreTrainedConfig, *_SETTINGS)):
+        return True
+    return not _is_librarys(type(value).__module__) and not isinstance(value, Thread)
 
 
 def _is_librarys(module: Any) -> bool:
