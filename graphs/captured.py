@@ -98,6 +98,15 @@ class CapturedSteps:
         self.recordings: dict[Hashable, Recording] = {}
         self._is_full = False
 
+    @property
+    def is_current(self) -> bool:
+        """Whether what was compiled and recorded has read is what it was."""
+        return self._compiled.is_current
+
+    def has(self, key: Hashable) -> bool:
+        """Whether it is compiled; recording takes little."""
+        return self._compiled.has(key)
+
     def get(self, step: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
         """`step` under `key`, for tensors of this size."""
         run, shape = self._compiled.get(step, key, size), (key, size)

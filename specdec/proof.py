@@ -76,6 +76,7 @@ def _prove(view: ModelView) -> None:
     lengths = [SHORT, max(1, min(max(ends), _context(model) - TREE.depth - 1))]
     plain = functools.cache(lambda seed: run_plainly(model, draw_texts(model, lengths, seed)))
     view.layer_shapes = plain(0).shapes
+    view.check_untouched()
     can_fuse, cache.can_fuse = cache.can_fuse, False
     try:
         for cache.is_flat in False, True:

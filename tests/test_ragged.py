@@ -271,7 +271,7 @@ def test_a_step_of_a_draft_a_root_alone_and_nothing(
     assert 96 not in bare[:-1]
     texts = [Text(prompt, 12) for prompt in (ended, drafted, bare)]
     state = decoder.buffers.open(3, 40, 40, torch.tensor([-1]))
-    rows = Rows(iter(texts), state, decoder.target, decoder.drafter)
+    rows = Rows(iter(texts), state, decoder.target, decoder.drafter, decoder.buffers.grow)
     assert not rows.fill(3)
     assert not rows.write()
     rows.read(rows.live)
