@@ -172,6 +172,9 @@ def _tree_attention_kernel(
     begin = first_block + i_split * share
     finish = tl.minimum(begin + share, first_block + n_blocks)
     middle = tl.maximum(tl.minimum(full_key // BLOCK_N, finish), begin)
+    edge = begin
+    if HAS_WINDOW:  # blocks that some row's window has left behind
+        edge = tl.maximum(tl.minimum(tl.cdiv(tl.max(tl.where(own, earliest, 0), 0), BLOCK_N), middle), begin)
 
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     p_q = q_ptr + o_token.to(tl.int64) * stride_qt + o_head.to(tl.int64) * stride_qh
@@ -182,19 +185,23 @@ def _tree_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: rows that see nothing yet need no special case
     total = tl.zeros([BLOCK_M], tl.float32)
-    # First the blocks that all rows see in full, without masks; then the others, in halves to spare registers.
-    for IS_TAIL in tl.static_range(2):
-        o_in_block = tl.arange(0, BLOCK_N // (1 + IS_TAIL))
+    # Blocks that all rows see in full, without masks; those before and after, in halves to spare registers.
+    for PART in tl.static_range(0 if HAS_WINDOW else 1, 3):
+        o_in_block = tl.arange(0, BLOCK_N // (1 + (PART != 1)))
         tile_k = o_in_block.to(tl.int64)[:, None] * stride_ks + o_d[None, :]
         tile_v = o_in_block.to(tl.int64)[:, None] * stride_vs + o_dv[None, :]
-        if IS_TAIL:
-            begin, middle = 2 * middle, 2 * finish
-        for i_block in tl.range(begin, middle, num_stages=2 if IS_TAIL else None):
-            first = i_block * (BLOCK_N // (1 + IS_TAIL))
+        if PART == 0:
+            first_block, end_block = 2 * begin, 2 * edge
+        elif PART == 1:
+            first_block, end_block = edge, middle
+        else:
+            first_block, end_block = 2 * middle, 2 * finish
+        for i_block in tl.range(first_block, end_block, num_stages=2 if PART != 1 else None):
+            first = i_block * (BLOCK_N // (1 + (PART != 1)))
             o_key = first + o_in_block
             p_k = k_base + (zero + first) * stride_ks + tile_k
             p_v = v_base + (zero + first) * stride_vs + tile_v
-            if IS_TAIL:
+            if PART != 1:
                 k = tl.load(p_k, mask=(o_key < end_key)[:, None] & (o_d < HEAD_D)[None, :], other=0.0)
                 v = tl.load(p_v, mask=(o_key < end_key)[:, None] & (o_dv < HEAD_DV)[None, :], other=0.0)
             else:
@@ -209,7 +216,7 @@ def _tree_attention_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if HAS_CAP:
                 scores = cap - 2 * cap / (tl.exp2(scores) + 1)
-            if IS_TAIL:
+            if PART != 1:
                 if IS_TREE:
                     # The ancestor bits of this block's keys, a word for each row, shifted together from two words
                     # (the first may be word -1: committed keys).
@@ -228,9 +235,9 @@ def _tree_attention_kernel(
                 v = tl.where(is_finite[:, None], v, 0.0)
                 scores = tl.where(is_finite[None, :], scores, float("nan"))
                 scores = tl.where(seen & (o_key < end_key)[None, :], scores, float("-inf"))
-            if HAS_WINDOW:
+            if HAS_WINDOW and PART != 1:
                 key_place = o_key
-                if IS_TAIL and IS_TREE:
+                if IS_TREE:
                     is_node = (o_key >= length) & (o_key - length < n_nodes)
                     depth = tl.load(p_depths + (o_key - length) * stride_dn, mask=is_node, other=0).to(tl.int32)
                     key_place = tl.where(is_node, length + depth, o_key)

@@ -288,6 +288,19 @@ def test_nan_in_the_text_is_not_hidden(device, which, slot):
     torch.testing.assert_close(out[10:].double(), case.expected[10:], atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("slot", [62, 67])
+@pytest.mark.parametrize("which", ["poison_k", "poison_v"])
+def test_nan_behind_the_window_is_forgotten(device, which, slot):
+    """By those whose window has left it behind, beside others that still see it: in a block of keys that everyone sees
+    but for the window, and in the last one."""
+    case = Case(device, [10, 10], [70, 3], [TREES["bush"]], window=72 - slot, **{which: (0, slot)})
+    out, ill = tree_attention(*case.args), case.expected.isnan()
+    rows = ill.flatten(1).any(1)
+    assert 0 < rows.sum() < 10
+    assert out[ill].isnan().all()
+    torch.testing.assert_close(out[~rows].double(), case.expected[~rows], atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("splits", [1, 3])
 def test_nan_and_infinity_survive_the_splits(device, monkeypatch, splits):
