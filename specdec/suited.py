@@ -149,8 +149,9 @@ def _ignores_softcap(config: Any) -> bool:
 def _own_attention(model: PreTrainedModel) -> str | None:
     """The name of a function that makes masks or attends in this model, and is not transformers' own: what it does far
     away no short text shows, and in a view specdec's would take its place."""
-    functions = [function for function in _attention_functions(model) if not _is_their_code(function)]
-    return getattr(functions[0], "__qualname__", repr(functions[0])) if functions else None
+    functions = (x.func if isinstance(x, partial) else x for x in _attention_functions(model))
+    own = next((function for function in functions if not _is_transformers(function)), None)
+    return None if own is None else getattr(own, "__qualname__", type(own).__qualname__)
 
 
 def _attention_functions(model: PreTrainedModel) -> Iterator[Any]:
@@ -165,16 +166,6 @@ def _attention_functions(model: PreTrainedModel) -> Iterator[Any]:
             file.get("ALL_ATTENTION_FUNCTIONS", names.ATTENTION_FUNCTIONS).get(how, file.get(own)) for file in files
         ]
         yield from (x for x in (*found, names.MASK_FUNCTIONS.get(how)) if x is not None)
-
-
-def _is_their_code(function: Any) -> bool:
-    """Whether a function is defined in transformers, by its code and not by what it is called; and so are those that it
-    wraps."""
-    while isinstance(function, partial):
-        function = function.func
-    module = getattr(function, "__globals__", {}).get("__name__", "")
-    wrapped = getattr(function, "__wrapped__", None)
-    return module.startswith("transformers.") and (wrapped is None or _is_their_code(wrapped))
 
 
 def check_context(model: PreTrainedModel, longest: int) -> None:
