@@ -135,7 +135,7 @@ def prove(view: ModelView) -> None:
 
 def _prove(view: ModelView) -> None:
     model, cache = view.source, view.cache
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     sizes = [n + len(TREE) for n in LENGTHS]
     texts = [torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int64, device="cpu") for n in sizes]

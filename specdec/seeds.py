@@ -53,5 +53,5 @@ class Seeds:
             self.last = torch.randint(2**62, (n_texts,), dtype=torch.int64, device="cpu")
             return iter(self.last.tolist())
         self.last = None
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")))
+        generator = torch.Generator("cpu").manual_seed(int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")))
         return (int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in count())

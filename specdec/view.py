@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specdec import attention
+from specdec import ambient, attention
 from specdec.cache import RaggedCache
 from specdec.hf import names
 from specdec.kernels.cpu import has_kernels
@@ -53,12 +53,13 @@ def _frozen(value: Any) -> Any:
 
 
 def _traits(model: PreTrainedModel, tensors: list[Tensor]) -> list[object]:
-    """Of its tensors; and what a copy of the modules has taken over: classes and settings, as which adapter is on."""
+    """Of its tensors; what a copy of the modules has taken over: classes and settings, as which adapter is on; and
+    torch's own settings."""
     settings = [
         (type(module), *((k, _frozen(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE))
         for module in model.modules()
     ]
-    return [*map(_trait, tensors), *settings, _frozen(model.config)]
+    return [*map(_trait, tensors), *settings, _frozen(model.config), ambient.settings()]
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
