@@ -200,6 +200,7 @@ def test_a_refusal_holds_for_the_settings_it_was_made_under(fresh: Tiny, prompts
             wrapped.generate(**inputs, max_new_tokens=5)
     assert str(ours.value) == str(theirs.value)
     same(wrapped, model, **inputs, max_new_tokens=5)
+    assert wrapped.specdec.stats.fallbacks.total() == 1
 
 
 class _Dispatch(TorchDispatchMode):

@@ -153,13 +153,14 @@ def test_an_op_does_not_depend_on_torchs_settings(name: str, setting: str, devic
             with FakeTensorMode() as mode:
                 fakes = op.call.op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
         outs, fakes = (x if isinstance(x, tuple) else (x,) for x in (out, fakes))
-        looks = [[x is None or (x.shape, x.dtype, x.device) for x in each] for each in (outs, fakes)]
-        assert looks[0] == looks[1]
+        look, fake = ([x is None or (x.shape, x.dtype, x.device) for x in each] for each in (outs, fakes))
+        assert look == fake
         # What is written in place counts, and addresses in tables do not.
         written = () if name == "kv_commit_" or "(a!)" not in op.schema else arguments[:2]
-        results.append([x for x in (*outs, *written) if x is not None])
-    assert len(results[0]) == len(results[1])
-    assert all(map(torch.equal, *results))
+        results.append((look, [x for x in (*outs, *written) if x is not None]))
+    (plain_look, plain), (look, found) = results
+    assert plain_look == look
+    assert all(map(torch.equal, plain, found))
 
 
 @pytest.mark.parametrize("name", CASES)
