@@ -66,7 +66,8 @@ def attention_forward(
     if cache.is_flat:
         assert attention_mask is not None
         keys, values = (x.transpose(0, 1) for x in (key, value))
-        return masked_attention(q[None], keys, values, attention_mask[:, 0], scale, softcap, s_aux), None
+        lost = cache.layers[layer.layer_idx].lost.view(1, -1)
+        return masked_attention(q[None], keys, values, attention_mask[:, 0], lost, scale, softcap, s_aux), None
     if not cache.is_dense:
         out = tree_attention(
             q, key, value, nodes.starts, nodes.lengths, nodes.node, None, None, sliding_window or 0, scale,
@@ -74,21 +75,27 @@ def attention_forward(
         )  # fmt: skip
         return out[None], None
     assert attention_mask is not None
+    lost = cache.layers[layer.layer_idx].lost
     if nodes.among is not None:
         key, value = (x[:, nodes.among, : nodes.reach] for x in (key, value))
-    out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap, s_aux)
+        lost = None if lost is None else lost[nodes.among, : nodes.reach]
+    if lost is None:  # what kernels will read is written as it is
+        lost = ~value.isfinite().all(-1).all(0)
+        value = torch.where(lost[..., None], 0, value)
+    out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], lost, scale, softcap, s_aux)
     return nodes.from_grid(out)[None], None
 
 
 def masked_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, lost: Tensor, scale: float,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Dense attention of each query row over its own sample's slots.
 
     Args:
         q: [B, R, H, D]. k_cache, v_cache: [G, B, S, D] and [G, B, S, Dv].
-        mask: [B, R, S] additive, 0 where visible and -inf elsewhere; every row sees at least one key.
+        mask: [B, R, S], 0 where visible and less elsewhere; every row sees at least one key. lost: [B, S] bool, slots
+            whose values are not to be had: rows that see one are NaN.
         scale: factor on the scores. softcap: bound c of the scores, c * tanh(scores / c), or None.
         sinks: [H], logits that join the sum of the softmax and nothing else, or None.
 
@@ -102,7 +109,10 @@ def masked_attention(
     scores = torch.matmul(packed, k_cache.transpose(2, 3))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(n_groups, n_batch, group, n_rows, -1) + mask[None, :, None]
+    # Selected, not added: a hidden key may be NaN.
+    bias = torch.where(mask < 0, -torch.inf, torch.where(lost[:, None], torch.nan, 0.0)).to(scores.dtype)[None, :, None]
+    scores = scores.view(n_groups, n_batch, group, n_rows, -1)
+    scores = torch.where(bias == -torch.inf, bias, scores + bias)
     if sinks is not None:
         sink = sinks.view(n_groups, 1, group, 1, 1).expand(-1, n_batch, -1, n_rows, -1)
         scores = torch.cat([scores, sink.to(scores.dtype)], -1)

@@ -1,7 +1,13 @@
-"""RaggedCache: transformers' cache interface over one tensor a layer, every sample at its own length."""
+"""RaggedCache: transformers' cache interface over one tensor a layer, every sample at its own length.
+
+What a mask hides still counts: 0 * NaN is NaN, and a rejected draft may have left anything in a slot. The kernels leave
+out what a query does not see. Where PyTorch attends, under a mask, values that are not finite are never written: their
+slot is marked as lost, and whoever does see it gets the NaN that it stands for.
+"""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,20 +21,25 @@ from specdec.nodes import Nodes
 
 
 class RaggedLayer:
-    """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`)."""
+    """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`).
+
+    Attributes:
+        lost: [B, S] bool, slots whose keys or values were not finite; None where kernels attend.
+    """
 
     is_sliding = False
     is_compileable = True
     is_initialized = True
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, lost: Tensor | None) -> None:
+        self.keys, self.values, self.lost = keys, values, lost
         # The fused attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
         self.table = cache_table([(keys, values)])[0]
-        for tensor in (keys, values):
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-            if tensor.shape[1] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for tensor, batch in (keys, 1), (values, 1), (lost, 0):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, batch + 1)
+                if tensor.shape[batch] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, batch)
 
 
 class RaggedCache(names.Cache):
@@ -77,20 +88,14 @@ class RaggedCache(names.Cache):
         if [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in self.layers] == wanted:
             return
         self.release()  # the memory of the old one may be needed for the new one
-        self._hold([RaggedLayer(like.new_zeros(keys), like.new_zeros(values)) for keys, values in wanted])
+        lost = (None if self.can_fuse else like.new_zeros(n_batch, n_slots, dtype=torch.bool) for _ in wanted)
+        pairs = ((like.new_zeros(keys), like.new_zeros(values)) for keys, values in wanted)
+        self._hold([RaggedLayer(*pair, none) for pair, none in zip(pairs, lost, strict=True)])
 
     def release(self) -> None:
         """Give the memory back."""
         self.generation += 1
         self._hold([])
-
-    def clear(self, row: int) -> None:
-        """Zeros for one sample: they keep the masked slots of the dense attention finite. Triton's kernel does not care
-        what is in slots it may not see."""
-        for layer in self.layers:
-            if not (self.can_fuse and runs_triton(layer.keys)):
-                layer.keys[:, row].zero_()
-                layer.values[:, row].zero_()
 
     @property
     def n_batch(self) -> int:
@@ -111,17 +116,58 @@ class RaggedCache(names.Cache):
         assert self.nodes is not None
         if self.is_fused:
             return key_states, value_states
-        layer = self.layers[layer_idx]
-        kv_append_(layer.keys, layer.values, key_states[0], value_states[0], self.nodes.slot)
+        layer, keys, values = self.layers[layer_idx], key_states[0], value_states[0]
+        if layer.lost is not None:
+            keys, values, lost = self._finite(keys, values)
+            layer.lost.view(-1).index_copy_(0, self.nodes.slot, lost)
+        kv_append_(layer.keys, layer.values, keys, values, self.nodes.slot)
         if self.is_flat:
             return layer.keys.flatten(1, 2)[None], layer.values.flatten(1, 2)[None]
         return layer.keys, layer.values
+
+    def _finite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [G, T, D] without what is not finite, and [T] bool, where that was. Keys count where a model
+        attends by itself; elsewhere a mask selects among the scores."""
+        lost = ~values.isfinite().all(-1).all(0)
+        if self.is_flat:
+            lost |= ~keys.isfinite().all(-1).all(0)
+            keys = torch.where(lost[:, None], 0, keys)
+        return keys, torch.where(lost[:, None], 0, values), lost
+
+    def put(self, index: int, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write a sample's entries of a layer, [G, n, D] and [G, n, Dv], from its slot `start` on."""
+        layer, end = self.layers[index], start + keys.shape[1]
+        if layer.lost is not None:
+            keys, values, layer.lost[row, start:end] = self._finite(keys, values)
+        layer.keys[:, row, start:end], layer.values[:, row, start:end] = keys, values
+
+    def take(self, index: int, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """A sample's entries of a layer, as they were written, in its slots from `start` to `end`."""
+        layer = self.layers[index]
+        keys, values = layer.keys[:, row, start:end], layer.values[:, row, start:end]
+        if layer.lost is not None:
+            values = torch.where(layer.lost[row, start:end, None], torch.nan, values)
+        return keys, values
+
+    def sees_lost(self, nodes: Nodes) -> Tensor:
+        """[T] bool: which of the flat tokens see a lost slot of any layer."""
+        lost = reduce(torch.logical_or, [layer.lost for layer in self.layers])
+        seen = nodes.mask(lambda batch, head, query, key: key <= query, self.n_slots, torch.float32)[:, 0] == 0
+        return nodes.from_grid((seen & lost[:, None]).any(-1))
 
     def grow(self, n_slots: int) -> None:
         """Make room for `n_slots` slots a sample; committed entries keep their places."""
         more = n_slots - self.n_slots
         self.generation += 1
-        self._hold([RaggedLayer(F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more))) for x in self.layers])
+        self._hold(
+            [
+                RaggedLayer(
+                    F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more)),
+                    None if x.lost is None else F.pad(x.lost, (0, more)),
+                )
+                for x in self.layers
+            ]
+        )  # fmt: skip
 
     def _hold(self, layers: list[RaggedLayer]) -> None:
         self.layers: list[Any] = layers  # transformers' class says they are its own
@@ -137,6 +183,11 @@ class RaggedCache(names.Cache):
         layer = self.layers[0]
         sizes = (x.shape[3] * x.itemsize for x in (layer.keys, layer.values))
         kv_commit_(self._table, lengths, path, n_path, layer.keys.shape[0], *sizes)
+        if layer.lost is not None:
+            place = torch.arange(path.shape[1], dtype=torch.int64, device=path.device)
+            moved = torch.where(place < n_path[:, None], path, place) + lengths[:, None]
+            for layer in self.layers:
+                layer.lost.scatter_(1, lengths[:, None] + place, layer.lost.gather(1, moved))
 
     # transformers asks these while it prepares masks; our own mask is built from `nodes`.
     def get_seq_length(self, layer_idx: int | None = None) -> int:
