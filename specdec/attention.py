@@ -110,7 +110,8 @@ def masked_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     # Selected, not added: a hidden key may be NaN.
-    bias = torch.where(mask < 0, -torch.inf, torch.where(lost[:, None], torch.nan, 0.0)).to(scores.dtype)[None, :, None]
+    zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
+    bias = torch.where(mask < 0, -torch.inf, torch.where(lost[:, None], torch.nan, zero))[None, :, None]
     scores = scores.view(n_groups, n_batch, group, n_rows, -1)
     scores = torch.where(bias == -torch.inf, bias, scores + bias)
     if sinks is not None:

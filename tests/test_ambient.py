@@ -39,7 +39,8 @@ MAKERS = {f"torch.{function.__name__}" for function in _device_constructors()}  
 THE_USERS_OWN = {  # numbers, whose dtype is looked at
     "specdec/batching.py": {"torch.as_tensor"}, "specdec/seeds.py": {"torch.as_tensor"},
 }  # fmt: skip
-POINTERS = {"kernels/cpu.py", "kernels/kv_cache.py", "specdec/view.py"}  # checks it; makes a table; compares it
+# Checks it; makes a table; compare it.
+POINTERS = {"kernels/cpu.py", "kernels/kv_cache.py", "specdec/buffers.py", "specdec/view.py"}
 
 
 def faults(source: str, users_own: set[str]) -> Iterator[str]:
