@@ -98,6 +98,11 @@ class CapturedSteps:
         self.recordings: dict[Hashable, Recording] = {}
         self._is_full = False
 
+    @property
+    def is_current(self) -> bool:
+        """Whether what was compiled and recorded has read is what it was."""
+        return self._compiled.is_current
+
     def has(self, key: Hashable) -> bool:
         """Whether it is compiled; recording takes little."""
         return self._compiled.has(key)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -13,13 +15,78 @@ from torch._dynamo.exc import TorchDynamoException
 from specdec.errors import warn
 from specdec.graphs import backend
 from specdec.kernels.cpu import has_compiler
+from specdec.twin import is_seen
 
 
-def _needed_guards(guards: Any) -> list[bool]:
-    """Which of Dynamo's guards can fail: modules and settings of a private view never change, shapes of tensors do."""
-    return [
-        g.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(g.value, torch.nn.Parameter) for g in guards
-    ]
+@dataclass(frozen=True)
+class Read:
+    """What compiled code has read outside of its arguments.
+
+    Args:
+        name: a Python expression. scope: what it is evaluated in. value: what it stood for.
+    """
+
+    name: types.CodeType
+    scope: dict[str, Any]
+    value: Any
+    size: int | None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is what it was: the very object, of the same size, or a number alike."""
+        try:
+            now = eval(self.name, self.scope)
+        except Exception:  # it is gone
+            return False
+        is_same = now is self.value or (type(now) is type(self.value) in (int, float, str) and now == self.value)
+        return is_same and _size(now) == self.size
+
+
+def _size(value: Any) -> int | None:
+    return len(value) if isinstance(value, dict | list | set) else None
+
+
+class Guards:
+    """What Dynamo would look at before each call of what it has compiled, for one function.
+
+    Modules and settings of a private view never change, or it is made anew (see `specdec.twin`). Shapes of tensors do,
+    and are looked at each time. Globals, and what is too large for that or a library's own, are looked at once a
+    `generate()` call: what has read them is compiled anew, or else each change would be, and recorded steps would not
+    look at all.
+
+    Attributes:
+        reads: these.
+    """
+
+    def __init__(self, method: Any) -> None:
+        parameters = inspect.signature(method.__func__).parameters
+        self._scope = {"G": method.__func__.__globals__, next(iter(parameters)): method.__self__}
+        self.reads: list[Read] = []
+
+    def needed(self, guards: Any) -> list[bool]:
+        """Which of Dynamo's guards are to be kept."""
+        models = tuple(f"{g.name}." for g in guards if isinstance(g.value, torch.nn.Module))
+        unseen = tuple(g.name for g in guards if g.name.startswith(models) and not is_seen(g.value))
+        return [
+            self._is_tensors(g) or ((g.is_global or g.name.startswith(unseen)) and not self._can_look_at(g))
+            for g in guards
+        ]
+
+    def _is_tensors(self, guard: Any) -> bool:
+        return guard.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(guard.value, torch.nn.Parameter)
+
+    def _can_look_at(self, guard: Any) -> bool:
+        """Whether to look at it from time to time is enough, and possible."""
+        if isinstance(guard.value, torch.Tensor):  # they are arguments each time
+            return True
+        try:
+            name = compile(guard.name, "<guard>", "eval")
+        except SyntaxError:
+            return False
+        read = Read(name, self._scope, guard.value, _size(guard.value))
+        if read.is_current:
+            self.reads.append(read)
+        return read.is_current
 
 
 _numbers = count()
@@ -38,7 +105,6 @@ def _own_code(method: Any) -> Any:
 # Of the kernels around the matrix products none is worth a second thread until it is large: waking one costs more, and
 # much more where other programs keep the cores busy. CUDA graphs are recorded around whole steps, not by Inductor.
 _OPTIONS: dict[str, Any] = {
-    "guard_filter_fn": _needed_guards,
     "cpp.min_chunk_size": 16384,
     "triton.cudagraphs": False,
 }
@@ -65,6 +131,12 @@ class CompiledSteps:
         self.enabled = enabled
         self.was_compiling = False
         self._functions: dict[Hashable, Callable] = {}
+        self._guards: list[Guards] = []
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what compiled functions have read is what it was."""
+        return all(read.is_current for guards in self._guards for read in guards.reads)
 
     def reset(self) -> None:
         """Nothing to forget: compiled functions know no addresses."""
@@ -80,7 +152,10 @@ class CompiledSteps:
         self.was_compiling = key not in self._functions
         if not self.was_compiling:
             return self._functions[key]
-        compiled = torch.compile(_own_code(function), fullgraph=True, backend=backend.specdec, options=dict(_OPTIONS))
+        own = _own_code(function)
+        self._guards.append(guards := Guards(own))
+        options = {**_OPTIONS, "guard_filter_fn": guards.needed}
+        compiled = torch.compile(own, fullgraph=True, backend=backend.specdec, options=options)
         self._functions[key] = compiled
 
         def first_call(*arguments: Any) -> Any:

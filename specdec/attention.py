@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.cache import RaggedCache
+from specdec.cache import RaggedCache, readable
 from specdec.hf import names
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.tree_attention import tree_attention
-from specdec.proof import Asked
+from specdec.windows import Asked
 
 NAME = "specdec"
 
@@ -66,8 +66,7 @@ def attention_forward(
     if cache.is_flat:
         assert attention_mask is not None
         keys, values = (x.transpose(0, 1) for x in (key, value))
-        lost = cache.layers[layer.layer_idx].lost.view(1, -1)
-        return masked_attention(q[None], keys, values, attention_mask[:, 0], lost, scale, softcap, s_aux), None
+        return masked_attention(q[None], keys, values, attention_mask[:, 0], scale, softcap, s_aux), None
     if not cache.is_dense:
         out = tree_attention(
             q, key, value, nodes.starts, nodes.lengths, nodes.node, None, None, sliding_window or 0, scale,
@@ -75,27 +74,24 @@ def attention_forward(
         )  # fmt: skip
         return out[None], None
     assert attention_mask is not None
-    lost = cache.layers[layer.layer_idx].lost
     if nodes.among is not None:
         key, value = (x[:, nodes.among, : nodes.reach] for x in (key, value))
-        lost = None if lost is None else lost[nodes.among, : nodes.reach]
-    if lost is None:  # what kernels will read is written as it is
-        lost = ~value.isfinite().all(-1).all(0)
-        value = torch.where(lost[..., None], 0, value)
-    out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], lost, scale, softcap, s_aux)
+    if cache.can_fuse:  # what kernels will read is written as it is
+        key, value = readable(key, value, ~value.isfinite().all(-1).all(0), torch.nan)
+    out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap, s_aux)
     return nodes.from_grid(out)[None], None
 
 
 def masked_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, lost: Tensor, scale: float,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scale: float, softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Dense attention of each query row over its own sample's slots.
 
     Args:
         q: [B, R, H, D]. k_cache, v_cache: [G, B, S, D] and [G, B, S, Dv].
-        mask: [B, R, S], 0 where visible and less elsewhere; every row sees at least one key. lost: [B, S] bool, slots
-            whose values are not to be had: rows that see one are NaN.
+            Values are finite; where they could not be, keys are NaN, and so are the rows that see them.
+        mask: [B, R, S], 0 where visible and less elsewhere; every row sees at least one key.
         scale: factor on the scores. softcap: bound c of the scores, c * tanh(scores / c), or None.
         sinks: [H], logits that join the sum of the softmax and nothing else, or None.
 
@@ -109,11 +105,8 @@ def masked_attention(
     scores = torch.matmul(packed, k_cache.transpose(2, 3))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # Selected, not added: a hidden key may be NaN.
-    zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
-    bias = torch.where(mask < 0, -torch.inf, torch.where(lost[:, None], torch.nan, zero))[None, :, None]
-    scores = scores.view(n_groups, n_batch, group, n_rows, -1)
-    scores = torch.where(bias == -torch.inf, bias, scores + bias)
+    hidden = mask[None, :, None]  # selected, not added: a hidden key may be NaN
+    scores = torch.where(hidden < 0, hidden, scores.view(n_groups, n_batch, group, n_rows, -1))
     if sinks is not None:
         sink = sinks.view(n_groups, 1, group, 1, 1).expand(-1, n_batch, -1, n_rows, -1)
         scores = torch.cat([scores, sink.to(scores.dtype)], -1)
@@ -137,8 +130,9 @@ def build_mask(
     if not cache.is_dense:
         return None
     if cache.is_flat:
-        return nodes.flat_mask(mask_function, cache.n_slots, dtype)
-    mask = nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)
+        mask = nodes.flat_mask(mask_function, cache.n_slots, dtype)
+    else:
+        mask = nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)
     if cache.asked is not None:
         vars(mask)["rule"] = mask_function
     return mask

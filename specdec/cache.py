@@ -1,8 +1,9 @@
 """RaggedCache: transformers' cache interface over one tensor a layer, every sample at its own length.
 
-What a mask hides still counts: 0 * NaN is NaN, and a rejected draft may have left anything in a slot. The kernels leave
-out what a query does not see. Where PyTorch attends, under a mask, values that are not finite are never written: their
-slot is marked as lost, and whoever does see it gets the NaN that it stands for.
+What a mask hides still counts: 0 * NaN is NaN, and a rejected draft may have left anything in a slot. The kernels
+leave out what a query does not see. Where PyTorch attends, under a mask, values that are not finite are never written,
+and the slot's key says it, with NaN: a mask selects among scores. A model's own attention does not, and gets neither;
+such slots are lost, and so are the logits of whoever sees one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class RaggedLayer:
     """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`).
 
     Attributes:
-        lost: [B, S] bool, slots whose keys or values were not finite; None where kernels attend.
+        lost: [B, S] bool, where models attend by themselves: slots whose keys or values were not finite; else None.
     """
 
     is_sliding = False
@@ -40,6 +41,12 @@ class RaggedLayer:
                 torch._dynamo.maybe_mark_dynamic(tensor, batch + 1)
                 if tensor.shape[batch] > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, batch)
+
+
+def readable(keys: Tensor, values: Tensor, lost: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """Keys [G, ..., D] and values [G, ..., Dv] that PyTorch may attend to under a mask: of slots that are lost, [...]
+    bool, the values are zeros, and the keys `sign`."""
+    return torch.where(lost[..., None], sign, keys), torch.where(lost[..., None], 0, values)
 
 
 class RaggedCache(names.Cache):
@@ -81,14 +88,14 @@ class RaggedCache(names.Cache):
     def allocate(self, shapes: list[tuple[int, int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
         """An empty cache for `shapes[layer] = (G, D, Dv)`, dtype and device as `like`.
 
-        A cache of the right size stays where it is, because recorded steps know its addresses, and as it is: who takes
-        a row clears it.
+        A cache of the right size stays where it is, because recorded steps know its addresses, and as it is.
         """
         wanted = [tuple((groups, n_batch, n_slots, dim) for dim in dims) for groups, *dims in shapes]
-        if [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in self.layers] == wanted:
+        held = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in self.layers]
+        if held == wanted and all((layer.lost is not None) == self.is_flat for layer in self.layers):
             return
         self.release()  # the memory of the old one may be needed for the new one
-        lost = (None if self.can_fuse else like.new_zeros(n_batch, n_slots, dtype=torch.bool) for _ in wanted)
+        lost = (like.new_zeros(n_batch, n_slots, dtype=torch.bool) if self.is_flat else None for _ in wanted)
         pairs = ((like.new_zeros(keys), like.new_zeros(values)) for keys, values in wanted)
         self._hold([RaggedLayer(*pair, none) for pair, none in zip(pairs, lost, strict=True)])
 
@@ -116,33 +123,34 @@ class RaggedCache(names.Cache):
         assert self.nodes is not None
         if self.is_fused:
             return key_states, value_states
-        layer, keys, values = self.layers[layer_idx], key_states[0], value_states[0]
+        layer = self.layers[layer_idx]
+        keys, values, lost = self._writable(key_states[0], value_states[0])
         if layer.lost is not None:
-            keys, values, lost = self._finite(keys, values)
             layer.lost.view(-1).index_copy_(0, self.nodes.slot, lost)
         kv_append_(layer.keys, layer.values, keys, values, self.nodes.slot)
         if self.is_flat:
             return layer.keys.flatten(1, 2)[None], layer.values.flatten(1, 2)[None]
         return layer.keys, layer.values
 
-    def _finite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [G, T, D] without what is not finite, and [T] bool, where that was. Keys count where a model
-        attends by itself; elsewhere a mask selects among the scores."""
+    def _writable(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [G, T, D] as they are written, and [T] bool, which of them are lost."""
         lost = ~values.isfinite().all(-1).all(0)
+        if self.can_fuse:  # kernels look for themselves
+            return keys, values, lost
         if self.is_flat:
             lost |= ~keys.isfinite().all(-1).all(0)
-            keys = torch.where(lost[:, None], 0, keys)
-        return keys, torch.where(lost[:, None], 0, values), lost
+        return *readable(keys, values, lost, 0.0 if self.is_flat else torch.nan), lost
 
     def put(self, index: int, row: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Write a sample's entries of a layer, [G, n, D] and [G, n, Dv], from its slot `start` on."""
         layer, end = self.layers[index], start + keys.shape[1]
+        keys, values, lost = self._writable(keys, values)
         if layer.lost is not None:
-            keys, values, layer.lost[row, start:end] = self._finite(keys, values)
+            layer.lost[row, start:end] = lost
         layer.keys[:, row, start:end], layer.values[:, row, start:end] = keys, values
 
     def take(self, index: int, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """A sample's entries of a layer, as they were written, in its slots from `start` to `end`."""
+        """A sample's entries of a layer in its slots from `start` to `end`; what is lost is NaN again."""
         layer = self.layers[index]
         keys, values = layer.keys[:, row, start:end], layer.values[:, row, start:end]
         if layer.lost is not None:

@@ -30,7 +30,7 @@ from specdec.rows import Text
 from specdec.sampling import SamplingLaw
 from specdec.seeds import Seeds
 from specdec.stats import Stats
-from specdec.suited import check_model
+from specdec.suited import check_model, differs
 from specdec.tree import TokenTree
 from specdec.tuning import Choice, choose
 from specdec.verifiers import VERIFIERS
@@ -232,9 +232,9 @@ class Handle:
 
     def _check(self, model: PreTrainedModel) -> None:
         """Whether a wrapped model is as it was wrapped, and one to decode with; raises Unsupported."""
-        if model.config is not self._model.config:
-            raise Unsupported("a model given another config than the one it shares with the model it was made from")
         check_model(model)
+        if (name := differs(model, self._model)) is not None:  # which decoding would not see
+            raise Unsupported(f"a model given another {name} than the one it shares with the model it was made from")
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
@@ -302,28 +302,48 @@ class Handle:
         return None if self._here.is_warming_up else parents_loop()
 
     def decoder(self, draft: DraftSource, law: SamplingLaw | None = None) -> Decoder:
-        """The decoder for this draft, and for laws like this one; made anew when the user's model has been given other
-        weights."""
+        """The decoder for this draft, and for laws like this one; made anew when the user's model is not what it was.
+        A draft that cannot be prepared is said, counted, and done without.
+
+        Raises:
+            Unsupported: the model cannot be decoded with.
+        """
         with decoding(self._model):  # models are run to prove that they can be
-            if self._target is None or not self._target.is_current:
+            steps = [decoder.steps for decoder in self._decoders.values()]
+            if self._target is None or not (self._target.is_current and all(step.is_current for step in steps)):
                 self._target, self._decoders = ModelView(self._model), {}
             config = self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
-            key = draft if isinstance(draft, str | ForeignDraft) else id(draft), config.verifier
-            decoder = self._decoders.get(key)
-            if decoder is None or not decoder.drafter.is_current:
-                try:
-                    check_draft(draft, self._model, config)
-                except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
-                    raise Unsupported(f"the draft: {error}") from None
-                compiled = CompiledSteps(config.compile)
-                records = config.compile and self._target.device.type == "cuda"
-                steps = CapturedSteps(compiled) if records else compiled
-                decoder = self._decoders[key] = Decoder(
-                    self._target, make_drafter(draft, self._model, config), steps, self.stats,
-                    VERIFIERS[config.verifier], config.adapt,
-                )  # fmt: skip
+            try:
+                return self._decoder_with(draft, config)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the law is the same without it
+                why = error if isinstance(error, Unsupported) else Unsupported(type(error).__name__, str(error))
+            if why.reason not in self.stats.dropped_drafts:
+                warn(f"specdec decodes without the draft: {why}")
+            self.stats.dropped_drafts[why.reason] += 1
+            return self._decoder_with(None, config)
+
+    def _decoder_with(self, draft: DraftSource, config: Config) -> Decoder:
+        """The decoder for this draft; raises whatever keeps it from being prepared."""
+        assert self._target is not None
+        key = draft if isinstance(draft, str | ForeignDraft) else id(draft), config.verifier
+        decoder = self._decoders.get(key)
+        if decoder is None or not decoder.drafter.is_current:
+            self._decoders.pop(key, None)  # its memory may be needed
+            try:
+                check_draft(draft, self._model, config)
+            except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
+                raise Unsupported("it does not fit", str(error)) from None
+            compiled = CompiledSteps(config.compile)
+            records = config.compile and self._target.device.type == "cuda"
+            steps = CapturedSteps(compiled) if records else compiled
+            decoder = self._decoders[key] = Decoder(
+                self._target, make_drafter(draft, self._model, config), steps, self.stats,
+                VERIFIERS[config.verifier], config.adapt,
+            )  # fmt: skip
         return decoder
 
 

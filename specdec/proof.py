@@ -1,17 +1,20 @@
 """Proof: is a model's ragged forward the model's own? Found out when a model is first used.
 
-Two texts of unequal lengths, each with a small tree behind it, run plainly through the user's model, path by path, and
-at once through its view. Where the logits agree the family is supported, whatever its name; where they do not, its
-calls run transformers' own loop. What a few tokens cannot show is asked of the model instead: the mask rule of every
-layer, at positions far apart, against the window that the layer tells its attention.
+Two texts, a short and a longer one, each with a small tree behind it, run plainly through the user's model, node by
+node over the cache that `generate()` would fill, and at once through its view. Where the logits agree the family is
+supported, whatever its name; where they do not, its calls run transformers' own loop.
+
+The longer text goes past every window that the configuration names, up to `LONGEST`. Beyond, one key among so many
+moves the logits by less than they are compared to, and rules, which are exact, are compared instead, at positions far
+apart: the mask rule of every layer with the window that the layer tells its attention, and with what its cache keeps.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,43 +22,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.errors import Unsupported, warn
-from specdec.hf import names
 from specdec.nodes import Nodes
-from specdec.tree import TokenTree
+from specdec.plain import TREE, Plain, draw_texts, family_of, run_plainly
+from specdec.windows import Asked, is_window, is_within, named_windows
 
 if TYPE_CHECKING:
     from specdec.view import ModelView
 
-TREE = TokenTree((-1, 0, 0, 1))
-PATHS = (0, 1, 3), (0, 2)
-LENGTHS = 7, 4
+SHORT, LONG, LONGEST = 7, 64, 1024
+"""Tokens of the short text; of the longer one, at least; and the longest window that it goes past."""
+PIECE = 256
+"""Tokens of a ragged forward of the texts: the scores of all at once would take a gigabyte in a large model."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Of the difference of two rows of logits, relative to what they vary; other types round to about 0.01."""
-ROUGH = 0.2
+ROUGH, TRIES = 0.2, 3
+"""With more than one pair of texts: where two experts are all but even, rounding may choose between them."""
 
-_REFUSED: WeakKeyDictionary[PreTrainedModel, tuple[object, str]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a layer asked of its attention: a window, 0 for none, and sinks; and the rule of the mask it brought."""
-
-    window: int
-    has_sinks: bool
-    rule: Callable[..., Tensor] | None
-
-
-@dataclass(frozen=True)
-class Plain:
-    """What the user's model makes of the texts: the shapes of its layers' caches, `(G, D, Dv)` each, and the logits
-    [B * N, V] of all nodes."""
-
-    shapes: list[tuple[int, int, int]]
-    logits: Tensor
-
-
-def _family(model: PreTrainedModel) -> str:
-    return f"models of type {model.config.model_type}"
+_REFUSED: WeakKeyDictionary[PreTrainedModel, tuple[object, str, str]] = WeakKeyDictionary()
 
 
 def check_forward(model: PreTrainedModel) -> None:
@@ -65,55 +48,9 @@ def check_forward(model: PreTrainedModel) -> None:
         Unsupported: it cannot run raggedly.
     """
     if model.config.is_encoder_decoder:
-        raise Unsupported(f"{_family(model)}, with an encoder")
+        raise Unsupported(f"{family_of(model)}, with an encoder")
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        raise Unsupported(f"{_family(model)}, whose forward takes no position_ids")
-
-
-@torch.no_grad()
-def run_plainly(model: PreTrainedModel, texts: list[Tensor]) -> Plain:
-    """Run every path of every text on its own.
-
-    Args:
-        texts: prompt and the tree's tokens, [length + N] int64 each.
-
-    Raises:
-        Unsupported: the model keeps something else than keys and values of one width in every layer.
-    """
-    shapes, rows = None, []
-    for text in texts:
-        nodes: dict[int, Tensor] = {}
-        for path in PATHS:
-            ids = torch.cat([text[: -len(TREE)], text[-len(TREE) :][list(path)]])
-            try:
-                out = model(input_ids=ids[None], use_cache=True)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # transformers' own loop will say it better
-                raise Unsupported(f"{_family(model)}: its forward fails: {error}") from None
-            nodes |= dict(zip(path, out.logits[0, -len(path) :], strict=True))
-            shapes = shapes or _shapes(model, out)
-        rows += [nodes[node] for node in range(len(TREE))]
-    assert shapes is not None
-    logits = torch.stack(rows)
-    if not logits.isfinite().any(-1).all():
-        raise Unsupported(f"{_family(model)}: its own logits are not finite")
-    return Plain(shapes, logits)
-
-
-def _shapes(model: PreTrainedModel, out: Any) -> list[tuple[int, int, int]]:
-    layers = getattr(names.cache_in(out), "layers", None)
-    if not layers or len(layers) != model.config.get_text_config().num_hidden_layers:
-        raise Unsupported(f"{_family(model)}, whose layers do not all keep keys and values")
-    shapes = []
-    for layer in layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if type(layer) not in (names.DynamicLayer, names.DynamicSlidingWindowLayer) or keys is None or values is None:
-            raise Unsupported(f"{_family(model)}, whose layers do not all keep keys and values")
-        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
-    if len(set(shapes)) > 1:
-        raise Unsupported(f"{_family(model)}, whose layers keep keys and values of different shapes")
-    return shapes
+        raise Unsupported(f"{family_of(model)}, whose forward takes no position_ids")
 
 
 def prove(view: ModelView) -> None:
@@ -125,95 +62,133 @@ def prove(view: ModelView) -> None:
     model = view.source
     check_forward(model)
     if (known := _REFUSED.get(model)) is not None and known[0] == view.traits:
-        raise Unsupported(known[1])
+        raise Unsupported(*known[1:])
     try:
         _prove(view)
-    except Unsupported as reason:
-        _REFUSED[model] = view.traits, str(reason)
+    except Unsupported as why:
+        _REFUSED[model] = view.traits, why.reason, why.detail
         raise
 
 
 def _prove(view: ModelView) -> None:
     model, cache = view.source, view.cache
-    generator = torch.Generator("cpu").manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    sizes = [n + len(TREE) for n in LENGTHS]
-    texts = [torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int64, device="cpu") for n in sizes]
-    texts = [text.to(view.device) for text in texts]
-    plain = run_plainly(model, texts)
-    view.layer_shapes = plain.shapes
+    ends = [LONG, *(window + 8 for window in _named_windows(model).values() if window <= LONGEST)]
+    lengths = [SHORT, max(1, min(max(ends), _context(model) - TREE.depth - 1))]
+    plain = functools.cache(lambda seed: run_plainly(model, draw_texts(model, lengths, seed)))
+    view.layer_shapes = plain(0).shapes
+    view.check_untouched()
     can_fuse, cache.can_fuse = cache.can_fuse, False
     try:
-        cache.asked = {}
-        difference = _difference(view, texts, plain)
-        asked, cache.asked = cache.asked, None
+        for cache.is_flat in False, True:
+            asked: dict[int, Asked] = {}
+            cache.asked = asked
+            difference = _difference(view, plain)
+            if difference is None:
+                break
         if difference is not None:
-            cache.is_flat = True
-            difference = _difference(view, texts, plain)
-        if difference is not None:
-            raise Unsupported(f"{_family(model)}: {difference}")
+            raise difference
+        cache.asked = None
         if cache.is_asked_for_length:
-            raise Unsupported(f"{_family(model)}, whose layers ask the cache how long the text is")
+            raise Unsupported(f"{family_of(model)}, whose layers ask the cache how long the text is")
+        _check_windows(view, plain(0), asked)
         if can_fuse and not cache.is_flat and _suits_kernels(view, asked):
             cache.can_fuse = True
-            difference = _difference(view, texts, plain)
+            difference = _difference(view, plain)
             if difference is not None:  # a kernel is broken
                 cache.can_fuse = False
-                warn(f"specdec leaves attention to PyTorch, {_family(model)}: {difference}")
+                warn(f"specdec leaves attention to PyTorch, {difference}")
     finally:
         cache.asked = None
         cache.release()
         cache.generation = 0  # nobody knows of it yet
 
 
+def _named_windows(model: PreTrainedModel) -> dict[str, int]:
+    return named_windows(model.config.get_text_config(decoder=True))
+
+
+def _context(model: PreTrainedModel) -> int:
+    """How long a text the model is made for."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**15
+
+
+def _check_windows(view: ModelView, plain: Plain, asked: dict[int, Asked]) -> None:
+    """Whether layers see as far as their masks' rules say, however long the text.
+
+    Raises:
+        Unsupported: they do not, or nobody says how far.
+    """
+    family, longest = family_of(view.source), _context(view.source)
+    for rule, kept in {(ask.rule, plain.kept[layer]) for layer, ask in asked.items()}:
+        if rule is None:
+            raise Unsupported(f"{family}, whose layers make masks of their own")
+        if kept and not is_within(rule, kept, longest, view.device):
+            raise Unsupported(f"{family}, whose cache forgets what their masks show", f"all but {kept} tokens")
+    if len(asked) < len(plain.kept):  # layers that attend by themselves tell no rule
+        windows = _named_windows(view.source) | {f"layer {layer}": kept for layer, kept in enumerate(plain.kept)}
+        if far := {name: window for name, window in windows.items() if LONGEST < window < longest}:
+            raise Unsupported(f"{family}, whose own attention has a window too long to try out", f"{far}")
+
+
 def _suits_kernels(view: ModelView, asked: dict[int, Asked]) -> bool:
     """Whether the kernels do all that the layers asked of their attention."""
     _, key_dim, value_dim = view.layer_shapes[0]
-    longest = getattr(view.source.config.get_text_config(), "max_position_embeddings", None) or 0
     return (
         len(asked) == len(view.layer_shapes)
         and key_dim == value_dim
         and all(
-            not ask.has_sinks and ask.rule is not None and is_window(ask.rule, ask.window, longest, view.device)
+            not ask.has_sinks
+            and ask.rule is not None
+            and is_window(ask.rule, ask.window, _context(view.source), view.device)
             for ask in set(asked.values())
         )
     )
 
 
-def is_window(rule: Callable[..., Tensor], window: int, longest: int, device: torch.device) -> bool:
-    """Whether a mask rule lets a token see just itself and what is before it, the last `window` tokens if that is not
-    0. Asked at the window's edges, and as far as texts go."""
-    last = max(min(longest, 2**20), 2 * window + 2, 1024)
-    places = {0, 1, 5, 6, *(window + i for i in (-1, 0, 1, 7)), 2 * window + 1, last // 2, last - 1}
-    query = torch.tensor(sorted(p for p in places if 0 <= p < last), device=device, dtype=torch.int64)[:, None]
-    key = torch.arange(last, device=device, dtype=torch.int64)[None]
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    try:
-        seen = rule(zero, zero, query, key).expand(len(query), last)
-    except Exception:
-        return False
-    return torch.equal(seen, (key <= query) & ((key > query - window) if window else True))
+def _difference(view: ModelView, plain: Callable[[int], Plain]) -> Unsupported | None:
+    """What is wrong with the ragged forward as the view runs it now; None if nothing is. `plain` gives a pair of texts
+    for each of a few seeds."""
+    for seed in range(1 if view.module.dtype in TOLERANCE else TRIES):
+        if (found := _difference_of(view, plain(seed))) is None:
+            break
+    return found
 
 
 @torch.no_grad()
-def _difference(view: ModelView, texts: list[Tensor], plain: Plain) -> str | None:
-    """What is wrong with the ragged forward as the view runs it now; None if nothing is."""
-    device, n_rows, n_nodes = view.device, len(texts), len(TREE)
+def _difference_of(view: ModelView, plain: Plain) -> Unsupported | None:
+    device, n_nodes, family = view.device, len(TREE), family_of(view.source)
     bits, depths = TREE.tensors(device)
+    prompts = [text[:-n_nodes] for text in plain.texts]
     try:
-        view.allocate(n_rows, max(LENGTHS) + n_nodes + 1)  # the last slot is scratch
-        view.prefill({row: (0, text[:-n_nodes]) for row, text in enumerate(texts)})
-        lengths = torch.tensor(LENGTHS, device=device, dtype=torch.int64)
-        token = torch.arange(n_rows * n_nodes, device=device, dtype=torch.int64)
+        view.allocate(len(prompts), max(map(len, plain.texts)) + 1)  # the last slot is scratch
+        view.prefill({row: (0, prompt) for row, prompt in enumerate(prompts)}, PIECE)
+        lengths = torch.tensor([*map(len, prompts)], device=device, dtype=torch.int64)
+        token = torch.arange(len(plain.logits) + 1, device=device, dtype=torch.int64)
         counts = torch.full_like(lengths, n_nodes)
         nodes = Nodes.packed(lengths, counts, token, n_nodes, view.cache.n_slots, bits, depths)
-        logits = view.forward(torch.cat([text[-n_nodes:] for text in texts]), nodes)
+        # The last is nobody's, and far beyond: a rope that moves with the farthest position would move the others.
+        nodes.position[-1] = _context(view.source)
+        tokens = torch.cat([*(text[-n_nodes:] for text in plain.texts), plain.texts[0][:1]])
+        logits = view.forward(tokens, nodes)[:-1]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return f"a ragged forward fails: {(str(error) or type(error).__name__).splitlines()[0]}"
-    wanted = plain.logits.double()
-    off = (logits.double() - wanted).norm(dim=-1) / (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
-    if off.max() <= TOLERANCE.get(logits.dtype, ROUGH):
+        return Unsupported(f"{family}: a ragged forward fails", (str(error) or type(error).__name__).splitlines()[0])
+    off = distance(logits, plain.logits)
+    if off <= TOLERANCE.get(logits.dtype, ROUGH):
         return None
-    return f"a ragged forward is not the model's own, by {100 * off.max():.3g}%"
+    return Unsupported(f"{family}: a ragged forward is not the model's own", f"by {100 * off:.3g}%")
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two rows of logits [n, V] of one dtype, relative to what theirs vary, or where they
+    are all the same, to what they are. Theirs may be -inf here and there, where ours have to be too."""
+    rounding = torch.finfo(theirs.dtype).eps
+    ours, theirs = ours.double(), theirs.double()
+    finite = theirs.isfinite()
+    if not (finite | (ours == theirs)).all():
+        return torch.inf
+    mean = torch.where(finite, theirs, 0).sum(-1, keepdim=True) / finite.sum(-1, keepdim=True)
+    size, spread, off = (torch.where(finite, x, 0).norm(dim=-1) for x in (theirs, theirs - mean, ours - theirs))
+    scale = torch.where(spread > rounding * size, spread, size)
+    return float(torch.where(off == 0, 0, off / scale).max())

@@ -44,6 +44,7 @@ class BatchState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         tree, n_kept = drafter.tree, drafter.support_size
+        self._longest = n_columns - 1
         self.limits, self.lengths, self.seeds, self.n_new, self.allowed, self.n_judged = (
             zeros(n_rows) for _ in range(6)
         )

@@ -30,6 +30,7 @@ class Stats:
         control: how much was drafted in the last call's last steps, and why (see `specdec.control`).
         undrafted_texts: by reason, how often a step drafted nothing for a text that it drafts for otherwise.
         decoded: `generate()` calls decoded by specdec. fallbacks: those that ran transformers' own loop, by reason.
+        dropped_drafts: those decoded by specdec without their draft, which could not be prepared, by reason.
     """
 
     steps: int = 0
@@ -46,6 +47,7 @@ class Stats:
     undrafted_texts: Counter[str] = field(default_factory=Counter)
     decoded: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    dropped_drafts: Counter[str] = field(default_factory=Counter)
 
     def reset(self) -> None:
         """Forget everything but the tree that is used."""
@@ -118,6 +120,7 @@ class Stats:
             "undrafted_texts": dict(self.undrafted_texts),
             "decoded": self.decoded,
             "fallbacks": dict(self.fallbacks),
+            "dropped_drafts": dict(self.dropped_drafts),
         }
 
     def table(self) -> Table:
@@ -138,6 +141,8 @@ class Stats:
             table.add_row("control", self.control)
         for reason, count in self.fallbacks.items():
             table.add_row("ran transformers' own loop", f"{count} x: {reason}")
+        for reason, count in self.dropped_drafts.items():
+            table.add_row("decoded without the draft", f"{count} x: {reason}")
         for reason, count in self.undrafted_texts.items():
             table.add_row("not drafted for", f"{count} x: {reason}")
         return table

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache, partial
+from types import CodeType, FunctionType
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import torch
+from transformers import GenerationMixin, PreTrainedModel
 
 from specdec.errors import Unsupported
 from specdec.hf import names
@@ -29,8 +33,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise Unsupported("a model with a forward of its own, as assigning torch.compile(model.forward) gives it")
     if (hook := _hook(model)) is not None:
         raise Unsupported(f"a model with a forward hook, {hook}, which would see drafts too")
-    if not _is_own_method(model, "prepare_inputs_for_generation"):
-        raise Unsupported("a model given a prepare_inputs_for_generation of its own, as PEFT's prompt learning does")
+    if (name := _foreign_method(model)) is not None:
+        raise Unsupported(f"a model with a {name} of its own, which is called at each token in transformers' loop")
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise Unsupported(f"weights on several devices: {', '.join(devices)}")
@@ -40,6 +44,32 @@ def check_model(model: PreTrainedModel) -> None:
         raise Unsupported("CUDA without Triton")
     if _ignores_softcap(model.config):
         raise Unsupported(f"{model.config._attn_implementation} attention, which ignores this model's softcap")
+    if (own := _own_attention(model)) is not None:
+        raise Unsupported("attention by a function that is not transformers' own", own)
+
+
+def differs(wrapped: PreTrainedModel, model: PreTrainedModel) -> str | None:
+    """An attribute that has been set on a wrapped model, or on the one it was made from, and not on the other, of those
+    that code of the model's class speaks of: modules and weights are shared, but not who holds them."""
+    kind: Any = type(model)
+    ours, theirs = vars(wrapped), vars(model)
+    spoken_of = (ours.keys() | theirs.keys()) & _spoken_of(kind)
+    return next((name for name in sorted(spoken_of) if ours.get(name, ...) is not theirs.get(name, ...)), None)
+
+
+@cache
+def _spoken_of(kind: Any) -> frozenset[str]:
+    """All names and words in the code of a class, without what transformers uses and sets by itself."""
+    found: set[str] = set()
+    todo: list[Any] = [x for one in kind.__mro__ if one not in PreTrainedModel.__mro__ for x in vars(one).values()]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, FunctionType):
+            todo += [part.__code__, getattr(part, "__wrapped__", None)]
+        elif isinstance(part, CodeType):
+            found |= {*part.co_names, *(word for word in part.co_consts if isinstance(word, str))}
+            todo += part.co_consts
+    return frozenset(found - {*dir(PreTrainedModel), "generation_config", "vocab_size"} | {"config"})
 
 
 def has_own_forward(model: PreTrainedModel) -> bool:
@@ -53,20 +83,90 @@ def _is_own_method(module: Any, name: str) -> bool:
     return getattr(method, "__self__", None) is module and method.__func__ is getattr(type(module), name)
 
 
+@cache
+def _methods_of_the_loop() -> tuple[str, ...]:
+    """Methods of a model that transformers' sampling loop calls, and with what it is given: those that these call too,
+    by looking at their code."""
+    found: dict[str, None] = {}
+    todo = ["get_compiled_call", "_prepare_cache_for_generation", "_assisted_decoding", "_sample"]
+    while todo:
+        name = todo.pop()
+        method = inspect.unwrap(getattr(GenerationMixin, name, getattr(PreTrainedModel, name, None)) or len)
+        if name not in found and isinstance(method, FunctionType):
+            found[name] = None
+            todo += [name for name in method.__code__.co_names if hasattr(GenerationMixin, name)]
+    return tuple(sorted(found))
+
+
+def _foreign_method(model: PreTrainedModel) -> str | None:
+    """A method of transformers' loop that this model, or its class, has from elsewhere: it might choose another token,
+    or stop, and nobody would call it here. Transformers' own families may have theirs, but no loop."""
+    for name in _methods_of_the_loop():
+        homes = [(kind.__module__, vars(kind)[name]) for kind in type(model).__mro__ if name in vars(kind)]
+        home, method = next((home, method) for home, method in homes if method.__module__ != "specdec.api")
+        known = "transformers.generation." if name in ("_sample", "_assisted_decoding") else "transformers."
+        is_known = home.startswith(known) and _is_transformers(method)
+        if not is_known or (name in vars(model) and not _is_own_method(model, name)):
+            return name
+    return None
+
+
+def _is_transformers(method: Any) -> bool:
+    """Whether a method is transformers' own, and so is what is around it, but for torch's decorators and Python's."""
+    homes = []
+    while method is not None:
+        function = getattr(method, "__func__", method)  # of a static method
+        homes.append(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
+        method = getattr(function, "__wrapped__", None)
+    return homes[-1] == "transformers" and {*homes} <= {"transformers", "torch", "contextlib", "functools"}
+
+
 def _hook(model: PreTrainedModel) -> str | None:
     """The name of a hook that a forward of this model runs. Transformers' own act only where states are asked for."""
+    modules = torch.nn.modules.module
+    hooks = [*modules._global_forward_pre_hooks.values(), *modules._global_forward_hooks.values()]
     for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if not names.is_own_hook(hook):
-                return getattr(hook, "__qualname__", type(hook).__qualname__)
-    return None
+        hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    foreign = (hook for hook in hooks if not names.is_own_hook(hook))
+    return next((getattr(hook, "__qualname__", type(hook).__qualname__) for hook in foreign), None)
 
 
 def _ignores_softcap(config: Any) -> bool:
     """Whether the model's attention drops the softcap of its configuration, as some versions' sdpa does for Gemma 2."""
-    attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # None for "eager", the model's own
+    attend = names.ATTENTION_FUNCTIONS.get(config._attn_implementation)  # None for "eager", the model's own
     has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     return has_softcap and attend is not None and "softcap" not in inspect.signature(attend).parameters
+
+
+def _own_attention(model: PreTrainedModel) -> str | None:
+    """The name of a function that makes masks or attends in this model, and is not transformers' own: what it does far
+    away no short text shows, and in a view specdec's would take its place."""
+    functions = [function for function in _attention_functions(model) if not _is_their_code(function)]
+    return getattr(functions[0], "__qualname__", repr(functions[0])) if functions else None
+
+
+def _attention_functions(model: PreTrainedModel) -> Iterator[Any]:
+    """All that attends and makes masks by name, or is called for "eager", in the files that this model's classes are
+    of: each may look names up in a table of its own."""
+    modules = list(model.get_decoder().modules())
+    files = [vars(sys.modules[name]) for name in {type(module).__module__ for module in modules} if name in sys.modules]
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    for how in {getattr(config, "_attn_implementation", None) or "eager" for config in configs}:
+        own = "eager_attention_forward"
+        found = [
+            file.get("ALL_ATTENTION_FUNCTIONS", names.ATTENTION_FUNCTIONS).get(how, file.get(own)) for file in files
+        ]
+        yield from (x for x in (*found, names.MASK_FUNCTIONS.get(how)) if x is not None)
+
+
+def _is_their_code(function: Any) -> bool:
+    """Whether a function is defined in transformers, by its code and not by what it is called; and so are those that it
+    wraps."""
+    while isinstance(function, partial):
+        function = function.func
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    wrapped = getattr(function, "__wrapped__", None)
+    return module.startswith("transformers.") and (wrapped is None or _is_their_code(wrapped))
 
 
 def check_context(model: PreTrainedModel, longest: int) -> None:

@@ -1,13 +1,12 @@
 """ModelView: a private copy of a model's modules over the same weights, set up to run flat ragged tokens.
 
 The user's model is never touched: its configuration, attention implementation, hooks and forwards stay as they are,
-and any number of views of one model can run side by side. Only the module tree is copied; parameters and buffers are
-shared.
+and any number of views of one model can run side by side. Only the module tree is copied (see `specdec.twin`);
+parameters, buffers and all else are shared.
 """
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,49 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from specdec import ambient, attention
+from specdec import attention
 from specdec.cache import RaggedCache
+from specdec.errors import Unsupported
 from specdec.hf import names
 from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
 from specdec.proof import prove
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return list(chain(model.parameters(), model.buffers()))
-
-
-def _trait(tensor: Tensor) -> tuple[object, ...]:
-    """What compiled and recorded steps rely on: they know a weight's shape, or even its address."""
-    return tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()
-
-
-_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"} | {"config"}  # which all of them share
-_PLAIN = {bool, int, float, str, types.FunctionType}
-
-
-def _frozen(value: Any) -> Any:
-    """A setting, to compare with later; None for objects, which are not settings."""
-    if isinstance(value, PreTrainedConfig):
-        return _frozen(vars(value))
-    if isinstance(value, dict):
-        return [*value, *map(_frozen, value.values())]
-    if isinstance(value, list | tuple | set):
-        return [*map(_frozen, value)]
-    return value if type(value) in _PLAIN else None
-
-
-def _traits(model: PreTrainedModel, tensors: list[Tensor]) -> list[object]:
-    """Of its tensors; what a copy of the modules has taken over: classes and settings, as which adapter is on; and
-    torch's own settings."""
-    settings = [
-        (type(module), *((k, _frozen(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE))
-        for module in model.modules()
-    ]
-    return [*map(_trait, tensors), *settings, _frozen(model.config), ambient.settings()]
+from specdec.twin import Look
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -98,13 +65,13 @@ class ModelView:
         attention.install()
         self.source = model
         self._cache_argument, self._decoders_cache_argument = map(names.cache_argument, (model, model.get_decoder()))
-        self.weights = _tensors(model)
-        self.traits = _traits(model, self.weights)
-        self.module: PreTrainedModel = copy.deepcopy(model, {id(t): t for t in self.weights})
+        self._look = Look(model)
+        self.module = self._look.twin(model)
         self.module.config._attn_implementation = attention.NAME
         self.module.config.get_text_config()._attn_implementation = attention.NAME
         # A region takes no weights that are tensors of tensors, as torchao's: with these, every layer compiles.
-        regions = [] if any(map(is_traceable_wrapper_subclass, self.weights)) else _decoder_layers(self.module)
+        weights = chain(model.parameters(), model.buffers())
+        regions = [] if any(map(is_traceable_wrapper_subclass, weights)) else _decoder_layers(self.module)
         for layer in regions:
             vars(layer)["forward"] = types.MethodType(_as_region(type(layer).forward), layer)
         weight = next(model.parameters())
@@ -113,20 +80,32 @@ class ModelView:
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         prove(self)
-        self.traits = _traits(model, self.weights)  # again: a model may count how often it is run
+        self._look = Look(model)  # again: a model may count how often it is run
 
     @property
     def is_current(self) -> bool:
-        """Whether the user's model still holds the very weights and settings this view was made from.
+        """Whether the user's model still holds the very weights, settings and code this view was made from.
 
-        The weights' values may change freely; compiled steps rely on the rest.
+        The weights' values may change freely; compiled steps, and the proof, rely on the rest.
+
+        Raises:
+            Unsupported: nobody can say.
         """
-        now = _tensors(self.source)
-        return (
-            len(now) == len(self.weights)
-            and all(a is b for a, b in zip(now, self.weights, strict=True))
-            and _traits(self.source, now) == self.traits
-        )
+        return Look(self.source).seen == self._look.seen
+
+    @property
+    def traits(self) -> object:
+        """What the user's model was like, to compare."""
+        return self._look.seen
+
+    def check_untouched(self) -> None:
+        """Whether running the user's model changes nothing but what its modules note about themselves.
+
+        Raises:
+            Unsupported: there is something that this view's forwards, which run drafts too, would write to.
+        """
+        if (name := self._look.changed_by_running(self.source)) is not None:
+            raise Unsupported(f"a forward that writes to {name}")
 
     @property
     def device(self) -> torch.device:

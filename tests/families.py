@@ -85,6 +85,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
                 "window_size": 6},
+    "doge": {**_HEADS, "keep_window_size": 16},
+    "moshi": {**{k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}, "ffn_dim": 48, **_WINDOW},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.35},
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
     "qwen3_next": {**LLAMA_LIKE, **_EXPERTS, "num_hidden_layers": 4},
@@ -104,7 +106,8 @@ def _attends_by_itself(family: str) -> bool:
 FLAT = [*filter(_attends_by_itself, SINCE_5_24), "falcon", "deepseek_v3"]
 REFUSED = {
     "bloom": "takes no position_ids", "mpt": "takes no position_ids", "mamba": "takes no position_ids",
-    "rwkv": "takes no position_ids", "gpt_neo": "not the model's own",
+    "rwkv": "takes no position_ids", "gpt_neo": "not the model's own", "doge": "not the model's own",
+    "moshi": "a ragged forward",
     "qwen3_next": "do not all keep keys and values", "llama4_text": "ask the cache how long the text is",
 }  # fmt: skip
 DECODED = [family for family in CONFIGS if family not in REFUSED]

@@ -40,7 +40,7 @@ THE_USERS_OWN = {  # numbers, whose dtype is looked at
     "specdec/batching.py": {"torch.as_tensor"}, "specdec/seeds.py": {"torch.as_tensor"},
 }  # fmt: skip
 # Checks it; makes a table; compare it.
-POINTERS = {"kernels/cpu.py", "kernels/kv_cache.py", "specdec/buffers.py", "specdec/view.py"}
+POINTERS = {"kernels/cpu.py", "kernels/kv_cache.py", "specdec/buffers.py", "specdec/twin.py"}
 
 
 def faults(source: str, users_own: set[str]) -> Iterator[str]:

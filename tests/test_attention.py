@@ -64,8 +64,7 @@ def test_agrees_with_the_definition(tree, n_heads, n_groups, head_dim, window, s
                 expected[b * n_nodes + n, h] = scores.softmax(-1) @ v_cache[g, b, slots].double()
 
     grid = q.view(4, n_nodes, n_heads, head_dim)
-    lost = torch.zeros(4, n_slots, dtype=torch.bool)
-    dense = masked_attention(grid, k_cache, v_cache, mask, lost, scale, softcap)
+    dense = masked_attention(grid, k_cache, v_cache, mask, scale, softcap)
     torch.testing.assert_close(dense.flatten(0, 1), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -91,8 +90,7 @@ def test_each_sample_brings_as_many_nodes_as_it_likes():
     keys, values = torch.randn(2, 2, 4, n_slots, 16)
     q = torch.randn(n_tokens, 4, 16)
     mask = nodes.mask(windowed(4), n_slots, torch.float32)[:, 0]
-    lost = torch.zeros(4, n_slots, dtype=torch.bool)
-    dense = nodes.from_grid(masked_attention(nodes.to_grid(q), keys, values, mask, lost, 0.3))
+    dense = nodes.from_grid(masked_attention(nodes.to_grid(q), keys, values, mask, 0.3))
     expected = tree_attention_reference(
         q, keys, values, nodes.starts, lengths, nodes.node, bits[None], depths[None], 4, 0.3, 0.0, None
     )

@@ -75,12 +75,15 @@ def test_training_mode_falls_back(fresh: Tiny, prompts: Prompts) -> None:
     same(wrapped, model, **prompts([4]), max_new_tokens=3)
 
 
-def test_an_assistant_that_does_not_fit_falls_back(model: PreTrainedModel, tiny: Tiny, prompts: Prompts) -> None:
+def test_an_assistant_that_does_not_fit_is_done_without(model: PreTrainedModel, tiny: Tiny, prompts: Prompts) -> None:
     wrapped = wrap(model, None)
     expected = model.generate(**prompts([9]), max_new_tokens=6)
-    with pytest.warns(UserWarning, match="specdec runs transformers' own loop: the draft: models of type bloom"):
+    with pytest.warns(UserWarning, match="specdec decodes without the draft: models of type bloom"):
         out = wrapped.generate(**prompts([9]), max_new_tokens=6, assistant_model=tiny("bloom"))
     assert torch.equal(out, expected)
+    assert not wrapped.specdec.stats.fallbacks
+    assert [*wrapped.specdec.stats.dropped_drafts.values()] == [1]
+    assert "decoded without the draft" in str(wrapped.specdec.stats)
 
 
 def test_out_of_memory_falls_back_and_frees_what_was_made(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.attention import masked_attention
-from specdec.cache import RaggedCache
+from specdec.cache import RaggedCache, readable
 from specdec.decoder import Decoder
 from specdec.drafters.base import Draft
 from specdec.drafters.ngram import NgramDrafter
@@ -56,11 +56,10 @@ def poisoned_caches(monkeypatch: pytest.MonkeyPatch) -> None:
         slot = torch.arange(cache.n_slots)
         for layer in cache.layers:
             unused = slot >= lengths[:, None] if len(lengths) else torch.ones(cache.n_batch, cache.n_slots).bool()
-            layer.keys[:, unused] = torch.nan
-            layer.values[:, unused] = torch.nan
-            if layer.lost is not None:  # there they are never written
-                layer.keys[:, unused] = 1e30
-                layer.values[:, unused] = 1e30
+            # What is never written is not there either: see `RaggedCache`.
+            layer.keys[:, unused] = 1e30 if cache.is_flat else torch.nan
+            layer.values[:, unused] = torch.nan if cache.can_fuse else 1e30
+            if layer.lost is not None:
                 layer.lost[unused] = True
 
     def _hold(self: RaggedCache, layers: list[Any]) -> None:
@@ -70,7 +69,8 @@ def poisoned_caches(monkeypatch: pytest.MonkeyPatch) -> None:
             poison(self, torch.empty(0))
         elif layers:
             for layer in self.layers:
-                layer.keys[:, :, known:], layer.values[:, :, known:] = torch.nan, torch.nan
+                layer.keys[:, :, known:] = 1e30 if self.is_flat else torch.nan
+                layer.values[:, :, known:] = torch.nan if self.can_fuse else 1e30
         self.n_slots_known = self.n_slots if layers else 0
 
     def _landed(self: Decoder, *args: Any) -> Any:
@@ -156,13 +156,13 @@ def test_a_text_that_cannot_be_computed_with_is_alone_with_it(
         assert many[row].tokens[len(rows[row]) :].tolist() == out.sequences[row, 9:].tolist()
 
 
-def test_lost_values_are_nan_to_those_who_see_them_only() -> None:
+def test_what_is_lost_is_nan_to_those_who_see_it_only() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 3, 4, 8), torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8)
     mask = torch.tensor([[[0, 0, -torch.inf, -torch.inf, -torch.inf], [0, 0, 0, -torch.inf, -torch.inf], [0] * 5]])
-    clean = masked_attention(q, k, v, mask, torch.zeros(1, 5).bool(), 0.3)
-    k[:, :, 2:] = torch.nan
-    lost = torch.tensor([[False, False, True, False, False]])
-    out = masked_attention(q, k, v, mask, lost, 0.3)
+    clean = masked_attention(q, k, v, mask, 0.3)
+    v[:, :, 2:] = torch.inf
+    lost = ~v.isfinite().all(-1).all(0)
+    out = masked_attention(q, *readable(k, v, lost, torch.nan), mask, 0.3)
     assert torch.equal(out[:, 0], clean[:, 0])
     assert out[:, 1:].isnan().all()

@@ -13,7 +13,6 @@ from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.errors import Unsupported
 from specdec.suited import has_own_forward, moving_rope
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS
@@ -68,17 +67,18 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
 
 
 def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) -> Drafter:
-    """The drafter that the user means, for a target."""
+    """The drafter that the user means, for a target.
+
+    Raises:
+        Unsupported: the draft model cannot run raggedly.
+    """
     depth = config.depth
     if draft is None:
         return NoDrafter()
     if isinstance(draft, PreTrainedModel | ForeignDraft):
         model, overlap = (draft.model, draft.overlap(target)) if isinstance(draft, ForeignDraft) else (draft, None)
         tree = config.tree or TokenTree.chain(depth or 5)
-        try:
-            return ModelDrafter(model, tree, VERIFIERS[config.verifier], overlap)
-        except Unsupported as reason:
-            raise Unsupported(f"the draft: {reason}") from None
+        return ModelDrafter(model, tree, VERIFIERS[config.verifier], overlap)
     if isinstance(draft, str):
         return NgramDrafter(depth or 8, config.max_ngram)
     return draft
