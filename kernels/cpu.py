@@ -145,6 +145,7 @@ def bind(source: str, types: str) -> Callable[..., None]:
     """The function `kernel` of `source` with arguments of these types, pointers as tensors, as Inductor calls its own.
 
     A call by `ctypes` costs five times as much, and knows addresses only: it can't tell a tensor from a number.
+    What a pointer leads to is checked at every call; behind a `void*`, by the caller: the kernel is told its strides.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
@@ -153,8 +154,7 @@ def bind(source: str, types: str) -> Callable[..., None]:
 
     def call(*arguments: Any) -> None:
         for i, dtype in read:
-            if arguments[i].dtype is not dtype:
-                raise TypeError(f"a kernel reads {dtype}, and argument {i} is {arguments[i].dtype}")
+            check(arguments[i], dtype)
         kernel(*arguments)
 
     return call
@@ -163,15 +163,24 @@ def bind(source: str, types: str) -> Callable[..., None]:
 _DTYPES = {"float*": torch.float32, "int64_t*": torch.int64}
 
 
-def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """Where C++ finds a tensor's numbers, one after the other.
+def check(tensor: torch.Tensor, dtype: torch.dtype, is_dense: bool = True) -> None:
+    """Whether C++ may read a tensor's numbers: it knows no more of them than where the first one is.
+
+    Args:
+        is_dense: they are read one after the other; else those of a row are, and the kernel is told the other strides.
 
     Raises:
         TypeError: they are not of this dtype, not on the CPU, or not side by side.
     """
-    if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+    is_laid_out = tensor.is_contiguous() if is_dense else tensor.stride(-1) == 1
+    if tensor.dtype is not dtype or not tensor.is_cpu or not is_laid_out:
         raise TypeError(
             f"a kernel reads contiguous {dtype} on a CPU, got {tensor.dtype} on {tensor.device}, "
             f"strides {tensor.stride()}"
         )
+
+
+def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Where C++ finds a tensor's numbers, one after the other; raises as `check` does."""
+    check(tensor, dtype)
     return tensor.data_ptr()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels import cpu_attention
-from specdec.kernels.cpu import bind
+from specdec.kernels.cpu import bind, check
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.tree_attention import absorb, blocks, combine, n_splits, partials
 
@@ -77,13 +77,13 @@ static void attend(
 }
 
 extern "C" void kernel(
-    const float* q, const float* k, const float* v, const void* mask, float* out, int64_t is_bool, int64_t B,
+    const float* q, const void* k, const void* v, const void* mask, float* out, int64_t is_bool, int64_t B,
     int64_t H, int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, int64_t k_sample, int64_t k_head,
     int64_t v_sample, int64_t v_head, int64_t m_sample, int64_t m_head, int64_t m_query, float scale,
     int64_t threads) {
   const auto call = [&](const auto* own) {
-    attend(q, k, v, own, out, B, H, G, Q, S, D, DV, k_sample, k_head, v_sample, v_head, m_sample, m_head, m_query,
-           scale, threads);
+    attend(q, static_cast<const float*>(k), static_cast<const float*>(v), own, out, B, H, G, Q, S, D, DV, k_sample,
+           k_head, v_sample, v_head, m_sample, m_head, m_query, scale, threads);
   };
   if (is_bool) call(static_cast<const uint8_t*>(mask));
   else call(static_cast<const float*>(mask));
@@ -93,7 +93,7 @@ extern "C" void kernel(
 
 @cache
 def _kernel() -> Callable[..., None]:
-    types = ["float*"] * 3 + ["void*", "float*"] + ["int64_t"] * 15 + ["float", "int64_t"]
+    types = ["float*"] + ["void*"] * 3 + ["float*"] + ["int64_t"] * 15 + ["float", "int64_t"]
     return bind(cpu_attention.SOURCE + _SOURCE, ", ".join(types))
 
 
@@ -120,8 +120,11 @@ def masked_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
     k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
     mask = mask.expand(n_batch, n_heads, n_queries, n_slots)
     mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    is_bool = mask.dtype == torch.bool
+    for x, dtype in ((k, torch.float32), (v, torch.float32), (mask, torch.bool if is_bool else torch.float32)):
+        check(x, dtype, is_dense=False)
     _kernel()(
-        q.contiguous(), k, v, mask, out, mask.dtype == torch.bool, n_batch, n_heads, n_groups, n_queries, n_slots, dim,
+        q.contiguous(), k, v, mask, out, is_bool, n_batch, n_heads, n_groups, n_queries, n_slots, dim,
         dim_v, *k.stride()[:2], *v.stride()[:2], *mask.stride()[:3], scale, torch.get_num_threads(),
     )  # fmt: skip
     return out.transpose(1, 2)

@@ -175,7 +175,8 @@ class Handle:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
         try:
-            views = ModelView(self._model), ModelView(draft)
+            with decoding(self._model):
+                views = ModelView(self._model), ModelView(draft)
         except Unsupported as reason:
             raise ValueError(f"these calls run transformers' own loop: {reason}") from None
         with self._running, torch.random.fork_rng(devices=[]):
@@ -430,8 +431,9 @@ def _name(draft: DraftSource) -> object:
 
 @contextmanager
 def decoding(model: PreTrainedModel) -> Generator[None]:
-    """Where to decode: without gradients, and with a model's GPU the current one, on which kernels are started and
-    graphs recorded."""
-    current = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
-    with current, torch.inference_mode(False), torch.no_grad():
+    """Where to decode: without gradients and autocast, and with a model's GPU the current one, on which kernels are
+    started and graphs recorded."""
+    kind = model.device.type
+    current = torch.cuda.device(model.device) if kind == "cuda" else nullcontext()
+    with current, torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
         yield

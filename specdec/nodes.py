@@ -133,7 +133,8 @@ class Nodes:
         # A place without a token may see nothing; its row must stay finite all the same, or the NaN it writes to
         # scratch would reach every other row as 0 * NaN.
         visible = visible | ~visible.any(-1, keepdim=True)
-        return torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None]
+        zero = torch.zeros((), dtype=dtype, device=visible.device)
+        return torch.where(visible, zero, -torch.inf)[:, None]
 
     def flat_mask(self, allowed: Callable[..., Tensor], n_slots: int, dtype: torch.dtype) -> Tensor:
         """The same [1, 1, T, B * S], over the slots of all samples one after the other."""

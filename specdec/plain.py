@@ -44,7 +44,7 @@ def draw_texts(model: PreTrainedModel, lengths: list[int], seed: int) -> list[Te
         Unsupported: there are too few.
     """
     sizes = [length + len(TREE) for length in lengths]
-    embeddings, generator, n_tokens = model.get_input_embeddings(), torch.Generator().manual_seed(seed), sum(sizes)
+    embeddings, generator, n_tokens = model.get_input_embeddings(), torch.Generator("cpu").manual_seed(seed), sum(sizes)
     drawn = torch.randint(
         embeddings.num_embeddings, (4 * n_tokens,), generator=generator, dtype=torch.int64, device="cpu"
     ).to(model.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from specdec import ambient
 from specdec.errors import Unsupported
 from specdec.hf import names
 from specdec.past import Past, is_users
@@ -121,8 +122,7 @@ class Request:
         if not model_kwargs.get("use_cache", True):
             raise Unsupported("use_cache=False")
         check_mode(model)
-        if torch.is_autocast_enabled(input_ids.device.type):
-            raise Unsupported("autocast")
+        ambient.check(input_ids.device)
         if len(input_ids) == 0:
             raise Unsupported("an empty batch")
         prompts = _strip_padding(input_ids, model_kwargs.get("attention_mask"))

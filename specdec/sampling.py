@@ -81,6 +81,7 @@ class SamplingLaw:
     by_text: bool = False
 
     @classmethod
+    @torch.inference_mode(False)  # whose tensors are of another kind, which compiled steps would not take
     def from_processors(
         cls, processors: LogitsProcessorList, do_sample: bool, device: torch.device, by_text: bool = False
     ) -> SamplingLaw:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from specdec import ambient
 from specdec.errors import Unsupported
 from specdec.hf import names
 
@@ -67,8 +68,7 @@ class Look:
     def __init__(self, model: PreTrainedModel) -> None:
         self._weights = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
         self._objects: dict[int, Any] = {id(model): model}
-        settings = torch.get_default_dtype(), torch.get_default_device(), torch.are_deterministic_algorithms_enabled()
-        self.seen: dict[int, tuple[object, ...]] = {0: settings}
+        self.seen: dict[int, tuple[object, ...]] = {0: ambient.settings()}
         self._todo: list[Any] = [model]
         while self._todo:
             value = self._todo.pop()

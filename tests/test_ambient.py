@@ -1,179 +1,245 @@
-"""What a script sets for all of torch (its default dtype and device, deterministic mode, threads, grad modes) changes
-nothing here: numbers that C++ and Triton read have the dtypes that they read."""
+"""What a script sets for all of torch (default dtype and device, deterministic mode, threads, grad modes, autocast,
+modes) changes no text, or runs transformers' own loop; numbers that C++ reads have the dtypes that it reads."""
 
 from __future__ import annotations
 
 import ast
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import ambient_world
 import pytest
 import torch
-from side_by_side import Prompts, Tiny, wrap
+from ambient_world import ALONE, COMPILED, DRAFTS, SETTINGS, Made
+from side_by_side import Prompts, Tiny, same, wrap
+from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import specdec
-from specdec import TokenTree
 from specdec.kernels.cpu import address, bind
-from specdec.kernels.noise import uniform
+from specdec.kernels.masked_attention import masked_attention_cpu
+from specdec.kernels.noise import uniform_cpu
+from specdec.kernels.skinny_linear import skinny_linear_cpu
+from specdec.sampling import SamplingLaw, names
+from specdec.view import ModelView
 
 ROOT = Path(__file__).resolve().parents[1]
-MAKERS = {
-    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
-    "randn", "randperm", "scalar_tensor", "tensor", "zeros",
-}  # fmt: skip
-
-
-def sources() -> Iterator[Path]:
-    for folder in ("kernels", "graphs", "specdec"):
-        yield from (p for p in (ROOT / folder).rglob("*.py") if p.relative_to(ROOT).parts[:2] not in LINKS)
-
-
 LINKS = ("specdec", "kernels"), ("specdec", "graphs")
+
+# What the sources say.
+
+MAKERS = {f"torch.{function.__name__}" for function in _device_constructors()}  # all that torch itself knows of
+THE_USERS_OWN = {  # numbers, whose dtype is looked at
+    "specdec/batching.py": {"torch.as_tensor"}, "specdec/seeds.py": {"torch.as_tensor"},
+}  # fmt: skip
+# Checks it; makes a table; compare it.
+POINTERS = {"kernels/cpu.py", "kernels/kv_cache.py", "specdec/buffers.py", "specdec/twin.py"}
+
+
+def faults(source: str, users_own: set[str]) -> Iterator[str]:
+    """What in a source leaves a dtype or a device to torch's defaults."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            is_fault = any(f"torch.{name.name}" in MAKERS for name in node.names)
+        elif isinstance(node, ast.Import):
+            is_fault = any(name.name == "torch" and name.asname for name in node.names)
+        elif isinstance(node, ast.Call):
+            is_fault = _leaves_a_default(node, users_own)
+        else:
+            continue
+        if is_fault:
+            yield ast.unparse(node)
+
+
+def _leaves_a_default(call: ast.Call, users_own: set[str]) -> bool:
+    made, given = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+    if made == "torch.Generator":
+        return not call.args and "device" not in given
+    if made == "torch.where":
+        return len(call.args) == 3 and all(map(_is_number, call.args[1:]))
+    return made in MAKERS and not ({"device"} if made in users_own else {"dtype", "device"}) <= given
+
+
+def _is_number(node: ast.expr) -> bool:
+    """Whether an expression is a number of Python's, whose dtype in a tensor is the default."""
+    if isinstance(node, ast.UnaryOp):
+        return _is_number(node.operand)
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) in {"float", "int"}
+    return isinstance(node, ast.Constant) or ast.unparse(node) in {"torch.inf", "torch.nan", "math.inf", "math.nan"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.zeros(3, dtype=torch.int64)", "torch.zeros(3, device=x.device)", "torch.full((), 1.0)", "torch.eye(3)",
+        "torch.tril_indices(3, 3)", "torch.tensor(knobs, device=x.device)", "torch.randint(9, ())",
+        "torch.as_tensor(x, device='cpu')", "torch.Generator()", "from torch import arange", "import torch as t",
+        "torch.where(x > 0, 0.0, float('-inf'))", "torch.where(x > 0, 1, -torch.inf)",
+    ],
+)  # fmt: skip
+def test_a_default_is_seen(line: str) -> None:
+    assert list(faults(line, set())) == [line]
 
 
 def test_tensors_are_made_with_a_dtype_and_a_device() -> None:
-    """Of their own: torch's defaults are the user's."""
-    found, n_calls = [], 0
-    for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
-                n_calls += 1
-                wanted = {"device"} if ast.unparse(node.func) == "torch.as_tensor" else {"dtype", "device"}
-                if not wanted <= {keyword.arg for keyword in node.keywords}:
-                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
-    assert n_calls > 50
+    """Of their own: torch's defaults are the user's. And no address is taken but where it is checked."""
+    found, n_made = [], 0
+    for path in (path for folder in ("kernels", "graphs", "specdec") for path in (ROOT / folder).rglob("*.py")):
+        if path.relative_to(ROOT).parts[:2] in LINKS:
+            continue
+        name, source = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        found += [f"{name}: {fault}" for fault in faults(source, THE_USERS_OWN.get(name, set()))]
+        found += [f"{name} takes addresses"] if ".data_ptr()" in source and name not in POINTERS else []
+        n_made += sum(source.count(f"{maker}(") for maker in MAKERS)
+    assert n_made > 50
     assert found == []
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-SETTINGS: dict[str, Callable[[], Any]] = {
-    "float64": lambda: _default_dtype(torch.float64),
-    "bfloat16": lambda: _default_dtype(torch.bfloat16),
-    "float16": lambda: _default_dtype(torch.float16),
-    "meta": lambda: _default_device("meta"),
-    "with meta": lambda: torch.device("meta"),
-    "deterministic": _deterministic,
-    "threads": _threads,
-    "inference mode": torch.inference_mode,
-    "grad mode": torch.enable_grad,
-}
-ASKED: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.01},
-    "typical": {"do_sample": True, "typical_p": 0.9},
-    "processors": {"do_sample": True, "repetition_penalty": 1.3},
-}
-
-
-def _texts(wrapped: PreTrainedModel, ids: dict[str, torch.Tensor]) -> list[list[list[int]]]:
-    texts = []
-    for asked in ASKED.values():
-        if asked:
-            wrapped.specdec.seeds = [3, 4]
-        texts.append(wrapped.generate(**ids, max_new_tokens=12, eos_token_id=3, pad_token_id=0, **asked).tolist())
-    many = specdec.generate_many(wrapped, [row.tolist() for row in ids["input_ids"]], max_new_tokens=9, progress=False)
-    return [*texts, [result.tokens.tolist() for result in many]]
-
-
-@pytest.mark.filterwarnings("error::specdec.SpecdecWarning")
-@pytest.mark.parametrize("draft", ["model", "tree", "ngram"])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_texts_do_not_depend_on_it(setting: str, draft: str, tiny: Tiny, prompts: Prompts) -> None:
-    """Neither where a wrapping is made and used, nor where it is only used, under it."""
-    model, other, ids = tiny("llama"), tiny("llama", seed=7, num_hidden_layers=1), prompts([5, 5])
-
-    def make() -> PreTrainedModel:
-        if draft == "ngram":
-            return wrap(model)
-        return wrap(model, other, **({"tree": TokenTree.from_widths(2, 2)} if draft == "tree" else {"depth": 3}))
-
-    before = make()
-    expected = _texts(before, ids)
-    with SETTINGS[setting]():
-        assert _texts(before, ids) == expected
-        assert _texts(make(), ids) == expected
-    assert _texts(before, ids) == expected
-
-
-def test_compiled_steps() -> None:
-    """In a process of its own, which the fault that this is about would end."""
-    code = """
-import sys
-sys.path.insert(0, "tests")
-import torch, specdec
-from families import make_tiny
-model, draft, ids = make_tiny("llama"), make_tiny("llama", seed=7), torch.tensor([[5, 6, 7]])
-def text(compiled):
-    wrapped = specdec.compile(model, draft, depth=2, compile=compiled)
-    wrapped.specdec.seeds = [5]
-    out = wrapped.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9)
-    assert not wrapped.specdec.stats.fallbacks
-    return out.tolist()
-expected = text(False)
-torch.set_default_dtype(torch.bfloat16)
-assert text(True) == expected, (text(True), expected)
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:specdec", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_what_a_kernel_cannot_read_is_refused() -> None:
     """By whoever hands it its address."""
     good = torch.zeros(4, 3, dtype=torch.float32, device="cpu")
+    bad = good.double(), good.long(), good.to("meta"), good.t()
     assert address(good, torch.float32) == good.data_ptr()
-    for bad in (good.double(), good.long(), good.to("meta"), good.t()):
-        with pytest.raises(TypeError, match=r"a kernel reads contiguous torch\.float32 on a CPU, got"):
-            address(bad, torch.float32)
     kernel = bind('extern "C" void kernel(const float* x, int64_t* y) { y[0] = int64_t(x[0]); }', "float*, int64_t*")
     out = torch.zeros(1, dtype=torch.int64, device="cpu")
     kernel(good + 2, out)
     assert out.tolist() == [2]
-    for x, y in ((good.double(), out), (good, out.int()), (good.bfloat16(), out)):
-        with pytest.raises(TypeError, match="a kernel reads torch"):
-            kernel(x, y)
+    for x in bad:
+        with pytest.raises(TypeError, match=r"a kernel reads contiguous torch\.float32 on a CPU, got"):
+            address(x, torch.float32)
+        with pytest.raises(TypeError, match=r"a kernel reads contiguous torch\.float32 on a CPU, got"):
+            kernel(x, out)
     with pytest.raises(TypeError, match=r"a kernel reads contiguous torch\.int64"):
-        uniform(out.int(), out, out, 0)
+        kernel(good, out.int())
+    with pytest.raises(TypeError, match=r"a kernel reads contiguous torch\.int64"):
+        uniform_cpu(out.int(), out, out, 0)
+    with pytest.raises(TypeError, match=r"a kernel reads contiguous torch\.float32"):
+        skinny_linear_cpu(good, good.double())
+    with pytest.raises(TypeError, match=r"a kernel reads contiguous torch\.float32"):
+        skinny_linear_cpu(good, torch.zeros(3, 5, dtype=torch.float32, device="cpu").t())
+    q = torch.zeros(1, 2, 3, 4, dtype=torch.float32, device="cpu")
+    mask = torch.zeros(3, 3, dtype=torch.bool, device="cpu")
+    for case in (
+        (q, q.double(), q, mask), (q, q, q.bfloat16(), mask), (q.half(), q, q, mask), (q, q, q, mask.long()),
+        (q, q, q, mask.double()), (q, q, q, mask.to("meta")), (q, q.to("meta"), q, mask),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="a kernel reads contiguous torch"):
+            masked_attention_cpu(*case, 1.0)
+
+
+# What comes out.
+
+
+@pytest.fixture(scope="module")
+def world() -> dict[str, str | None]:
+    """What is wrong under each setting, or None."""
+    done = subprocess.run(
+        [sys.executable, ambient_world.__file__], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    told = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    return told | {"the end": f"{done.returncode}: {done.stderr[-2000:]}" if done.returncode else None}
+
+
+@pytest.mark.parametrize("draft", [*DRAFTS, "afterwards"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_texts_do_not_depend_on_it(setting: str, draft: str, world: dict[str, str | None]) -> None:
+    """Greedy ones are transformers' under the same setting, seeds give those of before."""
+    assert world.get(f"{setting}, {draft}", world["the end"]) is None
+
+
+@pytest.mark.parametrize("what", [ALONE, *(f"{COMPILED}: {dtype}" for dtype in (torch.float32, torch.bfloat16))])
+def test_steps(what: str, world: dict[str, str | None]) -> None:
+    assert world.get(what, world["the end"]) is None
+
+
+def test_nobody_ended_it(world: dict[str, str | None]) -> None:
+    assert world["the end"] is None
+
+
+def test_tensors_of_a_dtype_are_seen() -> None:
+    with Made(torch.float16) as made:
+        torch.zeros(3, dtype=torch.float32, device="cpu").half()
+    assert len(made.found) == 1
+
+
+# What is taken for granted, and what cannot be.
+
+
+@pytest.mark.parametrize("setting", ["float64", "with meta", "deterministic", "precision"])
+def test_a_view_holds_for_the_settings_it_was_made_under(setting: str, model: PreTrainedModel) -> None:
+    """Its proof and its compiled steps."""
+    view = ModelView(model)
+    with SETTINGS[setting]():
+        assert not view.is_current
+    assert view.is_current
+
+
+def test_a_refusal_holds_for_the_settings_it_was_made_under(fresh: Tiny, prompts: Prompts) -> None:
+    class Fails(torch.nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) + torch.zeros(1)
+
+    model = fresh("llama")
+    model.lm_head = Fails(model.config.hidden_size, model.config.vocab_size, bias=False)
+    wrapped, inputs = wrap(model), prompts([5, 3])
+    with torch.device("meta"):
+        with pytest.raises(RuntimeError) as theirs:
+            model.generate(**inputs, max_new_tokens=5)
+        with (
+            pytest.raises(RuntimeError) as ours,
+            pytest.warns(specdec.SpecdecWarning, match="its forward fails"),
+        ):
+            wrapped.generate(**inputs, max_new_tokens=5)
+    assert str(ours.value) == str(theirs.value)
+    same(wrapped, model, **inputs, max_new_tokens=5)
+    assert wrapped.specdec.stats.fallbacks.total() == 1
+
+
+class _Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.roll(1, -1) if func is torch.ops.aten.mm.default and out.shape[-1] == 97 else out
+
+
+@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, _Dispatch])
+def test_modes_see_what_transformers_loop_does(mode: type, model: PreTrainedModel, prompts: Prompts) -> None:
+    wrapped, inputs = wrap(model), prompts([5, 3])
+    with mode():
+        expected = model.generate(**inputs, max_new_tokens=5)
+        with pytest.warns(specdec.SpecdecWarning, match=f"every operation of torch's: {mode.__name__}"):
+            assert torch.equal(wrapped.generate(**inputs, max_new_tokens=5), expected)
+    same(wrapped, model, **inputs, max_new_tokens=5)
+
+
+def test_autocast_between_two_results(model: PreTrainedModel, prompts: Prompts) -> None:
+    """Texts that are being decoded go on as they began; the prompts of a call under autocast run transformers' loop."""
+    texts = [torch.arange(2, 9 + n, dtype=torch.int64) for n in range(3)]
+    expected = [model.generate(ids[None], max_new_tokens=6)[0] for ids in texts]
+    wrapped = wrap(model)
+    results = specdec.generate_many(wrapped, texts, max_batch_size=1, max_new_tokens=6, progress=False)
+    found = [next(results)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found += results
+        with pytest.warns(specdec.SpecdecWarning, match="autocast"):
+            under = wrapped.generate(**prompts([5]), max_new_tokens=6)
+        assert torch.equal(under, model.generate(**prompts([5]), max_new_tokens=6))
+    assert all(torch.equal(result.tokens, ids) for result, ids in zip(found, expected, strict=True))
+    assert list(wrapped.specdec.stats.fallbacks) == ["autocast"]
+
+
+def test_a_law_is_of_no_inference_mode() -> None:
+    """Or steps would compile once more for it."""
+    with torch.inference_mode():
+        processors = [names.processor("TemperatureLogitsWarper")(0.8), names.processor("TopPLogitsWarper")(0.9)]
+        law = SamplingLaw.from_processors(processors, True, torch.device("cpu"))
+    assert len(law.tensors()) == 3
+    assert not any(tensor.is_inference() for tensor in law.tensors())

@@ -89,7 +89,7 @@ def random_windows(tokens: torch.Tensor, count: int, length: int, seed: int) -> 
     """
     if len(tokens) < length:
         raise ValueError(f"{len(tokens)} tokens are less than one window of {length}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     starts = torch.randint(
         0, len(tokens) - length + 1, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
     )

@@ -45,7 +45,8 @@ def held_out_prompts(tokenizer: PreTrainedTokenizerFast, n: int, length: int, se
         prompts += [ids[i : i + length] for i in line_ends if i + length <= len(ids)]
     if len(prompts) < n:
         raise ValueError(f"the held-out text has {len(prompts)} prompts of {length} tokens, {n} were asked for")
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(prompts), generator=generator, dtype=torch.int64, device="cpu")
     return torch.tensor([prompts[i] for i in order[:n]], dtype=torch.int64, device="cpu")
 
 

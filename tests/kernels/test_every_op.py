@@ -8,11 +8,14 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from ambient_world import SETTINGS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import specdec.kernels
 from specdec.kernels.kv_cache import cache_table
@@ -133,6 +136,31 @@ def test_opcheck(name: str, device: torch.device) -> None:
     at = device if op.launcher is not None else torch.device("cpu")
     torch.manual_seed(0)
     torch.library.opcheck(op.call.op, CASES[name](at))
+
+
+@pytest.mark.parametrize("setting", ["float64", "float16", "meta", "deterministic"])
+@pytest.mark.parametrize("name", CASES)
+def test_an_op_does_not_depend_on_torchs_settings(name: str, setting: str, device: torch.device) -> None:
+    """Neither what it gives, nor what its fake says of that."""
+    op = OPS[name]
+    at = device if op.launcher is not None else torch.device("cpu")
+    results = []
+    for under in (nullcontext, SETTINGS[setting]):
+        torch.manual_seed(0)
+        arguments = CASES[name](at)
+        with under():
+            out = op.call(*arguments)
+            with FakeTensorMode() as mode:
+                fakes = op.call.op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+        outs, fakes = (x if isinstance(x, tuple) else (x,) for x in (out, fakes))
+        look, fake = ([x is None or (x.shape, x.dtype, x.device) for x in each] for each in (outs, fakes))
+        assert look == fake
+        # What is written in place counts, and addresses in tables do not.
+        written = () if name == "kv_commit_" or "(a!)" not in op.schema else arguments[:2]
+        results.append((look, [x for x in (*outs, *written) if x is not None]))
+    (plain_look, plain), (look, found) = results
+    assert plain_look == look
+    assert all(map(torch.equal, plain, found))
 
 
 @pytest.mark.parametrize("name", CASES)
