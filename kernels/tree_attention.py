@@ -289,11 +289,12 @@ def _combine_kernel(
     tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=own[:, None] & (o_dv < HEAD_DV)[None, :])
 
 
-def blocks(n_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+def blocks(n_rows: int, head_dim: int, itemsize: int, has_two_masks: bool = False) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, warps, pipeline stages).
 
     Args:
         n_rows: query rows of an average sample: tokens times query heads a key/value head. head_dim: the larger one.
+        has_two_masks: a tree's and a window's, which take the registers that more keys at once would need.
 
     A tile that holds all rows of a sample reads each key from memory once, so BLOCK_M follows the rows until the
     accumulator fills the registers. float32 multiplies without tensor cores and takes small tiles.
@@ -303,7 +304,8 @@ def blocks(n_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, in
     if n_rows <= 16:
         return 16, 64 if head_dim <= 128 else 32, 4, 3
     if head_dim <= 128:
-        return (64, 64, 4, 3) if n_rows <= 64 else (128, 64, 8, 3)
+        block_n = 32 if has_two_masks else 64
+        return (64, block_n, 4, 3) if n_rows <= 64 else (128, block_n, 8, 3)
     return (32, 32, 8, 3) if n_rows <= 32 else (64, 32, 8, 2)
 
 
@@ -350,10 +352,8 @@ def start_kernels(
     n_groups, n_batch, n_slots, head_dv = shape
     group = n_heads // n_groups
     per_sample = triton.cdiv(n_tokens, max(n_batch, 1))
-    n_rows = per_sample * group
-    if bits is not None and window > 0:  # both masks at once leave no registers for more rows
-        n_rows = min(n_rows, 64)
-    block_m, block_n, warps, stages = blocks(n_rows, max(head_d, head_dv), q.element_size())
+    has_two_masks = bits is not None and window > 0
+    block_m, block_n, warps, stages = blocks(per_sample * group, max(head_d, head_dv), q.element_size(), has_two_masks)
     block_m = max(block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_d, head_dv))

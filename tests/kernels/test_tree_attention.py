@@ -400,6 +400,7 @@ def launch(
 LAUNCHES = {
     "bf16 D128 one token": lambda: launch(32, 1, 32, 8, 128, 8192, is_tree=False),
     "bf16 D128 tree of 16": lambda: launch(8, 16, 32, 8, 128, 32768),
+    "bf16 D128 tree of 16, window": lambda: launch(8, 16, 32, 8, 128, 8192, window=4096),
     "bf16 D128 tree of 64, window": lambda: launch(8, 64, 32, 8, 128, 8192, window=4096),
     "bf16 D128 prefill": lambda: launch(4, 1024, 32, 8, 128, 8192, is_tree=False),
     "bf16 D64 tree of 8, window, sinks": lambda: launch(8, 8, 64, 8, 64, 8192, window=128, sinks=True),
