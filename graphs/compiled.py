@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch import fx
+from torch._dynamo.exc import RecompileError
+from torch.fx.experimental import _config
 
 from specdec.errors import warn
 from specdec.graphs import backend
-from specdec.kernels.cpu import has_compiler
+from specdec.kernels.cpu import compiler_error, first_words
+from specdec.kernels.library import OPS
+from specdec.stats import Stats
+
+log = logging.getLogger("specdec")
 
 
 def _needed_guards(guards: Any) -> list[bool]:
@@ -44,11 +52,86 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+def _build_kernels(gm: fx.GraphModule) -> None:
+    """Build what the graph's ops run in C++: none of them must find out later that it can't.
+
+    Raises:
+        RuntimeError: it can't be built.
+    """
+    kernels = {op.call.op: op.kernel for op in OPS.values() if op.kernel is not None}  # type: ignore[attr-defined]
+    used = {node.target for m in gm.modules() if isinstance(m, fx.GraphModule) for node in m.graph.nodes}
+    if any(kernels[op]() is None for op in used & kernels.keys()):
+        raise RuntimeError(compiler_error())
+
+
+class _Step:
+    """A function that is compiled when it is first called; where that can't be, it runs as it is.
+
+    A step changes state in place: it may be run another way only if nothing of it has run. What runs is a graph, and it
+    says when it begins.
+    """
+
+    def __init__(self, function: Callable[..., Any], stats: Stats) -> None:
+        self._function, self._stats = function, stats
+        self._compiled: Callable[..., Any] | None = None
+        self._why_eager: str | None = None
+        self._has_begun = False
+        if error := compiler_error():
+            self._give_up(error, error)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        graph = backend.specdec(gm, example_inputs, **given)
+        _build_kernels(gm)
+
+        def run(*arguments: Any) -> Any:
+            self._has_begun = True
+            return graph(*arguments)
+
+        return run
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._why_eager is None:
+            self._has_begun = False
+            try:
+                return self._first_call(*arguments) if self._compiled is None else self._compiled(*arguments)
+            except (RecompileError, torch.OutOfMemoryError):  # nothing may compile now; or memory can be made for it
+                raise
+            except Exception as error:
+                if self._has_begun:
+                    raise
+                cause = getattr(error, "inner_exception", error)
+                log.info("a step could not be compiled", exc_info=error)
+                self._give_up(f"a step could not be compiled ({type(cause).__name__})", first_words(error), error)
+        self._stats.eager[str(self._why_eager)] += 1
+        return self._function(*arguments)
+
+    def _first_call(self, *arguments: Any) -> Any:
+        self._compiled = torch.compile(
+            _own_code(self._function), fullgraph=True, backend=self._backend, options=dict(_OPTIONS)
+        )
+        # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
+        with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return self._compiled(*arguments)
+
+    def _give_up(self, reason: str, message: str, error: Exception | None = None) -> None:
+        """From now on run eagerly.
+
+        Args:
+            reason: to be counted by. message: what to tell the user.
+        """
+        if os.environ.get("SPECDEC_STRICT") == "1":
+            raise RuntimeError(f"specdec could not compile a step: {message}") from error
+        if reason not in self._stats.eager:
+            warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {message}")
+        self._why_eager = reason
+
+
 class CompiledSteps:
     """Compiles functions once per key, as one full graph each.
 
     Args:
         enabled: False runs everything eagerly.
+        stats: where calls are counted that ran eagerly though they were to be compiled.
 
     Attributes:
         was_compiling: whether the latest call compiled; its time is not decoding time.
@@ -58,35 +141,23 @@ class CompiledSteps:
     lag = 0
     keeps_buffers = False
 
-    def __init__(self, enabled: bool) -> None:
-        if enabled and not has_compiler():
-            warn("specdec found no C++ compiler and runs eagerly: slower, same tokens")
-            enabled = False
-        self.enabled = enabled
+    def __init__(self, enabled: bool, stats: Stats | None = None) -> None:
+        self.enabled, self.stats = enabled, stats or Stats()
         self.was_compiling = False
-        self._functions: dict[Hashable, Callable] = {}
+        self._steps: dict[Hashable, _Step] = {}
 
     def reset(self) -> None:
         """Nothing to forget: compiled functions know no addresses."""
 
     def get(self, function: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
-        """`function`, compiled under `key`; one compiled function serves all sizes."""
+        """`function`, compiled under `key`; one compiled function serves all sizes.
+
+        Where it can't be compiled it runs as it is, with one warning; with SPECDEC_STRICT=1 in the environment that is
+        a RuntimeError.
+        """
         if not self.enabled:
             return function
-        self.was_compiling = key not in self._functions
-        if not self.was_compiling:
-            return self._functions[key]
-        compiled = torch.compile(_own_code(function), fullgraph=True, backend=backend.specdec, options=dict(_OPTIONS))
-        self._functions[key] = compiled
-
-        def first_call(*arguments: Any) -> Any:
-            try:
-                # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
-                with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                    return compiled(*arguments)
-            except TorchDynamoException as error:  # nothing has run yet
-                warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {error}")
-                self._functions[key] = function
-                return function(*arguments)
-
-        return first_call
+        self.was_compiling = key not in self._steps
+        if self.was_compiling:
+            self._steps[key] = _Step(function, self.stats)
+        return self._steps[key]

@@ -29,6 +29,7 @@ class Stats:
         tree: how the tree was chosen, if `tune()` has chosen it.
         control: how much was drafted in the last call's last steps, and why (see `specdec.control`).
         fallbacks: `generate()` calls that ran transformers' own loop, by reason.
+        eager: drafts and judgements that ran eagerly though they were to be compiled, by reason.
     """
 
     steps: int = 0
@@ -43,6 +44,7 @@ class Stats:
     tree: str | None = None
     control: str | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
+    eager: Counter[str] = field(default_factory=Counter)
 
     def reset(self) -> None:
         """Forget everything but the tree that is used."""
@@ -105,6 +107,7 @@ class Stats:
             "tree": self.tree,
             "control": self.control,
             "fallbacks": dict(self.fallbacks),
+            "eager": dict(self.eager),
         }
 
     def table(self) -> Table:
@@ -125,6 +128,8 @@ class Stats:
             table.add_row("control", self.control)
         for reason, count in self.fallbacks.items():
             table.add_row("ran transformers' own loop", f"{count} x: {reason}")
+        for reason, count in self.eager.items():
+            table.add_row("ran eagerly", f"{count} x: {reason}")
         return table
 
     def plot(self, path: str) -> None:
