@@ -99,9 +99,10 @@ class _Step:
             except Exception as error:
                 if self._has_begun:
                     raise
-                cause = getattr(error, "inner_exception", error)
                 log.info("a step could not be compiled", exc_info=error)
-                self._give_up(f"a step could not be compiled ({type(cause).__name__})", first_words(error), error)
+                name = type(getattr(error, "inner_exception", error)).__name__
+                known = compiler_error()
+                self._give_up(known or f"a step could not be compiled ({name})", known or first_words(error), error)
         self._stats.eager[str(self._why_eager)] += 1
         return self._function(*arguments)
 
