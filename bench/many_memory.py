@@ -69,7 +69,6 @@ def taken(model: PreTrainedModel, prompts: list[Tensor], rows: int, new_tokens: 
     model.specdec.stats.reset()
     decode(model, prompts, rows, new_tokens)
     most = peak() - begin + held
-    measure.check("generate_many", model.specdec.stats)
     if model.specdec.stats.seconds["compile"]:
         raise measure.NotMeasured("something compiled while memory was measured")
     return {
@@ -82,6 +81,7 @@ def decode(model: PreTrainedModel, prompts: list[Tensor], rows: int, new_tokens:
     for result in specdec.generate_many(model, prompts, max_batch_size=rows, max_new_tokens=new_tokens, progress=False):
         if result.error is not None:
             raise result.error
+    measure.check("generate_many", model.specdec.stats)
 
 
 def reset_peak() -> int:
