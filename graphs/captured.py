@@ -98,6 +98,10 @@ class CapturedSteps:
         self.recordings: dict[Hashable, Recording] = {}
         self._is_full = False
 
+    def has(self, key: Hashable) -> bool:
+        """Whether it is compiled; recording takes little."""
+        return self._compiled.has(key)
+
     def get(self, step: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
         """`step` under `key`, for tensors of this size."""
         run, shape = self._compiled.get(step, key, size), (key, size)

@@ -150,6 +150,10 @@ class CompiledSteps:
     def reset(self) -> None:
         """Nothing to forget: compiled functions know no addresses."""
 
+    def has(self, key: Hashable) -> bool:
+        """Whether `get` has it without compiling."""
+        return not self.enabled or key in self._steps or compiler_error() is not None
+
     def get(self, function: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
         """`function`, compiled under `key`; one compiled function serves all sizes.
 

@@ -70,6 +70,7 @@ extern "C" void kernel(
     for (int64_t row = 0; row < rows; row++)
       scaled(q + ((from + row / group) * H + g * group + row % group) * D, x + row * X, scale, D);
     products(x, keys, p, turns, rows, stride, n, D);
+    int64_t some = committed, all = 0;  // keys before `some` no row sees, those from `all` to `committed` all rows do
     for (int64_t row = 0; row < rows; row++) {
       float* const score = p + row * stride;
       const int64_t own = node[from + row / group], position = length + depths[own];
@@ -78,6 +79,8 @@ extern "C" void kernel(
       int64_t first = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
       first = first < committed ? first : committed;
       for (int64_t i = 0; i < first; i++) score[i] = 0;
+      some = first < some ? first : some;
+      all = first > all ? first : all;
       for (int64_t i = committed; i < n; i++) {
         const int64_t other = i - length;
         const bool seen = (bits[own * W + other / 64] >> (other % 64)) & 1;
@@ -85,7 +88,8 @@ extern "C" void kernel(
       }
       sums[row] = exponentials(score + first, n - first);
     }
-    weigh_values<false>(p, values, y, rows, stride, committed, D);
+    weigh_values<true>(p + some, values + some * D, y, rows, stride, all - some, D);  // edges of windows
+    weigh_values<false>(p + all, values + all * D, y, rows, stride, committed - all, D);
     weigh_values<true>(p + committed, values + committed * D, y, rows, stride, n - committed, D);  // of own ancestors
     for (int64_t row = 0; row < rows; row++)
       scaled(y + row * D, out + ((from + row / group) * H + g * group + row % group) * D, 1 / sums[row], D);

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.cache import RaggedCache
+from specdec.cache import RaggedCache, readable
 from specdec.hf import names
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.tree_attention import tree_attention
@@ -76,6 +76,8 @@ def attention_forward(
     assert attention_mask is not None
     if nodes.among is not None:
         key, value = (x[:, nodes.among, : nodes.reach] for x in (key, value))
+    if cache.can_fuse:  # what kernels will read is written as it is
+        key, value = readable(key, value, ~value.isfinite().all(-1).all(0), torch.nan)
     out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap, s_aux)
     return nodes.from_grid(out)[None], None
 
@@ -88,7 +90,8 @@ def masked_attention(
 
     Args:
         q: [B, R, H, D]. k_cache, v_cache: [G, B, S, D] and [G, B, S, Dv].
-        mask: [B, R, S] additive, 0 where visible and -inf elsewhere; every row sees at least one key.
+            Values are finite; where they could not be, keys are NaN, and so are the rows that see them.
+        mask: [B, R, S], 0 where visible and less elsewhere; every row sees at least one key.
         scale: factor on the scores. softcap: bound c of the scores, c * tanh(scores / c), or None.
         sinks: [H], logits that join the sum of the softmax and nothing else, or None.
 
@@ -102,7 +105,8 @@ def masked_attention(
     scores = torch.matmul(packed, k_cache.transpose(2, 3))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(n_groups, n_batch, group, n_rows, -1) + mask[None, :, None]
+    hidden = mask[None, :, None]  # selected, not added: a hidden key may be NaN
+    scores = torch.where(hidden < 0, hidden, scores.view(n_groups, n_batch, group, n_rows, -1))
     if sinks is not None:
         sink = sinks.view(n_groups, 1, group, 1, 1).expand(-1, n_batch, -1, n_rows, -1)
         scores = torch.cat([scores, sink.to(scores.dtype)], -1)

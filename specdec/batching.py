@@ -149,12 +149,15 @@ class _Run:
         longest = self._longest + request.max_new_tokens
         if self._call.limits_whole_text:
             longest = len(first.prompt) + request.max_new_tokens
+        # Memory for all of it at once, where texts may come to that: limits can be beyond any model's positions.
+        config = self._model.config.get_text_config()
+        room = max(self._longest, min(longest, getattr(config, "max_position_embeddings", longest)))
         with self._handle.running():
             n_ended = -1
             while n_ended:
                 n_ended = 0
                 decoder = self._handle.decoder(self._call.draft, request.law)
-                run = decoder.run(queue, self._n_rows, longest, longest, request.law, request.eos_ids)
+                run = decoder.run(queue, self._n_rows, longest, room, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
                     yield True
@@ -166,8 +169,8 @@ class _Run:
                 clear_frames(emitted.__traceback__)  # or results would hold the buffers, for which memory may lack
                 self._handle.free()
                 if not n_ended:
-                    size = self._handle.memory(self._n_rows, longest) / 2**30
-                    rows = f"{self._n_rows} rows of {longest} tokens, {size:.1f} GiB"
+                    size = self._handle.memory(self._n_rows, room) / 2**30
+                    rows = f"{self._n_rows} rows of {room} tokens, {size:.1f} GiB"
                     raise RuntimeError(f"decoding stopped, with {rows}: {emitted}") from emitted
                 yield True
 

@@ -13,6 +13,8 @@ from specdec.view import ModelView
 
 SLOT_BUCKET = 256
 """Cache capacity is a multiple of this many slots, and grows with the text."""
+AT_ONCE = 8192
+"""Where steps are recorded, texts that end within so many tokens have room for all of them at once."""
 
 
 class Buffers:
@@ -26,44 +28,54 @@ class Buffers:
         self._target, self._drafter, self._steps = target, drafter, steps
         self.state: BatchState | None = None
         self._places: tuple[int, ...] = ()
+        self._longest = 0
 
     def open(self, n_rows: int, longest: int, room: int, eos_ids: Tensor) -> BatchState:
         """An empty batch on the device.
 
-        Where steps are recorded, buffers only ever grow, and have room for the whole of every text at once.
+        Where steps are recorded, buffers only ever grow, and have room for much at once.
 
         Args:
-            longest: no text is longer, prompt and new tokens. room: caches have slots for texts of this length.
-            eos_ids: [E] int64, tokens that end a text.
+            longest: no text is longer, prompt and new tokens: a limit, which texts need not come near. room: there are
+                slots for texts of this length. eos_ids: [E] int64, tokens that end a text.
         """
-        device = self._target.device
-        # End-of-text ids in whole eights, so that few numbers of them occur.
-        wanted = n_rows, longest + 1, 8 * (len(eos_ids) // 8 + 1)
-        n_slots, state = self._slots_for(room), None
+        device, state = self._target.device, None
         if self._steps.keeps_buffers:
-            state = self.state
-            wanted = wanted[0], self._slots_for(wanted[1]), wanted[2]
-            if state is not None:
-                rows, columns, ends = map(max, wanted, state.sizes)
-                wanted = rows, columns, ends
-            n_slots = self._slots_for(wanted[1])
+            state, room = self.state, min(longest, max(2 * room, AT_ONCE))
+        # End-of-text ids in whole eights, so that few numbers of them occur.
+        wanted = n_rows, self._slots_for(room), 8 * (len(eos_ids) // 8 + 1)
+        if state is not None:
+            rows, n_slots, ends = map(max, wanted, state.sizes)
+            wanted = rows, n_slots, ends
         if state is None or state.sizes != wanted:
             state = self.state = BatchState(*wanted, self._drafter, device)
-        state.clear(eos_ids.to(device))
-        self._target.allocate(wanted[0], n_slots)
-        self._drafter.allocate(wanted[0], n_slots)
-        places = (id(state), self._target.cache.generation, self._drafter.generation)
+        state.clear(eos_ids.to(device), longest)
+        self._target.allocate(*wanted[:2])
+        self._drafter.allocate(*wanted[:2])
+        self._longest = longest
+        self._look_where()
+        return state
+
+    def grow(self, length: int) -> None:
+        """Make room for texts of this length; what is there stays."""
+        assert self.state is not None
+        n_slots, before = self._slots_for(length), self._target.cache.n_slots
+        if n_slots <= before:
+            return
+        if self._steps.keeps_buffers:  # every time, steps are recorded anew
+            n_slots = max(n_slots, min(2 * before, self._slots_for(self._longest)))
+        self.state.grow(n_slots)
+        self._target.cache.grow(n_slots)
+        self._drafter.grow(n_slots)
+        self._look_where()
+
+    def _look_where(self) -> None:
+        """Recorded steps that know other places than these are forgotten."""
+        assert self.state is not None
+        places = self.state.tokens.data_ptr(), self._target.cache.generation, self._drafter.generation
         if places != self._places:
             self._steps.reset()
             self._places = places
-        return state
-
-    def grow(self, longest: int) -> None:
-        """Make room in the caches for texts of this length; what is in them stays."""
-        n_slots = self._slots_for(longest)
-        if n_slots > self._target.cache.n_slots:
-            self._target.cache.grow(n_slots)
-            self._drafter.grow(n_slots)
 
     def memory(self, n_rows: int, longest: int) -> int:
         """Bytes for a batch of `n_rows` texts of `longest` tokens: caches, and the largest forward's activations."""

@@ -1,7 +1,14 @@
-"""RaggedCache: transformers' cache interface over one tensor a layer, every sample at its own length."""
+"""RaggedCache: transformers' cache interface over one tensor a layer, every sample at its own length.
+
+What a mask hides still counts: 0 * NaN is NaN, and a rejected draft may have left anything in a slot. The kernels
+leave out what a query does not see. Where PyTorch attends, under a mask, values that are not finite are never written,
+and the slot's key says it, with NaN: a mask selects among scores. A model's own attention does not, and gets neither;
+such slots are lost, and so are the logits of whoever sees one.
+"""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,20 +22,31 @@ from specdec.nodes import Nodes
 
 
 class RaggedLayer:
-    """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`)."""
+    """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`).
+
+    Attributes:
+        lost: [B, S] bool, where models attend by themselves: slots whose keys or values were not finite; else None.
+    """
 
     is_sliding = False
     is_compileable = True
     is_initialized = True
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, lost: Tensor | None = None) -> None:
+        self.keys, self.values, self.lost = keys, values, lost
         # The fused attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
         self.table = cache_table([(keys, values)])[0]
-        for tensor in (keys, values):
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-            if tensor.shape[1] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for tensor, batch in (keys, 1), (values, 1), (lost, 0):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, batch + 1)
+                if tensor.shape[batch] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, batch)
+
+
+def readable(keys: Tensor, values: Tensor, lost: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """Keys [G, ..., D] and values [G, ..., Dv] that PyTorch may attend to under a mask: of slots that are lost, [...]
+    bool, the values are zeros, and the keys `sign`."""
+    return torch.where(lost[..., None], sign, keys), torch.where(lost[..., None], 0, values)
 
 
 class RaggedCache(names.Cache):
@@ -70,27 +88,21 @@ class RaggedCache(names.Cache):
     def allocate(self, shapes: list[tuple[int, int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
         """An empty cache for `shapes[layer] = (G, D, Dv)`, dtype and device as `like`.
 
-        A cache of the right size stays where it is, because recorded steps know its addresses, and as it is: who takes
-        a row clears it.
+        A cache of the right size stays where it is, because recorded steps know its addresses, and as it is.
         """
         wanted = [tuple((groups, n_batch, n_slots, dim) for dim in dims) for groups, *dims in shapes]
-        if [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in self.layers] == wanted:
+        held = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in self.layers]
+        if held == wanted and all((layer.lost is not None) == self.is_flat for layer in self.layers):
             return
         self.release()  # the memory of the old one may be needed for the new one
-        self._hold([RaggedLayer(like.new_zeros(keys), like.new_zeros(values)) for keys, values in wanted])
+        lost = (like.new_zeros(n_batch, n_slots, dtype=torch.bool) if self.is_flat else None for _ in wanted)
+        pairs = ((like.new_zeros(keys), like.new_zeros(values)) for keys, values in wanted)
+        self._hold([RaggedLayer(*pair, none) for pair, none in zip(pairs, lost, strict=True)])
 
     def release(self) -> None:
         """Give the memory back."""
         self.generation += 1
         self._hold([])
-
-    def clear(self, row: int) -> None:
-        """Zeros for one sample: they keep the masked slots of the dense attention finite. Triton's kernel does not care
-        what is in slots it may not see."""
-        for layer in self.layers:
-            if not (self.can_fuse and runs_triton(layer.keys)):
-                layer.keys[:, row].zero_()
-                layer.values[:, row].zero_()
 
     @property
     def n_batch(self) -> int:
@@ -112,16 +124,58 @@ class RaggedCache(names.Cache):
         if self.is_fused:
             return key_states, value_states
         layer = self.layers[layer_idx]
-        kv_append_(layer.keys, layer.values, key_states[0], value_states[0], self.nodes.slot)
+        keys, values, lost = self._writable(key_states[0], value_states[0])
+        if layer.lost is not None:
+            layer.lost.view(-1).index_copy_(0, self.nodes.slot, lost)
+        kv_append_(layer.keys, layer.values, keys, values, self.nodes.slot)
         if self.is_flat:
             return layer.keys.flatten(1, 2)[None], layer.values.flatten(1, 2)[None]
         return layer.keys, layer.values
+
+    def _writable(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [G, T, D] as they are written, and [T] bool, which of them are lost."""
+        lost = ~values.isfinite().all(-1).all(0)
+        if self.can_fuse:  # kernels look for themselves
+            return keys, values, lost
+        if self.is_flat:
+            lost |= ~keys.isfinite().all(-1).all(0)
+        return *readable(keys, values, lost, 0.0 if self.is_flat else torch.nan), lost
+
+    def put(self, index: int, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write a sample's entries of a layer, [G, n, D] and [G, n, Dv], from its slot `start` on."""
+        layer, end = self.layers[index], start + keys.shape[1]
+        keys, values, lost = self._writable(keys, values)
+        if layer.lost is not None:
+            layer.lost[row, start:end] = lost
+        layer.keys[:, row, start:end], layer.values[:, row, start:end] = keys, values
+
+    def take(self, index: int, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """A sample's entries of a layer in its slots from `start` to `end`; what is lost is NaN again."""
+        layer = self.layers[index]
+        keys, values = layer.keys[:, row, start:end], layer.values[:, row, start:end]
+        if layer.lost is not None:
+            values = torch.where(layer.lost[row, start:end, None], torch.nan, values)
+        return keys, values
+
+    def sees_lost(self, nodes: Nodes) -> Tensor:
+        """[T] bool: which of the flat tokens see a lost slot of any layer."""
+        lost = reduce(torch.logical_or, [layer.lost for layer in self.layers])
+        seen = nodes.mask(lambda batch, head, query, key: key <= query, self.n_slots, torch.float32)[:, 0] == 0
+        return nodes.from_grid((seen & lost[:, None]).any(-1))
 
     def grow(self, n_slots: int) -> None:
         """Make room for `n_slots` slots a sample; committed entries keep their places."""
         more = n_slots - self.n_slots
         self.generation += 1
-        self._hold([RaggedLayer(F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more))) for x in self.layers])
+        self._hold(
+            [
+                RaggedLayer(
+                    F.pad(x.keys, (0, 0, 0, more)), F.pad(x.values, (0, 0, 0, more)),
+                    None if x.lost is None else F.pad(x.lost, (0, more)),
+                )
+                for x in self.layers
+            ]
+        )  # fmt: skip
 
     def _hold(self, layers: list[RaggedLayer]) -> None:
         self.layers: list[Any] = layers  # transformers' class says they are its own
@@ -137,6 +191,11 @@ class RaggedCache(names.Cache):
         layer = self.layers[0]
         sizes = (x.shape[3] * x.itemsize for x in (layer.keys, layer.values))
         kv_commit_(self._table, lengths, path, n_path, layer.keys.shape[0], *sizes)
+        if layer.lost is not None:
+            place = torch.arange(path.shape[1], dtype=torch.int64, device=path.device)
+            moved = torch.where(place < n_path[:, None], path, place) + lengths[:, None]
+            for layer in self.layers:
+                layer.lost.scatter_(1, lengths[:, None] + place, layer.lost.gather(1, moved))
 
     # transformers asks these while it prepares masks; our own mask is built from `nodes`.
     def get_seq_length(self, layer_idx: int | None = None) -> int:

@@ -151,10 +151,14 @@ class Controller:
     Args:
         tree: what a whole draft is. depths: levels that can be drafted, ascending (see `Drafter`).
         adapts: False always drafts the whole tree.
+
+    Attributes:
+        ready: those of the depths that are chosen from: what would have to be compiled in the middle of a text is not.
     """
 
     def __init__(self, tree: TokenTree, depths: Sequence[int], adapts: bool) -> None:
         self.depths, self.adapts = depths, adapts and tree.depth > 0
+        self.ready = depths
         self.times = StepTimes()
         self.switches = 0
         self._levels = tree.depth
@@ -300,7 +304,7 @@ class Controller:
         n = len(texts)
         offers = self._offers(texts)
         rates, plans = {0: KEEP * n / self.times.forward(n, n)}, {0: self.uniform(n, 0)}
-        for depth in self.depths:
+        for depth in self.ready:
             able = [offer for offer in offers if offer.level <= depth]
             rates[depth], plans[depth] = self._cut(able, n, depth)
         depth = max(rates, key=lambda depth: rates[depth])

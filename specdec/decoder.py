@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -183,8 +183,9 @@ class Decoder:
                 first, and grows with them. law: the sampling law. eos_ids: [E] int64, tokens that end a text.
         """
         state = self.buffers.open(n_rows, longest, room, eos_ids)
-        rows = Rows(iter(texts), state, self.target, self.drafter)
+        rows = Rows(iter(texts), state, self.target, self.drafter, self.buffers.grow)
         control = self._controller(law)
+        control.ready = self._ready(law, n_rows)
         on_the_way: deque[Flight] = deque()
         try:
             while True:
@@ -204,7 +205,7 @@ class Decoder:
                 if not live or (rows.is_writing and not rows.is_under_way):  # the first step is of all
                     continue
                 start = time.perf_counter()
-                plan = control.plan([text.habit for text in live.values()])
+                plan = self._plan(control, law, live, n_rows)
                 # What the drafter has to read must have arrived.
                 waits = bool(on_the_way and any(rows.unread(_drafted(live, plan)).values()))
                 if not waits:
@@ -263,9 +264,12 @@ class Decoder:
                 why = f"the target's logits in row {row} of the batch hold a NaN: there is no law to sample from"
                 n_new = n_new - 1 if text.error else 0  # what came before an error of the user's own counts
                 text.error = text.error or RuntimeError(why)
-            elif flight.plan.depth and not finished:
+            taken = text.take(tokens[:n_new], bool(finished))
+            if len(taken) < n_new:
+                self.stats.uncount(len(taken), min(n_new, self.tree.depth), self._level_of(n_judged))
+            elif flight.plan.depth and not (finished or broken):
                 control.count(text.habit, n_found, n_judged, n_new - 1)
-            emitted.append(Emitted(text, text.take(tokens[:n_new], bool(finished))))
+            emitted.append(Emitted(text, taken))
         control.learn(flight.plan, flight.seconds)
         n_tokens, seconds = sum(len(piece.tokens) for piece in emitted), time.perf_counter() - start
         self.stats.count_step(n_tokens, len(emitted), sum(flight.plan.allowed), seconds, compiling=flight.marks is None)
@@ -282,7 +286,7 @@ class Decoder:
         self.buffers.grow(min(room + self.tree.depth + 1, longest))
 
         def step(n: int, plan: Plan) -> None:
-            rows = Rows(iter(texts[:n]), state, self.target, self.drafter)
+            rows = Rows(iter(texts[:n]), state, self.target, self.drafter, self.buffers.grow)
             rows.fill(n)
             while rows.is_writing:
                 rows.write()
@@ -297,6 +301,38 @@ class Decoder:
                     step(n, control.uniform(n, depth, trial="look"))
             while control.adapts and control.turns(n):
                 step(n, control.plan(habits))
+
+    def _level_of(self, n_drafted: int) -> int:
+        """The deepest level of the tree's first `n_drafted` drafted nodes."""
+        return self.tree.depths[n_drafted]
+
+    def _ready(self, law: SamplingLaw, n_rows: int) -> tuple[int, ...]:
+        """Depths that can be drafted without compiling in the middle of a text; the whole draft always is one."""
+        depths, key = self.drafter.depths, ("draft", law.key, n_rows == 1)
+        return tuple(d for d in depths if d == depths[-1] or self.steps.has((*key, d)))
+
+    def _plan(self, control: Controller, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
+        """What the next step does: what the controller says, but for texts that the drafter cannot read to their ends,
+        for which nothing is drafted."""
+        if (
+            control.adapts
+            and n_rows == 1
+            and not self.steps.has(("look" if law.by_text else "judge", law.key, True, True))
+        ):
+            return control.uniform(1, 0)  # the judgement of a root alone is a function of its own: compiled at once
+        plan = control.plan([text.habit for text in live.values()])
+        context = getattr(self.drafter, "context", None)  # users' drafters need not have one
+        if context is None or not plan.depth:
+            return plan
+        fits = [len(text.prompt) + len(text.tokens) + self.tree.depth <= context for text in live.values()]
+        if all(fits):
+            return plan
+        reason = f"texts past the draft's context of {context} tokens"
+        self.stats.undrafted_texts[reason] += len(fits) - sum(fits)
+        allowed = tuple(n if fit else 0 for n, fit in zip(plan.allowed, fits, strict=True))
+        return replace(
+            plan, depth=plan.depth if any(allowed) else 0, allowed=allowed, n_tokens=len(fits) + sum(allowed)
+        )
 
     def _controller(self, law: SamplingLaw) -> Controller:
         """The controller of calls of this law; it remembers what earlier ones took and got accepted."""

@@ -215,6 +215,7 @@ class Handle:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
+                self.stats.decoded += 1
                 return request.result(input_ids, texts, decoder)
         except Unsupported as error:
             why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
@@ -248,8 +249,7 @@ class Handle:
                     raise piece.text.error
             if request.deadline is not None and time.time() > request.deadline:
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
-                for text in texts:
-                    text.cut(shortest)
+                self.stats.tokens -= sum(text.cut(shortest) for text in texts)
                 break
         if streamer is not None:
             streamer.end()

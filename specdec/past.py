@@ -67,10 +67,10 @@ class Past:
         padding = self.padding[row]
         if self.n_known <= padding:
             return 0
-        for own, theirs in zip(cache.layers, self.cache.layers, strict=True):
+        for index, theirs in enumerate(self.cache.layers):
             first = max(padding, self.n_known - theirs.keys.shape[2])  # a window's layer has forgotten what is before
-            for kept, given in (own.keys, theirs.keys), (own.values, theirs.values):
-                kept[:, row, first - padding : self.n_known - padding] = given[row, :, first - self.n_known :]
+            given = (x[row, :, first - self.n_known :] for x in (theirs.keys, theirs.values))
+            cache.put(index, row, first - padding, *given)
         return self.n_known - padding
 
     def extend(self, decoder: Decoder, sequences: Tensor, n_new: list[int]) -> None:
@@ -84,13 +84,13 @@ class Past:
         decoder.target.prefill(rest)
         end = sequences.shape[1] - 1
         for index, layer in enumerate(decoder.target.cache.layers):
-            new = []
-            for kept in (layer.keys, layer.values):
-                whole = kept.new_zeros(len(self.padding), kept.shape[0], end - self.n_known, kept.shape[3])
-                for row, padding in enumerate(self.padding):
-                    first = max(padding, self.n_known)
-                    whole[row, :, first - self.n_known :] = kept[:, row, first - padding : end - padding]
-                new.append(whole)
+            kept = layer.keys, layer.values
+            new = [x.new_zeros(len(self.padding), x.shape[0], end - self.n_known, x.shape[3]) for x in kept]
+            for row, padding in enumerate(self.padding):
+                first = max(padding, self.n_known)
+                entries = decoder.target.cache.take(index, row, first - padding, end - padding)
+                for whole, part in zip(new, entries, strict=True):
+                    whole[row, :, first - self.n_known :] = part
             self.cache.update(*new, index)
 
     def check(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:

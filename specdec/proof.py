@@ -202,8 +202,6 @@ def _difference(view: ModelView, texts: list[Tensor], plain: Plain) -> str | Non
     bits, depths = TREE.tensors(device)
     try:
         view.allocate(n_rows, max(LENGTHS) + n_nodes + 1)  # the last slot is scratch
-        for row in range(n_rows):
-            view.cache.clear(row)
         view.prefill({row: (0, text[:-n_nodes]) for row, text in enumerate(texts)})
         lengths = torch.tensor(LENGTHS, device=device, dtype=torch.int64)
         token = torch.arange(n_rows * n_nodes, device=device, dtype=torch.int64)

@@ -23,6 +23,7 @@ from specdec.suited import check_context
 if TYPE_CHECKING:
     from specdec.decoder import Decoder
 
+_UNLIMITED = 2**48  # tokens: more than any text will have, and few enough to count with
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"
 
 
@@ -156,8 +157,8 @@ class Request:
         if not all(map(is_of_a_row, processors)) or outputs:
             padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
             processes = [process_row(processors, row, padding[row]) for row in rows]
-        pad = names.pad_token(generation_config)
-        return cls(prompts, law, max_length - width, eos_ids, deadline, ends, processes, outputs, past, bool(own), pad)
+        pad, most = names.pad_token(generation_config), min(max_length - width, _UNLIMITED)
+        return cls(prompts, law, most, eos_ids, deadline, ends, processes, outputs, past, bool(own), pad)
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:

@@ -69,11 +69,12 @@ class Text:
             self.error = error
         return self.is_over or self.error is not None
 
-    def cut(self, n_tokens: int | None) -> None:
-        """Keep so many of its new tokens, or all."""
-        self.tokens = self.tokens[:n_tokens]
+    def cut(self, n_tokens: int | None) -> int:
+        """Keep so many of its new tokens, or all; how many are gone."""
+        before, self.tokens = len(self.tokens), self.tokens[:n_tokens]
         if self.record is not None:
             self.record.cut(len(self.tokens))
+        return before - len(self.tokens)
 
     def fail(self, error: Exception) -> None:
         self.finished, self.error = True, error
@@ -88,11 +89,14 @@ class Rows:
     """Texts in the rows of a batch.
 
     Args:
-        texts: those to decode, taken one by one as rows come free.
+        texts: those to decode, taken one by one as rows come free. grow: makes room for a text of some length.
     """
 
-    def __init__(self, texts: Iterator[Text], state: BatchState, target: ModelView, drafter: Drafter) -> None:
-        self._waiting, self._state, self._target, self._drafter = texts, state, target, drafter
+    def __init__(
+        self, texts: Iterator[Text], state: BatchState, target: ModelView, drafter: Drafter,
+        grow: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self._waiting, self._state, self._target, self._drafter, self._grow = texts, state, target, drafter, grow
         self._texts: list[Text | None] = [None] * len(state.lengths)
         self._unwritten: dict[int, tuple[int, Tensor]] = {}
         self._unread: dict[int, int] = {}  # how many tokens of it the drafter knows
@@ -106,8 +110,8 @@ class Rows:
                 self._clear(row)
             while self._texts[row] is None and (new := next(self._waiting, None)) is not None:
                 try:
+                    self._grow(len(new.prompt) + 1)
                     self._state.admit(row, new.prompt, new.max_new_tokens, new.seed)
-                    self._target.cache.clear(row)
                     written = new.past.write_to(self._target.cache, row) if new.past else 0
                     self._texts[row], self._unwritten[row], self._unread[row] = new, (written, new.prompt[:-1]), 0
                 except Exception as error:

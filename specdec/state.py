@@ -1,6 +1,6 @@
 """BatchState: what a batch is, on the device, between two steps.
 
-Letters: B samples, M longest text + 1, N nodes of the drafted tree, D its depth.
+Letters: B samples, M columns, N nodes of the drafted tree, D its depth.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ class BatchState:
     """Texts, lengths and ends of a batch of samples; every step updates it in place, without asking the host.
 
     Args:
-        n_rows: B. n_columns: M, one more than the longest text. n_ends: E, room for so many end-of-text ids.
+        n_rows: B. n_columns: M, more than any text is to have tokens before `grow`. n_ends: E, room for so many
+            end-of-text ids.
         drafter: says what a draft is made of.
 
     Attributes:
@@ -43,6 +44,7 @@ class BatchState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         tree, n_kept = drafter.tree, drafter.support_size
+        self._longest = n_columns - 1
         self.limits, self.lengths, self.seeds, self.n_new, self.allowed, self.n_judged = (
             zeros(n_rows) for _ in range(6)
         )
@@ -59,8 +61,9 @@ class BatchState:
         _, self._depths, self._first_child, *_ = tree.topology(device)
         self._mark_dynamic()
 
-    def clear(self, eos_ids: Tensor) -> None:
-        """No texts; `eos_ids` [E] int64 end those to come, and may be empty."""
+    def clear(self, eos_ids: Tensor, longest: int) -> None:
+        """No texts; `eos_ids` [E] int64 end those to come, and may be empty, as do `longest` tokens."""
+        self._longest = longest
         self.finished.fill_(True)
         self.lengths.zero_()
         # Filled up with an id no token has.
@@ -80,14 +83,20 @@ class BatchState:
         length, n_columns = len(prompt), self.tokens.shape[1]
         if length < 1 or max_new_tokens < 1:
             raise ValueError(f"a prompt of {length} tokens and {max_new_tokens} new ones: both must be at least 1")
-        if length + max_new_tokens + 1 > n_columns:
-            raise ValueError(f"{length} tokens and {max_new_tokens} new ones do not fit into {n_columns} columns")
+        if length + max_new_tokens > self._longest or length >= n_columns:
+            room = f"a batch of texts of {self._longest} tokens, {n_columns} columns"
+            raise ValueError(f"{length} tokens and {max_new_tokens} new ones do not fit into {room}")
         self.finished[row] = True
         self.tokens[row].zero_()
         self.tokens[row, :length] = prompt
         self.lengths[row], self.limits[row] = length - 1, length + max_new_tokens
         self.seeds[row] = seed
         self.broken[row] = False
+
+    def grow(self, n_columns: int) -> None:
+        """Room for longer texts; what is there stays."""
+        self.tokens = F.pad(self.tokens, (0, n_columns - self.tokens.shape[1]))
+        self._mark_dynamic()
 
     def start(self, row: int) -> None:
         """The row's prompt is in the caches: decode it."""
@@ -164,12 +173,14 @@ class BatchState:
         n_new = torch.where(ends.any(1), ends.int().argmax(1) + 1, n_new)
         n_new = torch.where(self.finished, 0, n_new)
 
+        # What came after the text's end was verified, and is nobody's.
+        reach = torch.where(ends.any(1), n_new, room)
         node = torch.arange(len(self.proposed), device=bonus.device, dtype=torch.int64)
-        self.proposed += ((node < n_nodes[:, None]) & (self._depths <= room[:, None])).sum(0)
-        counted = (place <= torch.minimum(n_accepted, room)[:, None]) & ~self.finished[:, None]
+        self.proposed += ((node < n_nodes[:, None]) & (self._depths <= reach[:, None])).sum(0)
+        counted = (place <= torch.minimum(n_accepted, reach)[:, None]) & ~self.finished[:, None]
         taken = (path[..., None] == node) & counted[..., None]  # [B, D + 1, N]
         self.accepted += taken.sum((0, 1))
-        goes_on = (place < room[:, None])[..., None] & (self._first_child < n_nodes[:, None])[:, None]
+        goes_on = (place < reach[:, None])[..., None] & (self._first_child < n_nodes[:, None])[:, None]
         self.reached += (taken & goes_on).sum((0, 1))
 
         # Places past the end write the text's last column, which no text reaches.

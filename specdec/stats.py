@@ -28,7 +28,8 @@ class Stats:
         seconds: wall-clock seconds by phase: "prefill", "decode", and "compile" for steps that compiled.
         tree: how the tree was chosen, if `tune()` has chosen it.
         control: how much was drafted in the last call's last steps, and why (see `specdec.control`).
-        fallbacks: `generate()` calls that ran transformers' own loop, by reason.
+        undrafted_texts: by reason, how often a step drafted nothing for a text that it drafts for otherwise.
+        decoded: `generate()` calls decoded by specdec. fallbacks: those that ran transformers' own loop, by reason.
         eager: drafts and judgements that ran eagerly though they were to be compiled, by reason.
     """
 
@@ -43,6 +44,8 @@ class Stats:
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "compile": 0.0, "decode": 0.0})
     tree: str | None = None
     control: str | None = None
+    undrafted_texts: Counter[str] = field(default_factory=Counter)
+    decoded: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     eager: Counter[str] = field(default_factory=Counter)
 
@@ -68,6 +71,14 @@ class Stats:
         self.sample_steps += n_samples
         self.allowed += allowed
         self.seconds["compile" if compiling else "decode"] += seconds
+
+    def uncount(self, n_kept: int, n_accepted: int, n_proposed: int) -> None:
+        """A text ended after `n_kept` tokens of a step's, on the host, where the device had counted `n_accepted` levels
+        accepted of `n_proposed`."""
+        for totals, n in (self.accepted, n_accepted), (self.proposed, n_proposed):
+            totals.extend([0] * (n - len(totals)))
+            for level in range(n_kept, n):
+                totals[level] -= 1
 
     @property
     def acceptance_by_slot(self) -> dict[int, tuple[float, ...]]:
@@ -106,6 +117,8 @@ class Stats:
             "seconds": dict(self.seconds),
             "tree": self.tree,
             "control": self.control,
+            "undrafted_texts": dict(self.undrafted_texts),
+            "decoded": self.decoded,
             "fallbacks": dict(self.fallbacks),
             "eager": dict(self.eager),
         }
@@ -130,7 +143,18 @@ class Stats:
             table.add_row("ran transformers' own loop", f"{count} x: {reason}")
         for reason, count in self.eager.items():
             table.add_row("ran eagerly", f"{count} x: {reason}")
+        for reason, count in self.undrafted_texts.items():
+            table.add_row("not drafted for", f"{count} x: {reason}")
         return table
+
+    @property
+    def verdict(self) -> str | None:
+        """How many calls were decoded here, and why the others were not; None if all were."""
+        if not self.fallbacks:
+            return None
+        n_calls, reasons = self.decoded + self.fallbacks.total(), list(self.fallbacks.items())
+        why = "; ".join(reason if len(reasons) == 1 else f"{reason} ({count} calls)" for reason, count in reasons)
+        return f"{self.decoded} of {n_calls} calls were decoded by specdec: {why}"
 
     def plot(self, path: str) -> None:
         """Acceptance by position and seconds by phase, as a PNG at `path`."""
@@ -150,5 +174,7 @@ class Stats:
 
         console = Console(width=100)
         with console.capture() as capture:
+            if self.verdict is not None:
+                console.print(self.verdict, markup=False, highlight=False)
             console.print(self.table())
         return capture.get()

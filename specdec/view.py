@@ -168,8 +168,12 @@ class ModelView:
             logits_to_keep=rows,
             **{self._cache_argument: self.cache},
         )
+        logits = out.logits[0]
+        if self.cache.is_flat:  # the model's own attention knows nothing of lost slots
+            lost = self.cache.sees_lost(nodes)
+            logits = torch.where(lost[:, None] if isinstance(rows, int) else lost[rows, None], torch.nan, logits)
         self.cache.nodes = None
-        return out.logits[0]
+        return logits
 
     def _positions(self, nodes: Nodes) -> Tensor:
         # Drafts may reach past a table of positions near the end of a text; they are never accepted there.

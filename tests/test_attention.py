@@ -90,7 +90,7 @@ def test_each_sample_brings_as_many_nodes_as_it_likes():
     keys, values = torch.randn(2, 2, 4, n_slots, 16)
     q = torch.randn(n_tokens, 4, 16)
     mask = nodes.mask(windowed(4), n_slots, torch.float32)[:, 0]
-    dense = nodes.from_grid(masked_attention(nodes.to_grid(q), keys, values, mask, 0.3, None))
+    dense = nodes.from_grid(masked_attention(nodes.to_grid(q), keys, values, mask, 0.3))
     expected = tree_attention_reference(
         q, keys, values, nodes.starts, lengths, nodes.node, bits[None], depths[None], 4, 0.3, 0.0, None
     )

@@ -65,7 +65,7 @@ def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warp
     texts = [Text(prompt, 32, seed) for seed, prompt in enumerate(prompts)]
     with torch.no_grad():
         state = decoder.buffers.open(2, 41, 9, torch.tensor([5]))
-        rows = Rows(iter(texts), state, target, draft)
+        rows = Rows(iter(texts), state, target, draft, decoder.buffers.grow)
         assert not rows.fill(2)
         while rows.is_writing:
             assert not rows.write()

@@ -115,7 +115,7 @@ def test_joining_texts_move_no_buffer_of_a_recording(tiny: Tiny, kind: str) -> N
 
 
 @pytest.mark.parametrize(("length", "new", "message"), [
-    (4, 127, "4 tokens and 127 new ones do not fit into 131 columns"), (0, 3, "both must be at least 1"),
+    (4, 127, "do not fit into a batch of texts of 130 tokens, 256 columns"), (0, 3, "both must be at least 1"),
     (4, 0, "both must be at least 1"),
 ])  # fmt: skip
 def test_a_text_that_cannot_be_decoded_loses_no_other(tiny: Tiny, length: int, new: int, message: str) -> None:
@@ -172,7 +172,7 @@ def test_a_text_that_is_stopped_makes_room_for_the_next(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_what_a_broken_text_left_behind_does_not_spread(tiny: Tiny, fused: bool) -> None:
-    """NaN keys of the row's last text; the dense attention multiplies even hidden values, by zero."""
+    """NaN keys of the row's last text, which the dense attention hides."""
     decoder, law = decoder_of(tiny, "model", CompiledSteps(False)), law_of(False)
     views = [decoder.target, decoder.drafter.view]
     for view in views:
@@ -183,8 +183,8 @@ def test_what_a_broken_text_left_behind_does_not_spread(tiny: Tiny, fused: bool)
     def poison_then(*texts: Text) -> Iterator[Text]:
         yield first
         for view in views:
-            for layer in view.cache.layers:
-                layer.keys[:, 0], layer.values[:, 0] = torch.nan, torch.nan
+            for index, layer in enumerate(view.cache.layers):
+                view.cache.put(index, 0, 0, *(torch.full_like(x[:, 0], torch.nan) for x in (layer.keys, layer.values)))
         yield from texts
 
     with torch.no_grad():

@@ -129,13 +129,21 @@ class _AnyPlan(Controller):
 
 
 class _SeenRows(Rows):
-    """The rows of the latest run are kept, to be looked at."""
+    """The rows of the latest run are kept, to be looked at; a row that a text takes holds nothing of another's."""
 
     latest: _SeenRows
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         _SeenRows.latest = self
+
+    def fill(self, n_rows: int) -> list[Text]:
+        before = list(self._texts)
+        failed = super().fill(n_rows)
+        for row, (old, new) in enumerate(zip(before, self._texts, strict=True)):
+            for layer in self._target.cache.layers if old is not new else ():
+                layer.keys[:, row] = layer.values[:, row] = 0
+        return failed
 
     def row_of(self, text: Text) -> int:
         return next(row for row, other in enumerate(self._texts) if other is text)
@@ -263,7 +271,7 @@ def test_a_step_of_a_draft_a_root_alone_and_nothing(
     assert 96 not in bare[:-1]
     texts = [Text(prompt, 12) for prompt in (ended, drafted, bare)]
     state = decoder.buffers.open(3, 40, 40, torch.tensor([-1]))
-    rows = Rows(iter(texts), state, decoder.target, decoder.drafter)
+    rows = Rows(iter(texts), state, decoder.target, decoder.drafter, decoder.buffers.grow)
     assert not rows.fill(3)
     assert not rows.write()
     rows.read(rows.live)

@@ -73,7 +73,8 @@ def filled(decoder: Decoder, prompts: list[torch.Tensor], new: int, eos: torch.T
     """A batch of these prompts, ready to step."""
     room = max(map(len, prompts))
     state = decoder.buffers.open(len(prompts), room + new, room, eos)
-    rows = Rows(iter([Text(p, new, seed) for seed, p in enumerate(prompts)]), state, decoder.target, decoder.drafter)
+    texts = iter([Text(p, new, seed) for seed, p in enumerate(prompts)])
+    rows = Rows(texts, state, decoder.target, decoder.drafter, decoder.buffers.grow)
     assert not rows.fill(len(prompts))
     while rows.is_writing:
         assert not rows.write()

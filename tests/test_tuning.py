@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import RAGGED, Prompts, Tiny, same, wrap
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import TokenTree
 from specdec.best_tree import StepCost, expected_tokens, fastest_tree
 from specdec.handle import Handle
+from specdec.hf.names import LoopCall
 from specdec.tuning import PROBES, Choice, forward_seconds
 from specdec.view import ModelView
 
@@ -138,12 +138,12 @@ def test_what_is_decoded_and_timed(
     timed: list[tuple[Any, ...]] = []
     generate = Handle.generate
 
-    def record(self: Handle, loop: Any, wrapped: Any, ids: Tensor, *others: Any) -> Any:
-        _, _, generation_config, *_, model_kwargs = others
-        told = generation_config.temperature, generation_config.max_new_tokens, self.config.verifier
-        mask = model_kwargs["attention_mask"]  # transformers drops one that hides nothing
+    def record(self: Handle, loop: Any, call: LoopCall, *others: Any) -> Any:
+        settings, ids = call.generation_config, call.input_ids
+        told = settings.temperature, settings.max_new_tokens, self.config.verifier
+        mask = call.model_kwargs["attention_mask"]  # transformers drops one that hides nothing
         decoded.append((self.config.tree, len(ids), int((ids >= 0 if mask is None else mask).sum()), *told))
-        return generate(self, loop, wrapped, ids, *others)
+        return generate(self, loop, call, *others)
 
     def cost(target: Any, own: Any, n_nodes: int, compiled: bool, step: float) -> StepCost:
         timed.append((target.source, own.source, n_nodes, compiled, step > 0))

@@ -263,7 +263,7 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
     with torch.no_grad():
         for draft_ in (decoder.draft, torch.compile(_own_code(decoder.draft), backend="eager", fullgraph=True)):
             state = decoder.buffers.open(1, 20, 9, torch.tensor([3]))
-            rows = Rows(iter([Text(prompt, 8)]), state, decoder.target, decoder.drafter)
+            rows = Rows(iter([Text(prompt, 8)]), state, decoder.target, decoder.drafter, decoder.buffers.grow)
             rows.fill(1)
             rows.write()
             rows.read(rows.live)

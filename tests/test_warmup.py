@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -50,7 +51,8 @@ def test_a_warmup_that_falls_back_says_so_and_decodes_nothing(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = []
-    monkeypatch.setattr(type(model), "_sample", lambda *_, **__: forwards.append(1))
+    sample = type(model)._sample
+    monkeypatch.setattr(type(model), "_sample", wraps(sample)(lambda *_, **__: forwards.append(1)))
     with pytest.warns(UserWarning, match="transformers' own loop: use_cache=False"):
         wrap(model).specdec.warmup(use_cache=False)
     assert not forwards

@@ -72,6 +72,7 @@ class ModelDrafter:
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
         self._overlap = None if overlap is None else overlap.to(device)
         n_tokens = model.config.get_text_config().vocab_size if overlap is None else len(overlap.draft_ids)
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.support_size = min(SUPPORT_SIZE, n_tokens)
         self._levels = [_Level(tree, depth, device) for depth in range(1, tree.depth + 1)]
 
@@ -87,9 +88,6 @@ class ModelDrafter:
         self.view.allocate(n_batch, n_slots)
 
     def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
-        for row, (n_known, _) in texts.items():
-            if n_known == 0:
-                self.view.cache.clear(row)
         # The token before the pending one is written by `draft`.
         unread = {row: (max(n_known - 2, 0), self._read_as(text[:-2])) for row, (n_known, text) in texts.items()}
         self.view.prefill(unread)
@@ -121,6 +119,8 @@ class ModelDrafter:
         row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
         tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))
         counts = torch.full_like(root, tokens.shape[1])
+        if self.context is not None:  # past its positions it knows nothing; that depends on nothing but the length
+            counts = torch.where(state.lengths + 1 + self.tree.depth <= self.context, counts, 0)
         return Draft(tokens, counts, DraftLaw(*rest) if rest else None)
 
     def _children(

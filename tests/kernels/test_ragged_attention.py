@@ -207,6 +207,21 @@ def test_a_nan_stays_in_its_branch():
     assert torch.equal(out[:3], clean[:3])
 
 
+@pytest.mark.parametrize("window", [7, 70])
+def test_a_nan_behind_the_window_is_forgotten(window):
+    """In C++: by the rows behind whose windows it is, and by no other."""
+    case = Case(torch.device("cpu"), [10, 3], [200, 90], window=window, nobody=0)
+    clean = ragged_attention_cpu(*case.args)
+    position = case.where[2].repeat_interleave(case.where[1].diff()) + case.where[5][case.where[3]]
+    for cache in case.caches:
+        cache[:, 0, : 200 - window + 3] = math.nan  # the root still sees two of them, its children one
+    out = ragged_attention_cpu(*case.args)
+    sees = (torch.arange(13) < 10) & (position < 202)
+    assert sees.sum() == 4
+    assert out[sees].isnan().all()
+    assert torch.equal(out[~sees], clean[~sees])
+
+
 def test_large_scores_neither_overflow_nor_lose_the_small(device):
     """exp() over its whole range, against float64."""
     case = Case(device, [1], [600], "root", 1, 1)
