@@ -23,7 +23,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
+from torch import Tensor, fx
 from torch._inductor.utils import fresh_cache
 from transformers import PreTrainedModel, StaticCache
 from typer import Option
@@ -57,8 +57,8 @@ def all_ways(device: str) -> dict[str, dict[str, Any] | None]:
 _numbers = count()
 
 
-def _compiled(model: PreTrainedModel, how: dict[str, Any] | None) -> Callable[..., Any]:
-    """The model's forward, with compiled code of its own.
+def _compiled(model: PreTrainedModel, how: dict[str, Any] | None, ops: set[str]) -> Callable[..., Any]:
+    """The model's forward, with compiled code of its own; specdec's ops in it are added to `ops`.
 
     Dynamo keeps it on the code object, which copies of a model share, and remembers sizes by the function's name: one
     way would wade through the others' entries, or find a size varying that is constant in its own loop.
@@ -68,7 +68,16 @@ def _compiled(model: PreTrainedModel, how: dict[str, Any] | None) -> Callable[..
     f = model.forward.__func__
     code = f.__code__.replace(co_name=f"{f.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    if how["backend"] is specdec:
+        how = how | {"backend": partial(_watched, ops)}
     return torch.compile(types.MethodType(own, model), fullgraph=True, **how)
+
+
+def _watched(ops: set[str], gm: fx.GraphModule, example_inputs: list[Any], **given: Any) -> Callable[..., Any]:
+    """The backend `specdec`, which rewrites a graph in place; the ops it put there are noted."""
+    compiled = specdec(gm, example_inputs, **given)
+    ops |= {name for node in gm.graph.nodes if (name := str(node.target)).startswith("specdec.")}
+    return compiled
 
 
 class Loop:
@@ -106,6 +115,9 @@ def measure_all(
 
     Args:
         note: told what is going on, never while the clock runs.
+
+    Raises:
+        NotMeasured: specdec's backend left everything to Inductor.
     """
     empty = torch.empty(len(prompts), new_tokens, dtype=torch.long, device=prompts.device)
     text = Loop(model, model.forward, prompts, capacity)(empty, 1)  # the law: eager, one token a call
@@ -113,13 +125,16 @@ def measure_all(
     first_call, texts, runs = {}, {}, {}
     for name, how in ways.items():
         note(f"warming up {name}")
-        loop = Loop(model, _compiled(model, how), prompts, capacity)
+        ops: set[str] = set()
+        loop = Loop(model, _compiled(model, how, ops), prompts, capacity)
         with fresh_cache():
             start = time.perf_counter()
             loop(text[:, :fed], fed)
             measure.synchronize()
             first_call[name] = time.perf_counter() - start
             texts[name] = loop(text, fed)
+        if how is not None and how["backend"] is specdec and not ops and not name.startswith("only"):
+            raise measure.NotMeasured("the backend replaced nothing: it ran Inductor's code")
         runs[name] = partial(loop, text, fed)
     note("measuring")
     milliseconds = {
@@ -166,33 +181,40 @@ def main(
     repeats: Annotated[int, Option(help="Timed rounds.", min=1)] = 7,
     out: Annotated[Path, Option(help="Folder of backend.md and .json.")] = Path("bench/results"),
 ) -> None:
-    """Measure, print, and write a table and the raw times. Exits with 1 if any token differs."""
+    """Measure, print, and write a table and the raw times. Exits with 1 if any token differs, or a part was left out
+    because it did not run."""
     chosen, batch_sizes, slots = words(sizes, SIZES), numbers(batches), numbers(capacities)
     new_tokens = -(-new_tokens // max(FED)) * max(FED)
     if min(slots) < PROMPT_TOKENS + new_tokens:
         raise typer.BadParameter(f"--capacities {capacities}: {PROMPT_TOKENS + new_tokens} tokens do not fit")
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    console = Console()
+    console, faults = Console(), measure.Faults()
     result: dict[str, Any] = {
         **measure.run_facts("bench.backend"),
         "load": os.getloadavg()[0],
         "settings": {
             "prompt_tokens": PROMPT_TOKENS, "new_tokens": new_tokens, "repeats": repeats, "dtype": "float32",
         },
+        "faults": faults,
         "results": [],
     }  # fmt: skip
     for size in chosen:
         model, _, tokenizer = measure.load_pair(size)
         for batch, capacity, fed in product(batch_sizes, slots, FED):
             prompts = zoo.held_out_prompts(tokenizer, batch, PROMPT_TOKENS)
-            shape = measure_shape(size, model, prompts, capacity, fed, result["settings"], console)
-            result["results"].append(shape)
-            console.print(backend_report.table(shape))
-            backend_report.write(result, out)  # after each part: a long run that is stopped leaves what it has
-    console.print(f"[dim]written to {out}/backend.md and .json[/]", highlight=False)
-    if not all(row["identical"] for entry in result["results"] for row in entry["ways"]):
-        raise typer.Exit(1)
+            where = f"{size}, batch {batch}, {fed} a call"
+            with faults.of(where):
+                shape = measure_shape(size, model, prompts, capacity, fed, result["settings"], console)
+                result["results"].append(shape)
+                console.print(backend_report.table(shape))
+                for row in shape["ways"]:
+                    faults.same(f"{where}: {row['way']}", row["identical"])
+            if result["results"]:
+                backend_report.write(result, out)  # after each part: a long run that is stopped leaves what it has
+    if result["results"]:
+        console.print(f"[dim]written to {out}/backend.md and .json[/]", highlight=False)
+    faults.exit()
 
 
 if __name__ == "__main__":

@@ -78,6 +78,9 @@ def compare(
     Args:
         prompts: [B, length], decoded at once. expected: [B, length + new_tokens], what every way must write, or None
             not to look.
+
+    Raises:
+        NotMeasured: a way did not run as it claims.
     """
     task = bar.add_task("", total=len(ways) * (1 + repeats))
     identical = {}
@@ -96,8 +99,7 @@ def compare(
     rows = []
     for name, path in ways.items():
         stats = path.model.specdec.stats
-        if stats.fallbacks:
-            raise RuntimeError(f"{name} ran transformers' own loop: {', '.join(stats.fallbacks)}")
+        measure.check(name, stats)
         rows.append({
             "path": name, "seconds": seconds[name], "identical": identical.get(name),
             "tokens_per_second": len(prompts) * new_tokens / median[name],
@@ -120,16 +122,17 @@ def main(
     out: Annotated[Path, Option(help="Folder of control.json, .md and .png.")] = Path("bench/results"),
 ) -> None:
     """Measure, print, and write tables, a plot and the raw seconds. Exits with 1 if a text differs from transformers'
-    own, looked at in the first batch size."""
+    own, looked at in the first batch size, or a part was left out because it did not run."""
     chosen, names, batch_sizes = words(sizes, SIZES), words(drafts, DRAFTS), numbers(batches)
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    console = Console()
+    console, faults = Console(), measure.Faults()
     settings = {
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": "float32",
         "greedy": True, "compiled": compile,
     }  # fmt: skip
-    result: dict[str, Any] = {**measure.run_facts("bench.control"), "settings": settings, "results": []}
+    facts = measure.run_facts("bench.control")
+    result: dict[str, Any] = {**facts, "settings": settings, "faults": faults, "results": []}
     small, *_ = zoo.load_pair()
     for size in chosen:
         target, draft, tokenizer = measure.load_pair(size)
@@ -141,15 +144,20 @@ def main(
         for name in names:
             ways = undrafted | ways_with(target, draft_of(name, draft, small), compile)
             for batch in batch_sizes:
-                with measure.progress(console) as bar:
-                    wanted = expected if batch == batch_sizes[0] else None
-                    rows = compare(ways, prompts[:batch], new_tokens, repeats, wanted, bar)
-                result["results"].append({"size": size, "draft": name, "batch": batch, "paths": rows})
-                console.print(report.table(result["results"][-1]))
-                report.write(result, out)  # after each part: a long run that is stopped leaves what it has
-    console.print(f"[dim]written to {out}/control.md, .json and .png[/]", highlight=False)
-    if any(row["identical"] is False for entry in result["results"] for row in entry["paths"]):
-        raise typer.Exit(1)
+                where = f"{size}, {name} draft, batch {batch}"
+                with faults.of(where):
+                    with measure.progress(console) as bar:
+                        wanted = expected if batch == batch_sizes[0] else None
+                        rows = compare(ways, prompts[:batch], new_tokens, repeats, wanted, bar)
+                    result["results"].append({"size": size, "draft": name, "batch": batch, "paths": rows})
+                    console.print(report.table(result["results"][-1]))
+                    for row in rows:
+                        faults.same(f"{where}: {row['path']}", row["identical"] is not False)
+                if result["results"]:
+                    report.write(result, out)  # after each part: a long run that is stopped leaves what it has
+    if result["results"]:
+        console.print(f"[dim]written to {out}/control.md, .json and .png[/]", highlight=False)
+    faults.exit()
 
 
 if __name__ == "__main__":

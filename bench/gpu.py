@@ -9,8 +9,9 @@ Sections, each of which can run alone (`--sections kernels,decode`); a later run
     backend  torch.compile's backends on a static-cache loop of one's own, as `bench.backend` measures them
     padding  padded and ragged batches on one trace, as `bench.padding` measures them
 
-Writes gpu.json, gpu.md, kernels.png and trace.json.gz. Large weights are made on the GPU. Exits with 1 if a test fails
-or the tests take more than half of the time, with 2 where there is no CUDA device.
+Writes gpu.json, gpu.md, kernels.png and trace.json.gz. Large weights are made on the GPU. Exits with 1 if a test fails,
+the tests take more than half of the time, or a part of a section failed, with 2 where there is no CUDA device. Where
+texts differ, as in half precision they do, the tables say so.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ SIZE, BATCHES, PROMPT_TOKENS, NEW_TOKENS, REPEATS = "8b", (1, 8, 32), 64, 96, 2
 DEVICE, ROOF_ELEMENTS, ROOF_SIDE = "cuda", 2**30, 8192
 CAPACITY, BACKEND_BATCHES, BACKEND_FED = 2048, (1, 8), (1, 8)
 PADDING_BATCHES = (2, 4, 8, 16, 24)
+_OUT_OF_TIME = "not run, out of time"
 TESTS = ("-m", "(kernels or gpu) and not aot", "tests")
 
 
@@ -136,7 +138,7 @@ def run_decode(clock: Clock, console: Console) -> dict[str, Any]:
     for batch in BATCHES:
         able = {n: ways[n] for n in WAYS if ways[n].max_batch is None or batch <= ways[n].max_batch}
         if not clock.has(60):
-            result["results"].append({"error": f"batch {batch}: not run, out of time"})
+            result["results"].append({"error": f"batch {batch}: {_OUT_OF_TIME}"})
             continue
 
         def rows(batch: int = batch, able: dict[str, measure.Path] = able) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def run_backend(clock: Clock, console: Console) -> dict[str, Any]:
     for batch, fed in product(BACKEND_BATCHES, BACKEND_FED):
         name = f"batch {batch}, {fed} a call"
         if not clock.has(seconds):
-            result["results"].append({"error": f"{name}: not run, out of time"})
+            result["results"].append({"error": f"{name}: {_OUT_OF_TIME}"})
             continue
         left = clock.left
         shape = partial(backend.measure_shape, SIZE, model, ids[:batch], CAPACITY, fed, settings, console)
@@ -199,7 +201,7 @@ def run_padding(clock: Clock, console: Console) -> dict[str, Any]:
     seconds = 60.0
     for batch in PADDING_BATCHES:
         if not clock.has(seconds):
-            result["results"].append({"error": f"batch {batch}: not run, out of time"})
+            result["results"].append({"error": f"batch {batch}: {_OUT_OF_TIME}"})
             continue
         left = clock.left
 
@@ -220,6 +222,16 @@ def _guarded(work: Any, name: str) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{name}: {type(error).__name__}: {error}"[:500]}
+
+
+def _failed(result: Any) -> list[str]:
+    """What `_guarded` caught, anywhere in a result."""
+    if isinstance(result, list):
+        return [line for item in result for line in _failed(item)]
+    if not isinstance(result, dict):
+        return []
+    own = [result["error"]] if "error" in result and not result["error"].endswith(_OUT_OF_TIME) else []
+    return own + _failed(list(result.values()))
 
 
 def _tracked(items: list[Any], label: str, console: Console) -> Any:
@@ -244,7 +256,7 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(SECTIONS)}")
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    console, clock = Console(), Clock(minutes)
+    console, clock, faults = Console(), Clock(minutes), measure.Faults()
     file = out / "gpu.json"
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     result |= measure.run_facts("bench.gpu")
@@ -259,13 +271,15 @@ def main(
     for section in sections.split(","):
         start = time.monotonic()
         result[section] = _guarded(runs[section], section)
+        faults += _failed(result[section])
         console.print(f"[dim]{section}: {time.monotonic() - start:.0f} s, {clock.left:.0f} s left[/]", highlight=False)
         gc.collect()  # models and their views know each other
         torch.cuda.empty_cache()
         gpu_report.write(result, out)  # after each: a run that is stopped leaves what it has
     console.print(gpu_report.markdown(result), markup=False, highlight=False)
     if result.get("tests", {}).get("exit_code", 0) != 0:  # None: stopped
-        raise typer.Exit(1)
+        faults.append(f"tests: {result['tests']['summary']}")
+    faults.exit()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
     python -m bench.lm_eval_client                  # 8 texts to complete and 8 to score
 
 What it pulls in, pandas, pyarrow and scikit-learn among it, is more than all of this library's tests need, so it is not
-among them. Exits with 1 where an answer differs or nothing was speculated.
+among them. Exits with 1 where an answer differs, nothing was speculated, or a request ran transformers' own loop.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Annotated, Any
 
@@ -18,8 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
-from specdec import zoo
-from specdec.measure import quiet
+from specdec import measure, zoo
 
 PROMPT_TOKENS = 48
 STOP = ["\ndef ", "\nclass "]
@@ -63,7 +61,8 @@ def main(
     batch_size: Annotated[int, typer.Option(help="of the harness; stop strings of several run transformers' loop")] = 1,
     compiled: Annotated[bool, typer.Option("--compile/--eager")] = True,
 ) -> None:
-    quiet()
+    measure.quiet()
+    faults = measure.Faults()
     target, draft, tokenizer = zoo.load_pair()
     wrapped = specdec.compile(target, draft, compile=compiled)
     wrapped.specdec.warmup(batch_sizes=(1,))
@@ -72,11 +71,16 @@ def main(
     ours, our_seconds = answers(wrapped, tokenizer, asked, batch_size)
     table = Table("requests", "answers", "transformers", "specdec")
     for kind in asked:
+        faults.same(kind, ours[kind] == theirs[kind])
         verdict = "the same" if ours[kind] == theirs[kind] else "DIFFER"
         table.add_row(kind, verdict, f"{their_seconds[kind]:.2f} s", f"{our_seconds[kind]:.2f} s")
     Console().print(table)
     print(wrapped.specdec.stats)
-    sys.exit(int(ours != theirs or not sum(wrapped.specdec.stats.proposed)))
+    with faults.of("the harness"):
+        measure.check("specdec", wrapped.specdec.stats)
+        if not sum(wrapped.specdec.stats.proposed):
+            raise measure.NotMeasured("nothing was drafted")
+    faults.exit()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -58,7 +56,12 @@ def in_batches(model: PreTrainedModel, size: int, prompts: Sequence[Tensor], new
 
 def many(model: PreTrainedModel, size: int, prompts: Sequence[Tensor], new_tokens: int) -> list[list[int]]:
     settings = {"max_batch_size": size, "max_new_tokens": new_tokens, "do_sample": False, "progress": False}
-    return [result.tokens.tolist() for result in specdec.generate_many(model, prompts, **settings)]
+    texts = []
+    for result in specdec.generate_many(model, prompts, **settings):
+        if result.error is not None:
+            raise result.error
+        texts.append(result.tokens.tolist())
+    return texts
 
 
 def all_ways(models: dict[str, measure.Path], batch: int) -> dict[str, tuple[str, PreTrainedModel, Way]]:
@@ -79,7 +82,11 @@ def measure_all(
     ways: dict[str, tuple[str, PreTrainedModel, Way]], prompts: Sequence[Tensor], new_tokens: int, batch: int,
     repeats: int, bar: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row a way: seconds, speed, ratio, how many texts are transformers' own, and what specdec counted."""
+    """One row a way: seconds, speed, ratio, how many texts are transformers' own, and what specdec counted.
+
+    Raises:
+        NotMeasured: a way of specdec's did not run as it claims.
+    """
     task = bar.add_task("", total=len(ways) * (repeats + 1))
     texts: dict[str, list[list[int]]] = {}
     warmed: dict[PreTrainedModel, float] = {}
@@ -91,8 +98,7 @@ def measure_all(
             model.specdec.stats.reset()
         texts[name] = way(prompts, new_tokens)
         if hasattr(model, "specdec"):
-            if model.specdec.stats.fallbacks:
-                raise RuntimeError(f"{name} ran transformers' own loop: {', '.join(model.specdec.stats.fallbacks)}")
+            measure.check(name, model.specdec.stats)
             counted[name] = model.specdec.stats.tokens_per_step
 
     for label, model, way in ways.values():
@@ -122,10 +128,8 @@ def measure_all(
 
 def measure_memory(size: str, rows: int, compiled: bool) -> dict[str, Any]:
     """What `bench.many_memory` prints."""
-    command = [sys.executable, "-m", "bench.many_memory", "--size", size, "--rows", str(rows)]
-    command += [] if compiled else ["--no-compile"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return {"size": size, **json.loads(done.stdout)}
+    command = ["-m", "bench.many_memory", "--size", size, "--rows", str(rows)] + ["--no-compile"] * (not compiled)
+    return {"size": size, **json.loads(measure.ask_child(command))}
 
 
 def ragged_prompts(tokenizer: Any, n: int) -> list[Tensor]:
@@ -145,31 +149,41 @@ def main(
     compile: Annotated[bool, Option(help="Without it specdec runs eagerly.")] = True,
     out: Annotated[Path, Option(help="Folder of many.json and many.md.")] = Path("bench/results"),
 ) -> None:
-    """Measure, print, and write a table and the raw seconds."""
+    """Measure, print, and write a table and the raw seconds. Exits with 1 if a text of specdec's differs from
+    transformers' own, or a part was left out because it did not run."""
     chosen, weighed = words(sizes, SIZES), words(memory_sizes, SIZES) if memory_sizes else []
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    console = Console()
+    console, faults = Console(), measure.Faults()
     result: dict[str, Any] = {
         **measure.run_facts("bench.many"),
         "settings": {
             "prompts": prompts, "prompt_tokens": [SHORTEST, LONGEST], "batch": batch, "new_tokens": new_tokens,
             "repeats": repeats, "dtype": "float32", "greedy": True, "compiled": compile,
         },
+        "faults": faults,
         "results": [],
-        "memory": [measure_memory(size, batch, compile) for size in weighed],
+        "memory": [],
     }  # fmt: skip
+    for size in weighed:
+        with faults.of(f"memory, {size}"):
+            result["memory"].append(measure_memory(size, batch, compile))
     for size in chosen:
         target, draft, tokenizer = measure.load_pair(size)
         ways = all_ways(measure.all_paths(target, draft, compiled=compile), batch)
-        with measure.progress(console) as bar:
-            rows = measure_all(ways, ragged_prompts(tokenizer, prompts), new_tokens, batch, repeats, bar)
-        entry = {"size": size, "parameters": sum(p.numel() for p in target.parameters()), "batch": batch}
-        result["results"].append(entry | {"ways": rows})
-        console.print(report.table(result["results"][-1], prompts))
+        with faults.of(size):
+            with measure.progress(console) as bar:
+                rows = measure_all(ways, ragged_prompts(tokenizer, prompts), new_tokens, batch, repeats, bar)
+            entry = {"size": size, "parameters": sum(p.numel() for p in target.parameters()), "batch": batch}
+            result["results"].append(entry | {"ways": rows})
+            console.print(report.table(result["results"][-1], prompts))
+            for row in rows:
+                if hasattr(ways[row["way"]][1], "specdec"):
+                    faults.same(f"{size}: {row['label']}", row["identical"] == prompts)
         report.write(result, out)  # after each size: a long run that is stopped leaves what it has
         del target, draft, ways  # the next size needs the memory
     console.print(f"[dim]written to {out}/many.md and .json[/]", highlight=False)
+    faults.exit()
 
 
 if __name__ == "__main__":

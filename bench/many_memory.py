@@ -34,7 +34,7 @@ def main(
     new_tokens: Annotated[int, Option(min=1)] = 64,
     compile: Annotated[bool, Option(help="Without it specdec runs eagerly.")] = True,
 ) -> None:
-    """Print bytes as JSON: `predicted`, `caches` of it, and `taken`."""
+    """Print bytes as JSON: `predicted`, `caches` of it, and `taken`. Exits with 1 if this is not what was measured."""
     measure.quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, draft, tokenizer = measure.load_pair(size, device=device)
@@ -45,11 +45,18 @@ def main(
     lengths = torch.randint(SHORTEST, LONGEST + 1, (len(ids),), generator=torch.Generator().manual_seed(0))
     lengths[1] = LONGEST
     prompts = [text[:n] for text, n in zip(ids, lengths.tolist(), strict=True)]
-    print(json.dumps(taken(model, prompts, rows, new_tokens)))
+    faults = measure.Faults()
+    with faults.of(size):
+        print(json.dumps(taken(model, prompts, rows, new_tokens)))
+    faults.exit()
 
 
 def taken(model: PreTrainedModel, prompts: list[Tensor], rows: int, new_tokens: int) -> dict[str, Any]:
-    """Decode; the facts in bytes, with the `rows` and the tokens of the `longest` text."""
+    """Decode; the facts in bytes, with the `rows` and the tokens of the `longest` text.
+
+    Raises:
+        NotMeasured: something else ran, or compiled.
+    """
     if rows > 1:
         model.specdec.warmup(batch_sizes=(rows,), max_length=2 * SHORTEST)
     for n_rows in (rows, 1):  # the last one leaves the smallest caches
@@ -63,7 +70,7 @@ def taken(model: PreTrainedModel, prompts: list[Tensor], rows: int, new_tokens: 
     decode(model, prompts, rows, new_tokens)
     most = peak() - begin + held
     if model.specdec.stats.seconds["compile"]:
-        raise RuntimeError("something compiled while memory was measured")
+        raise measure.NotMeasured("something compiled while memory was measured")
     return {
         "rows": rows, "longest": longest, "predicted": model.specdec.memory(rows, longest), "taken": most,
         "caches": sum(view.cache_bytes(view.cache.n_batch, view.cache.n_slots) for view in views),
@@ -74,6 +81,7 @@ def decode(model: PreTrainedModel, prompts: list[Tensor], rows: int, new_tokens:
     for result in specdec.generate_many(model, prompts, max_batch_size=rows, max_new_tokens=new_tokens, progress=False):
         if result.error is not None:
             raise result.error
+    measure.check("generate_many", model.specdec.stats)
 
 
 def reset_peak() -> int:

@@ -28,12 +28,17 @@ NEW_TOKENS, REPEATS = 96, 9
 
 
 def step_times(path: measure.Path, prompts: object) -> dict[str, float]:
-    """Milliseconds a step: in all, and by part."""
+    """Milliseconds a step: in all, and by part.
+
+    Raises:
+        NotMeasured: the path did not run as it claims.
+    """
     stats = path.model.specdec.stats
 
     def milliseconds() -> float:
         stats.reset()
         path(prompts, NEW_TOKENS)
+        measure.check(path.label, stats)
         return 1e3 * stats.seconds["decode"] / stats.steps
 
     for _ in range(2):
@@ -48,20 +53,23 @@ def step_times(path: measure.Path, prompts: object) -> dict[str, float]:
 
 
 def main(sizes: Annotated[str, Option(help="Of bundled, 25m, 100m, 300m.")] = "bundled,100m") -> None:
-    """Measure and print a table."""
+    """Measure and print a table. Exits with 1 if a path did not run as it claims."""
     measure.quiet()
-    console, table = Console(), None
+    console, table, faults = Console(), None, measure.Faults()
     for size in sizes.split(","):
         target, draft, tokenizer = measure.load_pair(size)
         prompts = zoo.held_out_prompts(tokenizer, 1, 64)
         ways = measure.all_paths(target, draft)
         for name in ("specdec_plain", "specdec_ngram", "specdec"):
-            with console.status(f"{size}, {ways[name].label}"):
-                times = step_times(ways[name], prompts)
-            table = table or Table("size", "", *(f"{part} (ms)" for part in times))
-            table.add_row(size, ways[name].label, *(f"{x:.3f}" for x in times.values()))
-    console.print(table)
+            with faults.of(size):
+                with console.status(f"{size}, {ways[name].label}"):
+                    times = step_times(ways[name], prompts)
+                table = table or Table("size", "", *(f"{part} (ms)" for part in times))
+                table.add_row(size, ways[name].label, *(f"{x:.3f}" for x in times.values()))
+    if table is not None:
+        console.print(table)
     console.print(measure.today(), measure.machine(), measure.versions())
+    faults.exit()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from bench import padding_report as report
 from bench.end_to_end import SIZES, numbers, words
 from bench.padding_simulator import SIMULATED, Trace, asymptote, draw, limit
 from specdec import measure, zoo
+from specdec.errors import Unsupported
 from specdec.graphs.compiled import CompiledSteps
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
@@ -127,18 +128,25 @@ def padding_cells(
         target: a model on any device, of any dtype that a step takes. traces: of batches [S, B] of one size.
         prompt_tokens: slots that are taken before the first step. repeats: timed rounds, after one that compiles.
         after_each: as in `measure.compare`; rounds are `repeats + 1`.
+
+    Raises:
+        NotMeasured: there is no ragged forward of the target, or it ran eagerly though it was to be compiled.
     """
     plans = {name: [cell.plan(trace) for trace in traces] for name, cell in CELLS.items()}
     plans["undrafted"] = [CELLS["both"].plan(trace.undrafted()) for trace in traces]
     n_rows = max(int(rows.max()) for rows, _ in plans["vanilla"])
     longest = max(int(slots.sum(0).max()) for plan in plans.values() for _, slots in plan)
-    view = ModelView(target)
+    try:
+        view = ModelView(target)
+    except Unsupported as why:
+        raise measure.NotMeasured(f"the target has no ragged forward: {why}") from None
     view.allocate(traces[0].fed.shape[1], prompt_tokens + longest + n_rows + 1)  # the last slot is scratch
     replay = Replay(view, n_rows, compiled)
     runs = {name: partial(replay, plan, prompt_tokens) for name, plan in plans.items()}
     measure.compare(runs, 1, after_each)
     with torch.compiler.set_stance("fail_on_recompile"):  # nothing that is timed compiles
         seconds = measure.compare(runs, repeats, after_each)
+    measure.check("the forward", replay.steps.stats)
     n_tokens = sum(int(trace.added.sum()) for trace in traces)
     return [
         {
@@ -208,13 +216,14 @@ def main(
         "bench/results"
     ),
 ) -> None:
-    """Simulate, record, measure, print, and write tables and plots."""
+    """Simulate, record, measure, print, and write tables and plots. Exits with 1 if a part was left out because it did
+    not run."""
     chosen, batch_sizes = words(sizes, SIZES), numbers(batches)
     if any(n < 2 or prompts % n for n in batch_sizes):
         raise typer.BadParameter(f"--batches {batches}: numbers from 2 on that divide --prompts {prompts}")
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    console = Console()
+    console, faults = Console(), measure.Faults()
     facts = measure.run_facts("bench.padding")
     report.write_simulated({**facts, "tokens": SIMULATED_TOKENS, "runs": runs, "entries": simulate(runs)}, out)
     bundled, _, tokenizer = zoo.load_pair()
@@ -227,15 +236,19 @@ def main(
             "dtype": "float32", "depth": padded.DEPTH, "compiled": compile,
         },
         "executions": [execution(n, decoded) for n, decoded in recorded.items()],
+        "faults": faults,
         "results": [],
     }  # fmt: skip
     for size in chosen:
         target, _, _ = measure.load_pair(size)
         for n in batch_sizes:
-            rows = timed(f"{size}, batch {n}", target, recorded[n], result["settings"], console)
-            result["results"].append({"size": size, "batch": n, "load": os.getloadavg()[0], "cells": rows})
-            report.write(result, out)  # after each: a long run that is stopped leaves what it has
+            with faults.of(f"{size}, batch {n}"):
+                rows = timed(f"{size}, batch {n}", target, recorded[n], result["settings"], console)
+                result["results"].append({"size": size, "batch": n, "load": os.getloadavg()[0], "cells": rows})
+            if result["results"]:
+                report.write(result, out)  # after each: a long run that is stopped leaves what it has
         console.print(report.table(result, size))
+    faults.exit()
 
 
 if __name__ == "__main__":

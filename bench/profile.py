@@ -31,6 +31,9 @@ def steps(path: measure.Path, prompts: Tensor, trace: Path | None = None) -> dic
     Returns:
         Launches, graph launches, copies and waits a step, milliseconds a step on the clock and on the device, and the
         kernels that take most of the device's time.
+
+    Raises:
+        NotMeasured: the path did not run as it claims.
     """
     for _ in range(2):
         path(prompts, NEW_TOKENS)
@@ -42,6 +45,8 @@ def steps(path: measure.Path, prompts: Tensor, trace: Path | None = None) -> dic
     path(prompts, NEW_TOKENS)
     measure.synchronize()
     seconds = time.perf_counter() - start
+    if stats is not None:
+        measure.check(path.label, stats)
     n_steps = NEW_TOKENS if stats is None else stats.steps
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         path(prompts, NEW_TOKENS)

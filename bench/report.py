@@ -63,12 +63,13 @@ def markdown_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ..
 
 
 def heading(name: str, result: dict[str, Any]) -> list[str]:
-    """A report's title, and the command, the machine and the versions it came from."""
+    """A report's title; the command, the machine and the versions it came from; and what failed."""
     machine = result["machine"]
     hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     hardware += f", {machine['gpu']}" if "gpu" in machine else ""
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    return [f"# {name}", "", f"    {result['command']}", "", f"{result['date']}; {hardware}; {versions}.", ""]
+    failed = [line for fault in result.get("faults", ()) for line in (f"**Failed:** {fault}.", "")]
+    return [f"# {name}", "", f"    {result['command']}", "", f"{result['date']}; {hardware}; {versions}.", "", *failed]
 
 
 def markdown(result: dict[str, Any]) -> str:

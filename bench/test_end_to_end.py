@@ -39,4 +39,6 @@ def test_generate(benchmark: Any, pair: tuple[dict[str, measure.Path], Tensor], 
     paths, prompts = pair
     benchmark.group = benchmark.name.rpartition("-")[0].partition("[")[2]
     benchmark.pedantic(paths[name], (prompts[:batch], NEW_TOKENS), rounds=3, warmup_rounds=2)
+    if hasattr(paths[name].model, "specdec"):
+        measure.check(paths[name].label, paths[name].model.specdec.stats)
     benchmark.extra_info["tokens_per_second"] = batch * NEW_TOKENS / benchmark.stats.stats.median

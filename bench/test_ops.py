@@ -29,7 +29,7 @@ COPIES = 4
 def ready(calls: list[partial[Any]], op: str, way: str) -> Callable[[], object]:
     """One call after the other, in a circle; compiled where a step would compile."""
     functions: list[Callable[[], object]] = list(calls)
-    if way == "op" and not GPU and OPS[op].inline:
+    if way == "op" and not GPU and OPS[op].kernel is None:
         torch._dynamo.reset()
         compiled = torch.compile(calls[0].func, fullgraph=True)
         functions = [partial(compiled, *call.args) for call in calls]

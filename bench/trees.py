@@ -36,22 +36,34 @@ HEADER = ("", "drafted nodes", "depth", "tokens/s", "vs transformers", "tokens/s
 def shapes(
     target: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is compared, by name, with the tokens a step that are expected of it."""
-    choice = specdec.compile(target, draft).specdec.tune(prompts, **settings)
+    """What is compared, by name, with the tokens a step that are expected of it.
+
+    Raises:
+        NotMeasured: these calls run transformers' own loop.
+    """
+    try:
+        choice = specdec.compile(target, draft).specdec.tune(prompts, **settings)
+    except ValueError as error:
+        raise measure.NotMeasured(f"tune(): {error}") from None
     named = {"default chain": TokenTree.chain(5), "best chain": choice.chain, "best tree": choice.tree}
     expected = {name: expected_tokens(tree, choice.acceptance) for name, tree in named.items()}
     return {"trees": named, "expected": expected, "why": str(choice)}
 
 
-def decode(model: PreTrainedModel, prompts: Tensor, settings: dict[str, Any]) -> None:
-    for prompt in prompts.split(1):
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+def decode(model: PreTrainedModel, prompts: Tensor, settings: dict[str, Any]) -> Tensor:
+    """[prompts, length] ids, decoded one after the other."""
+    mask = torch.ones_like(prompts[:1])
+    return torch.cat([model.generate(prompt, attention_mask=mask, **settings) for prompt in prompts.split(1)])
 
 
 def compare(
     size: str, temperature: float, prompts: int, new_tokens: int, repeats: int, bar: Progress
 ) -> dict[str, Any]:
-    """One target and temperature: a row a way."""
+    """One target and temperature: a row a way.
+
+    Raises:
+        NotMeasured: a way of specdec's did not run as it claims.
+    """
     target, draft, tokenizer = measure.load_pair(size)
     for model in (target, draft):
         model.generation_config.eos_token_id = None
@@ -62,10 +74,11 @@ def compare(
     task = bar.add_task(f"{size}, temperature {temperature:g}: tuning", total=4 + 4 * repeats)
     found = shapes(target, draft, ids[prompts:], settings)  # not by the prompts that are decoded then
     models = {"transformers": target}
+    texts: dict[str, Tensor] = {}
     models |= {name: specdec.compile(target, draft, tree=tree) for name, tree in found["trees"].items()}
     for name, model in models.items():
         bar.update(task, description=f"{size}, temperature {temperature:g}: warming up {name}", advance=1)
-        decode(model, ids[:1], settings)
+        texts[name] = decode(model, ids[:prompts], settings)
         if model is not target:
             model.specdec.stats.reset()
     bar.update(task, description=f"{size}, temperature {temperature:g}")
@@ -78,9 +91,10 @@ def compare(
         row = {
             "path": name, "seconds": seconds[name], "ratio": median["transformers"] / median[name],
             "tokens_per_second": prompts * new_tokens / median[name],
+            "identical": None if temperature > 0 else torch.equal(texts[name], texts["transformers"]),
         }  # fmt: skip
         if model is not target:
-            assert not model.specdec.stats.fallbacks
+            measure.check(name, model.specdec.stats)
             tree = found["trees"][name]
             row |= {
                 "parents": tree.parents, "depth": tree.depth, "expected_tokens_per_step": found["expected"][name],
@@ -98,21 +112,30 @@ def main(
     repeats: Annotated[int, Option(help="Timed rounds.", min=1)] = 3,
     out: Annotated[Path, Option(help="Folder of trees.json and .md.")] = Path("bench/results"),
 ) -> None:
-    """Measure, print, and write tables and the raw seconds."""
+    """Measure, print, and write tables and the raw seconds. Exits with 1 if a greedy text differs from transformers'
+    own, or a part was left out because it did not run."""
     out.mkdir(parents=True, exist_ok=True)
     measure.quiet()
-    console = Console()
+    console, faults = Console(), measure.Faults()
     settings = {"prompts": prompts, "new_tokens": new_tokens, "repeats": repeats}
-    result: dict[str, Any] = {**measure.run_facts("bench.trees"), "settings": settings, "results": []}
+    facts = measure.run_facts("bench.trees")
+    result: dict[str, Any] = {**facts, "settings": settings, "faults": faults, "results": []}
     for size in words(sizes, SIZES):
         for temperature in map(float, temperatures.split(",")):
-            with measure.progress(console) as bar:
-                entry = compare(size, temperature, prompts, new_tokens, repeats, bar)
-            result["results"].append(entry)
-            console.print(terminal_table(_title(entry), HEADER, {_cells(row): True for row in entry["paths"]}))
-            console.print(f"[dim]{entry['why']}[/]", highlight=False)
-            (out / "trees.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            (out / "trees.md").write_text("\n".join(_markdown(result)) + "\n", encoding="utf-8")
+            where = f"{size}, temperature {temperature:g}"
+            with faults.of(where):
+                with measure.progress(console) as bar:
+                    entry = compare(size, temperature, prompts, new_tokens, repeats, bar)
+                result["results"].append(entry)
+                cells = {_cells(row): row["identical"] is not False for row in entry["paths"]}
+                console.print(terminal_table(_title(entry), HEADER, cells))
+                console.print(f"[dim]{entry['why']}[/]", highlight=False)
+                for row in entry["paths"]:
+                    faults.same(f"{where}: {row['path']}", row["identical"] is not False)
+            if result["results"]:
+                (out / "trees.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                (out / "trees.md").write_text("\n".join(_markdown(result)) + "\n", encoding="utf-8")
+    faults.exit()
 
 
 def _title(entry: dict[str, Any]) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Annotated
@@ -36,7 +34,11 @@ def _model(n_layers: int) -> LlamaForCausalLM:
 
 
 def warm_up(n_layers: int) -> list[float]:
-    """Seconds of `warmup()`, greedy and then sampling, and of a call of `generate()` after it."""
+    """Seconds of `warmup()`, greedy and then sampling, and of a call of `generate()` after it.
+
+    Raises:
+        NotMeasured: something else ran.
+    """
     model = specdec.compile(_model(n_layers), _model(2))
     seconds = []
     for do_sample in (False, True):
@@ -46,30 +48,33 @@ def warm_up(n_layers: int) -> list[float]:
     prompt = torch.ones(1, 8, dtype=torch.int64, device=model.device)
     start = time.perf_counter()
     model.generate(prompt, max_new_tokens=8, do_sample=False)
-    return [*seconds, time.perf_counter() - start]
+    seconds.append(time.perf_counter() - start)
+    measure.check("specdec", model.specdec.stats)
+    return seconds
 
 
 def main(
     layers: Annotated[str, Option(help="Numbers of layers of the target; the draft has two.")] = "12,32",
     child: Annotated[int, Option(hidden=True)] = 0,
 ) -> None:
-    """Measure and print a table."""
+    """Measure and print a table. Exits with 1 if something else ran."""
     measure.quiet()
+    faults = measure.Faults()
     if child:
-        print(json.dumps(warm_up(child)))
-        return
+        with faults.of("warmup()"):
+            print(json.dumps(warm_up(child)))
+        return faults.exit()
     console, table = Console(), Table("layers", "caches", "greedy (s)", "sampling (s)", "first generate() after it (s)")
     for n_layers in layers.split(","):
         with tempfile.TemporaryDirectory() as folder:
             env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
             for state in ("cold", "warm"):
-                with console.status(f"{n_layers} layers, {state}"):
-                    command = [sys.executable, "-m", "bench.warmup", "--child", n_layers]
-                    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-                figures = json.loads(done.stdout.splitlines()[-1])
-                table.add_row(n_layers, state, *(f"{x:.1f}" for x in figures))
+                with faults.of(f"{n_layers} layers, {state}"), console.status(f"{n_layers} layers, {state}"):
+                    figures = json.loads(measure.ask_child(["-m", "bench.warmup", "--child", n_layers], env))
+                    table.add_row(n_layers, state, *(f"{x:.1f}" for x in figures))
     console.print(table)
     console.print(measure.today(), measure.machine(), measure.versions(), f"batch sizes {BATCH_SIZES}")
+    faults.exit()
 
 
 if __name__ == "__main__":

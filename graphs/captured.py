@@ -115,6 +115,8 @@ class CapturedSteps:
             return partial(self._record, run, shape)
         self.was_compiling = shape not in self._seen
         self._seen.add(shape)
+        if self._is_full and shape not in self.recordings:
+            self._compiled.stats.eager["a step could not be recorded as a CUDA graph"] += 1
         return self.recordings.get(shape, run)
 
     def _record(self, step: Callable[..., Any], shape: Hashable, *arguments: Any) -> Any:

@@ -2,92 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
+import os
 import types
 import weakref
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch import fx
+from torch._dynamo.exc import RecompileError, TorchDynamoException
+from torch.fx.experimental import _config
 
 from specdec.errors import warn
 from specdec.graphs import backend
-from specdec.kernels.cpu import has_compiler
-from specdec.twin import is_seen
+from specdec.graphs.guards import Guards
+from specdec.kernels.cpu import compiler_error, first_words
+from specdec.kernels.library import OPS
+from specdec.stats import Stats
 
-
-@dataclass(frozen=True)
-class Read:
-    """What compiled code has read outside of its arguments.
-
-    Args:
-        name: a Python expression. scope: what it is evaluated in. value: what it stood for.
-    """
-
-    name: types.CodeType
-    scope: dict[str, Any]
-    value: Any
-    size: int | None
-
-    @property
-    def is_current(self) -> bool:
-        """Whether it is what it was: the very object, of the same size, or a number alike."""
-        try:
-            now = eval(self.name, self.scope)
-        except Exception:  # it is gone
-            return False
-        is_same = now is self.value or (type(now) is type(self.value) in (int, float, str) and now == self.value)
-        return is_same and _size(now) == self.size
-
-
-def _size(value: Any) -> int | None:
-    return len(value) if isinstance(value, dict | list | set) else None
-
-
-class Guards:
-    """What Dynamo would look at before each call of what it has compiled, for one function.
-
-    Modules and settings of a private view never change, or it is made anew (see `specdec.twin`). Shapes of tensors do,
-    and are looked at each time. Globals, and what is too large for that or a library's own, are looked at once a
-    `generate()` call: what has read them is compiled anew, or else each change would be, and recorded steps would not
-    look at all.
-
-    Attributes:
-        reads: these.
-    """
-
-    def __init__(self, method: Any) -> None:
-        parameters = inspect.signature(method.__func__).parameters
-        self._scope = {"G": method.__func__.__globals__, next(iter(parameters)): method.__self__}
-        self.reads: list[Read] = []
-
-    def needed(self, guards: Any) -> list[bool]:
-        """Which of Dynamo's guards are to be kept."""
-        models = tuple(f"{g.name}." for g in guards if isinstance(g.value, torch.nn.Module))
-        unseen = tuple(g.name for g in guards if g.name.startswith(models) and not is_seen(g.value))
-        return [
-            self._is_tensors(g) or ((g.is_global or g.name.startswith(unseen)) and not self._can_look_at(g))
-            for g in guards
-        ]
-
-    def _is_tensors(self, guard: Any) -> bool:
-        return guard.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") and not isinstance(guard.value, torch.nn.Parameter)
-
-    def _can_look_at(self, guard: Any) -> bool:
-        """Whether to look at it from time to time is enough, and possible."""
-        if isinstance(guard.value, torch.Tensor):  # they are arguments each time
-            return True
-        try:
-            name = compile(guard.name, "<guard>", "eval")
-        except SyntaxError:
-            return False
-        read = Read(name, self._scope, guard.value, _size(guard.value))
-        if read.is_current:
-            self.reads.append(read)
-        return read.is_current
+log = logging.getLogger("specdec")
 
 
 _has_regions = True
@@ -128,11 +63,97 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def _compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], Guards]:
-    own = _own_code(function)
-    guards = Guards(own)
-    options = {**_OPTIONS, "guard_filter_fn": guards.needed}
-    return torch.compile(own, fullgraph=True, backend=backend.specdec, options=options), guards
+def _build_kernels(gm: fx.GraphModule) -> None:
+    """Build what the graph's ops run in C++: none of them must find out later that it can't.
+
+    Raises:
+        RuntimeError: it can't be built.
+    """
+    kernels = {op.call.op: op.kernel for op in OPS.values() if op.kernel is not None}  # type: ignore[attr-defined]
+    used = {node.target for m in gm.modules() if isinstance(m, fx.GraphModule) for node in m.graph.nodes}
+    if any(kernels[op]() is None for op in used & kernels.keys()):
+        raise RuntimeError(compiler_error())
+
+
+class _Step:
+    """A function that is compiled when it is first called; where that can't be, it runs as it is.
+
+    A step changes state in place: it may be run another way only if nothing of it has run. What runs is a graph, and it
+    says when it begins.
+    """
+
+    def __init__(self, function: Callable[..., Any], stats: Stats) -> None:
+        self._function, self._stats = function, stats
+        self._compiled: Callable[..., Any] | None = None
+        self.guards: Guards | None = None
+        self._why_eager: str | None = None
+        self._has_begun = False
+        if error := compiler_error():
+            self._give_up(error, error)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        graph = backend.specdec(gm, example_inputs, **given)
+        _build_kernels(gm)
+
+        def run(*arguments: Any) -> Any:
+            self._has_begun = True
+            return graph(*arguments)
+
+        return run
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._why_eager is None:
+            self._has_begun = False
+            try:
+                return self._first_call(*arguments) if self._compiled is None else self._compiled(*arguments)
+            except (RecompileError, torch.OutOfMemoryError):  # nothing may compile now; or memory can be made for it
+                raise
+            except Exception as error:
+                if self._has_begun:
+                    raise
+                log.info("a step could not be compiled", exc_info=error)
+                name = type(getattr(error, "inner_exception", error)).__name__
+                known = compiler_error()
+                self._give_up(known or f"a step could not be compiled ({name})", known or first_words(error), error)
+        self._stats.eager[str(self._why_eager)] += 1
+        return self._function(*arguments)
+
+    def _first_call(self, *arguments: Any) -> Any:
+        """With layers as regions; where torch refuses these, without, from then on."""
+        global _has_regions
+        if _has_regions:
+            try:
+                return self._compile(*arguments)
+            except (TorchDynamoException, AssertionError):  # Dynamo's own
+                if self._has_begun:
+                    raise
+        before, _has_regions = _has_regions, False
+        try:
+            return self._compile(*arguments)
+        except BaseException:
+            _has_regions = before  # it was not the regions
+            raise
+
+    def _compile(self, *arguments: Any) -> Any:
+        own = _own_code(self._function)
+        self.guards = Guards(own)
+        options = {**_OPTIONS, "guard_filter_fn": self.guards.needed}
+        self._compiled = torch.compile(own, fullgraph=True, backend=self._backend, options=options)
+        # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
+        with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return self._compiled(*arguments)
+
+    def _give_up(self, reason: str, message: str, error: Exception | None = None) -> None:
+        """From now on run eagerly.
+
+        Args:
+            reason: to be counted by. message: what to tell the user.
+        """
+        if os.environ.get("SPECDEC_STRICT") == "1":
+            raise RuntimeError(f"specdec could not compile a step: {message}") from error
+        if reason not in self._stats.eager:
+            warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {message}")
+        self._why_eager, self.guards = reason, None
 
 
 class CompiledSteps:
@@ -140,6 +161,7 @@ class CompiledSteps:
 
     Args:
         enabled: False runs everything eagerly.
+        stats: where calls are counted that ran eagerly though they were to be compiled.
 
     Attributes:
         was_compiling: whether the latest call compiled; its time is not decoding time.
@@ -149,53 +171,32 @@ class CompiledSteps:
     lag = 0
     keeps_buffers = False
 
-    def __init__(self, enabled: bool) -> None:
-        if enabled and not has_compiler():
-            warn("specdec found no C++ compiler and runs eagerly: slower, same tokens")
-            enabled = False
-        self.enabled = enabled
+    def __init__(self, enabled: bool, stats: Stats | None = None) -> None:
+        self.enabled, self.stats = enabled, stats or Stats()
         self.was_compiling = False
-        self._functions: dict[Hashable, Callable] = {}
-        self._guards: list[Guards] = []
+        self._steps: dict[Hashable, _Step] = {}
 
     @property
     def is_current(self) -> bool:
         """Whether what compiled functions have read is what it was."""
-        return all(read.is_current for guards in self._guards for read in guards.reads)
+        return all(step.guards is None or step.guards.are_current for step in self._steps.values())
 
     def reset(self) -> None:
         """Nothing to forget: compiled functions know no addresses."""
 
     def has(self, key: Hashable) -> bool:
         """Whether `get` has it without compiling."""
-        return not self.enabled or key in self._functions
+        return not self.enabled or key in self._steps or compiler_error() is not None
 
     def get(self, function: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
-        """`function`, compiled under `key`; one compiled function serves all sizes."""
+        """`function`, compiled under `key`; one compiled function serves all sizes.
+
+        Where it can't be compiled it runs as it is, with one warning; with SPECDEC_STRICT=1 in the environment that is
+        a RuntimeError.
+        """
         if not self.enabled:
             return function
-        self.was_compiling = key not in self._functions
-        if not self.was_compiling:
-            return self._functions[key]
-        self._functions[key] = function
-
-        def first_call(*arguments: Any) -> Any:
-            global _has_regions
-            before = _has_regions
-            for _has_regions in (True, False) if before else (False,):
-                compiled, guards = _compiled(function)
-                try:
-                    # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
-                    with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                        result = compiled(*arguments)
-                    self._functions[key] = compiled
-                    self._guards.append(guards)
-                    return result
-                except (TorchDynamoException, AssertionError) as error:  # Dynamo's own; nothing has run yet
-                    why = error
-            _has_regions = before  # it was not the regions
-            warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {why}")
-            self._functions[key] = function
-            return function(*arguments)
-
-        return first_call
+        self.was_compiling = key not in self._steps
+        if self.was_compiling:
+            self._steps[key] = _Step(function, self.stats)
+        return self._steps[key]

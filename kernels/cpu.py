@@ -8,8 +8,6 @@ does not depend on the rows beside it. Plain C++ with vector extensions: any ins
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -121,10 +119,43 @@ static inline void columns(const float* x, const float* w, float* out, int64_t r
 """
 
 
+_TRIAL = r"""
+extern "C" void kernel(const float* x, float* out, int64_t n, int64_t threads) {
+  #pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < n; i++) out[i] = 2 * x[i];
+}
+"""
+
+
+class _Toolchain:
+    """What is known of it in this process."""
+
+    error: str | None = None  # of the first thing that could not be built: nothing more is tried after it
+
+
 @cache
+def _try() -> None:
+    """Build and call a small function: a compiler's name says nothing of its headers, OpenMP, or the cache's folder."""
+    x = torch.arange(3, dtype=torch.float32, device="cpu")
+    out = torch.zeros_like(x)
+    if (kernel := bind(_TRIAL, "float*, float*, int64_t, int64_t")) is not None:
+        kernel(x, out, 3, 2)
+        if out.tolist() != [0, 2, 4]:
+            _Toolchain.error = f"{compiler_name()}: what it built computes {out.tolist()} for [0, 2, 4]"
+
+
+def compiler_error() -> str | None:
+    """Why C++ cannot be built here, in a line; None where it can.
+
+    The first call builds a small library, which takes seconds, or a millisecond where it is in Inductor's disk cache.
+    """
+    _try()
+    return _Toolchain.error
+
+
 def has_compiler() -> bool:
-    """Whether a C++ compiler is at hand: Inductor needs one on a CPU, and so do these kernels."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+    """Whether C++ can be built here: Inductor needs that on a CPU, and so do these kernels."""
+    return compiler_error() is None
 
 
 def has_kernels(tensor: torch.Tensor) -> bool:
@@ -132,24 +163,73 @@ def has_kernels(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype == torch.float32 and has_compiler()
 
 
+def compiler_name() -> str:
+    """The compiler that Inductor calls."""
+    from torch._inductor import config
+
+    cxx = config.cpp.cxx
+    return str(cxx if isinstance(cxx, str) else cxx[-1])  # what comes first may be conda's, and seldom is
+
+
+def first_words(error: BaseException) -> str:
+    """What went wrong, in a line: of a compiler's output the first error."""
+    error = getattr(error, "inner_exception", error)  # Dynamo's and Inductor's own hold what was raised
+    lines = [line.strip() for line in str(getattr(error, "output", "") or error).splitlines() if line.strip()]
+    said = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
+    return f"{type(error).__name__}: {said}"
+
+
+def _built(load: Callable[[], Any]) -> Any:
+    """What `load` builds, or None, now and ever after, where it can't be built: nothing of it has run."""
+    if _Toolchain.error is None:
+        try:
+            return load()
+        except Exception as error:
+            _Toolchain.error = f"{compiler_name()}: {first_words(error)}"
+    return None
+
+
 @cache
-def build(source: str) -> ctypes.CDLL:
-    """The library made of the shared prelude and `source`, by Inductor's own toolchain and disk cache."""
-    from torch._inductor.codecache import CppCodeCache
+def build(source: str, name: str, types: tuple[Any, ...]) -> Callable[..., None] | None:
+    """A function of the library made of the shared prelude and `source`, by Inductor's own toolchain and disk cache.
 
-    return CppCodeCache.load(_PRELUDE + source)
+    Args:
+        name: the function's. types: of its arguments, for `ctypes`.
+
+    Returns:
+        None where it can't be built.
+    """
+
+    def load() -> ctypes.CDLL:
+        from torch._inductor.codecache import CppCodeCache
+
+        return CppCodeCache.load(_PRELUDE + source)
+
+    if (library := _built(load)) is None:
+        return None
+    function = library[name]
+    function.argtypes, function.restype = types, None
+    return function
 
 
 @cache
-def bind(source: str, types: str) -> Callable[..., None]:
+def bind(source: str, types: str) -> Callable[..., None] | None:
     """The function `kernel` of `source` with arguments of these types, pointers as tensors, as Inductor calls its own.
 
     A call by `ctypes` costs five times as much, and knows addresses only: it can't tell a tensor from a number.
     What a pointer leads to is checked at every call; behind a `void*`, by the caller: the kernel is told its strides.
-    """
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    kernel = CppPythonBindingsCodeCache.load_pybinding(types.split(", "), _PRELUDE + source)
+    Returns:
+        None where it can't be built.
+    """
+
+    def load() -> Callable[..., None]:
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        return CppPythonBindingsCodeCache.load_pybinding(types.split(", "), _PRELUDE + source)
+
+    if (kernel := _built(load)) is None:
+        return None
     read = [(i, _DTYPES[kind]) for i, kind in enumerate(types.split(", ")) if kind in _DTYPES]
 
     def call(*arguments: Any) -> None:

@@ -16,13 +16,14 @@ Source: Maddison et al., "A* sampling", NIPS 2014 (the race, as the Gumbel-max t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.kernels.cpu import address, build, has_compiler
+from specdec.kernels.cpu import address, build
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.noise import BLOCK_STREAM, NOISE_CPP, exponential, exponentials, unit_exponential
 
@@ -108,23 +109,22 @@ extern "C" void draw(
 
 
 @cache
-def _cpp() -> ctypes._NamedFuncPointer:
+def _cpp() -> Callable[..., None] | None:
     constants = f"#include <algorithm>\nconstexpr int64_t BLOCK_STREAM = {BLOCK_STREAM};\n"
-    function = build(constants + NOISE_CPP + RACE_CPP + _SOURCE).draw
-    function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4, None
-    return function
+    types = (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 4
+    return build(constants + NOISE_CPP + RACE_CPP + _SOURCE, "draw", types)
 
 
 def draw_cpu(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stream: int, flat: bool = False) -> Tensor:
     """One index per row from the law `probs / probs.sum(-1)` (see `draw_reference`)."""
-    if not has_compiler():
+    if (kernel := _cpp()) is None:
         return draw_reference(probs, seed, position, node, stream, flat)
     out = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
     probs = probs.float().contiguous()
     keys = [x.contiguous() for x in (seed, position, node)]
     width = max(probs.shape[1], 1) if flat else DRAW_BLOCK
     integers = (address(x, torch.int64) for x in (*keys, out))
-    _cpp()(address(probs, torch.float32), *integers, *probs.shape, stream, width)
+    kernel(address(probs, torch.float32), *integers, *probs.shape, stream, width)
     return out
 
 
@@ -209,5 +209,5 @@ draw = register(
     cpu=draw_cpu,
     launcher=draw_triton,
     fake=_draw_fake,
-    inline=False,
+    kernel=_cpp,
 )

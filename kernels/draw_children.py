@@ -15,12 +15,13 @@ Source: Gumbel-top-k as in Kool et al., "Stochastic beams and where to find them
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import address, build, has_compiler
+from specdec.kernels.cpu import address, build
 from specdec.kernels.draw import RACE_CPP, entry_scores, race_config
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.noise import NOISE_CPP, exponential, unit_exponential
@@ -118,10 +119,9 @@ extern "C" void draw_children(
 
 
 @cache
-def _cpp() -> ctypes._NamedFuncPointer:
-    function = build("#include <algorithm>\n#include <utility>\n" + NOISE_CPP + RACE_CPP + _SOURCE).draw_children
-    function.argtypes, function.restype = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5, None
-    return function
+def _cpp() -> Callable[..., None] | None:
+    source = "#include <algorithm>\n#include <utility>\n" + NOISE_CPP + RACE_CPP + _SOURCE
+    return build(source, "draw_children", (ctypes.c_void_p,) * 8 + (ctypes.c_int64,) * 5)
 
 
 def draw_children_cpu(
@@ -129,7 +129,7 @@ def draw_children_cpu(
     stream: int, n_children: int, shared: bool,
 ) -> Tensor:  # fmt: skip
     """[R, K] places of the drafted children in their nodes' laws (see `draw_children_reference`)."""
-    if not has_compiler():
+    if (kernel := _cpp()) is None:
         return draw_children_reference(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
     _check(probs)
     out = _fake(ids, probs, n_hubs, counts, seed, position, node, stream, n_children, shared)
@@ -137,7 +137,7 @@ def draw_children_cpu(
     rows = [x.long().contiguous() for x in (n_hubs, counts, seed, position, node)]
     integers = (address(x, torch.int64) for x in (*rows, out))
     law = address(ids, torch.int64), address(probs, torch.float32)
-    _cpp()(*law, *integers, *probs.shape, n_children, stream, int(shared))
+    kernel(*law, *integers, *probs.shape, n_children, stream, int(shared))
     return out
 
 
@@ -205,5 +205,5 @@ draw_children = register(
     cpu=draw_children_cpu,
     launcher=draw_children_triton,
     fake=_fake,
-    inline=False,
+    kernel=_cpp,
 )

@@ -20,12 +20,13 @@ length.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import address, build, has_compiler
+from specdec.kernels.cpu import address, build
 from specdec.kernels.library import jit, register, tl, triton
 
 
@@ -100,11 +101,8 @@ extern "C" void kv_commit(
 
 
 @cache
-def _commit_cpp() -> ctypes._NamedFuncPointer:
-    function = build(_SOURCE).kv_commit
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7
-    function.restype = None
-    return function
+def _commit_cpp() -> Callable[..., None] | None:
+    return build(_SOURCE, "kv_commit", (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 7)
 
 
 def _commit_python(
@@ -147,10 +145,10 @@ def kv_commit_cpu_(
         n_groups: G. k_bytes, v_bytes: size of one slot of one head.
     """
     _check_commit(table, lengths, path, n_path)
-    if not has_compiler():
+    if (kernel := _commit_cpp()) is None:
         return _commit_python(table, lengths, path, n_path, n_groups, k_bytes, v_bytes)
     tensors = [x.contiguous() for x in (table, lengths, path, n_path)]
-    _commit_cpp()(
+    kernel(
         *(address(x, torch.int64) for x in tensors), len(table), *path.shape, n_groups, k_bytes, v_bytes,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -283,5 +281,5 @@ kv_commit_ = register(
     cpu=kv_commit_cpu_,
     launcher=kv_commit_triton_,
     fake=_fake,
-    inline=False,
+    kernel=_commit_cpp,
 )

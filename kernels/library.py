@@ -9,8 +9,9 @@ An op has a hand-written schema, a fake (shapes only), a CPU implementation and 
 - With `TRITON_INTERPRET=1` in the environment CPU tensors take the Triton kernel too, run by Triton's interpreter:
   slow, and how the kernels are tested without a GPU.
 
-None of these ever stands in for another. Kernel files take `triton` and `tl` from here, because Triton exists for
-Linux only, and elsewhere the CPU implementations are all there is.
+Where a C++ kernel can't be built its reference runs, and steps are not compiled. Otherwise none of these ever stands
+in for another. Kernel files take `triton` and `tl` from here, because Triton exists for Linux only, and elsewhere the
+CPU implementations are all there is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from specdec.kernels.cpu import has_compiler
 
 try:
     import triton
@@ -42,14 +45,15 @@ class Op:
 
     Attributes:
         schema: as given to `register`. call: what the library calls; `call.op` is the dispatcher's overload.
-        cpu: the implementation for CPU tensors; inline: whether it is made of PyTorch operations.
+        cpu: the implementation for CPU tensors. kernel: builds what it calls in C++, or is None for one made of PyTorch
+            operations.
         launcher: starts the Triton kernel, or None where there is none or no Triton.
     """
 
     schema: str
     call: Callable[..., Any]
     cpu: Callable[..., Any]
-    inline: bool
+    kernel: Callable[[], Callable[..., None] | None] | None
     launcher: Callable[..., Any] | None
 
     def path(self, device_type: str) -> str:
@@ -58,7 +62,9 @@ class Op:
             return "Triton kernel" if device_type == "cuda" else "Triton kernel, interpreted"
         if device_type == "cuda":
             return "none"
-        return "PyTorch, fused by Inductor" if self.inline else "C++ kernel"
+        if not has_compiler():
+            return "PyTorch"
+        return "PyTorch, fused by Inductor" if self.kernel is None else "C++ kernel"
 
 
 OPS: dict[str, Op] = {}
@@ -80,7 +86,7 @@ def register(
     cpu: Callable[..., Any],
     launcher: Callable[..., Any] | None,
     fake: Callable[..., Any],
-    inline: bool = True,
+    kernel: Callable[[], Callable[..., None] | None] | None = None,
 ) -> Callable[..., Any]:
     """Define the op `specdec::<schema>` and return the function the rest of the library calls.
 
@@ -89,7 +95,8 @@ def register(
         cpu: implementation for CPU tensors; its docstring becomes the op's.
         launcher: starts the Triton kernel; None for an op that exists on a CPU only. Without Triton it is left out.
         fake: shapes and dtypes of the result, given fake tensors.
-        inline: False where `cpu` is not made of traceable PyTorch operations: the op then stays opaque to Inductor.
+        kernel: where `cpu` is C++, builds it or finds it built; None where it can't be. Such an op is opaque to
+            Inductor. Without it `cpu` is made of traceable PyTorch operations.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -100,7 +107,7 @@ def register(
         _library.impl(name, launcher, "CUDA")
     torch.library.register_fake(f"specdec::{name}", fake, lib=_library)
     op = getattr(torch.ops.specdec, name).default
-    inlined = inline and (launcher is None or not INTERPRETED)
+    inlined = kernel is None and (launcher is None or not INTERPRETED)
 
     def call(*args: Any) -> Any:
         return cpu(*args) if inlined and torch.compiler.is_compiling() and args[0].is_cpu else op(*args)
@@ -108,5 +115,5 @@ def register(
     call.__name__ = call.__qualname__ = name
     call.__doc__ = cpu.__doc__
     call.op = op  # type: ignore[attr-defined]
-    OPS[name] = Op(schema, call, cpu, inline, launcher)
+    OPS[name] = Op(schema, call, cpu, kernel, launcher)
     return call

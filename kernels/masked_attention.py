@@ -92,7 +92,7 @@ extern "C" void kernel(
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernel() -> Callable[..., None] | None:
     types = ["float*"] + ["void*"] * 3 + ["float*"] + ["int64_t"] * 15 + ["float", "int64_t"]
     return bind(cpu_attention.SOURCE + _SOURCE, ", ".join(types))
 
@@ -116,6 +116,8 @@ def masked_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
     n_batch, n_heads, n_queries, dim = q.shape
     n_groups, n_slots, dim_v = k.shape[1], k.shape[2], v.shape[3]
     out = q.new_empty(n_batch, n_queries, n_heads, dim_v)
+    if (kernel := _kernel()) is None:
+        return out.transpose(1, 2).copy_(masked_attention_reference(q, k, v, mask, scale))
     # What is kept densely is the slots of a head: a cache may be a slice of a larger one.
     k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
     mask = mask.expand(n_batch, n_heads, n_queries, n_slots)
@@ -123,7 +125,7 @@ def masked_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
     is_bool = mask.dtype == torch.bool
     for x, dtype in ((k, torch.float32), (v, torch.float32), (mask, torch.bool if is_bool else torch.float32)):
         check(x, dtype, is_dense=False)
-    _kernel()(
+    kernel(
         q.contiguous(), k, v, mask, out, is_bool, n_batch, n_heads, n_groups, n_queries, n_slots, dim,
         dim_v, *k.stride()[:2], *v.stride()[:2], *mask.stride()[:3], scale, torch.get_num_threads(),
     )  # fmt: skip
@@ -229,5 +231,5 @@ masked_attention = register(
     cpu=masked_attention_cpu,
     launcher=masked_attention_triton,
     fake=_fake,
-    inline=False,
+    kernel=_kernel,
 )

@@ -15,12 +15,13 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import address, build, has_compiler
+from specdec.kernels.cpu import address, build
 from specdec.kernels.library import jit, register, tl, triton
 
 # One stream per use of noise; two uses never share a number, except that coupled drafts are drawn with the target's. A
@@ -120,20 +121,17 @@ extern "C" void uniform(
 
 
 @cache
-def _cpp() -> ctypes.CDLL:
-    library = build(NOISE_CPP + _SOURCE)
-    library.uniform.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
-    library.uniform.restype = None
-    return library
+def _cpp() -> Callable[..., None] | None:
+    return build(NOISE_CPP + _SOURCE, "uniform", (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2)
 
 
 def uniform_cpu(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:
     """One float32 uniform in (0, 1) per element (see `uniform_reference`)."""
-    if not has_compiler():
+    if (kernel := _cpp()) is None:
         return uniform_reference(seed, position, node, stream)
     keys = [x.contiguous() for x in (seed, position, node)]
     out = torch.empty(seed.shape, dtype=torch.float32, device="cpu")
-    _cpp().uniform(*(address(x, torch.int64) for x in keys), address(out, torch.float32), out.numel(), stream)
+    kernel(*(address(x, torch.int64) for x in keys), address(out, torch.float32), out.numel(), stream)
     return out
 
 
@@ -212,5 +210,5 @@ uniform = register(
     cpu=uniform_cpu,
     launcher=uniform_triton,
     fake=_uniform_fake,
-    inline=False,
+    kernel=_cpp,
 )

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import cpu_attention
-from specdec.kernels.cpu import bind
+from specdec.kernels.cpu import bind, has_kernels
 from specdec.kernels.kv_cache import alignment, kv_append_reference_
-from specdec.kernels.library import jit, register, tl, triton
+from specdec.kernels.library import jit, register, runs_triton, tl, triton
 from specdec.kernels.tree_attention import start_kernels, tree_attention_reference
 
 
@@ -104,9 +104,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernel() -> Callable[..., None] | None:
     types = ["float*"] * 4 + ["int64_t*"] * 7 + ["int64_t"] * 8 + ["float", "float", "int64_t"]
     return bind(cpu_attention.SOURCE + _SOURCE, ", ".join(types))
+
+
+def can_run(tensor: Tensor) -> bool:
+    """Whether the op has a kernel for tensors like this one. In C++ it is built here and now: nothing can stand in for
+    it later, because only C++ finds a cache by its address."""
+    return runs_triton(tensor) or (has_kernels(tensor) and _kernel() is not None)
 
 
 def ragged_attention_cpu(
@@ -145,7 +151,9 @@ def ragged_attention_cpu(
         raise ValueError(f"ragged_attention: on a CPU float32 only, not {q.dtype}")
     out = torch.empty_like(q)
     n_tokens, n_heads, dim = q.shape
-    _kernel()(
+    kernel = _kernel()
+    assert kernel is not None, "can_run() says where the op runs"
+    kernel(
         q, k, v, out, table, slot, starts, lengths, node, bits, depths, lengths.shape[0], n_tokens, n_heads,
         k.shape[1], dim, bits.shape[1], n_slots, window, scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
@@ -203,5 +211,5 @@ ragged_attention = register(
     cpu=ragged_attention_cpu,
     launcher=ragged_attention_triton,
     fake=_fake,
-    inline=False,
+    kernel=_kernel,
 )

@@ -43,7 +43,7 @@ extern "C" void kernel(
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernel() -> Callable[..., None] | None:
     return bind(_SOURCE, ", ".join(["float*"] * 3 + ["int64_t"] * 4))
 
 
@@ -63,11 +63,11 @@ def skinny_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     """
     n_out, n_in = weight.shape
     n_rows = x.numel() // n_in
-    if n_rows > MAX_ROWS:
+    if n_rows > MAX_ROWS or (kernel := _kernel()) is None:
         return F.linear(x, weight)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], n_out)
-    _kernel()(x, weight, out, n_rows, n_out, n_in, torch.get_num_threads())
+    kernel(x, weight, out, n_rows, n_out, n_in, torch.get_num_threads())
     return out
 
 
@@ -80,5 +80,5 @@ skinny_linear = register(
     cpu=skinny_linear_cpu,
     launcher=None,
     fake=_fake,
-    inline=False,
+    kernel=_kernel,
 )

@@ -26,7 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import bind, has_compiler
+from specdec.kernels.cpu import bind
 from specdec.kernels.library import jit, register, tl, triton
 from specdec.kernels.noise import ACCEPT, NOISE_CPP, uniform_reference, unit_uniform
 from specdec.kernels.row_law import law_at, law_of
@@ -185,7 +185,7 @@ extern "C" void kernel(
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernel() -> Callable[..., None] | None:
     floats, ints = "float*", "int64_t*"
     types = [floats] * 4 + [ints] * 5 + [floats] + [ints] * 7 + [ints, floats] + ["int64_t"] * 9
     source = f"#include <algorithm>\nconstexpr uint32_t ACCEPT = {ACCEPT};\n" + NOISE_CPP + WEIGH_CPP + _SOURCE
@@ -202,12 +202,12 @@ def verify_tree_cpu(
         logits, knobs, log_total, threshold, first, topology, places, n_nodes, support_ids, support_probs, n_hubs, seed,
         position, starts,
     )  # fmt: skip
-    if not has_compiler():
+    if (kernel := _kernel()) is None:
         return verify_tree_reference(*inputs, depth, sequence)
     out = _fake(*inputs, depth, sequence)
     arrays = [(x.float() if x.is_floating_point() else x.long()).contiguous() for x in inputs]
     sizes = n_nodes.shape[0], *logits.shape, topology.shape[1], *support_ids.shape[1:], depth + 1
-    _kernel()(*arrays, *out, *sizes, int(sequence), torch.get_num_threads())
+    kernel(*arrays, *out, *sizes, int(sequence), torch.get_num_threads())
     return out
 
 
@@ -340,5 +340,5 @@ verify_tree = register(
     cpu=verify_tree_cpu,
     launcher=verify_tree_triton,
     fake=_fake,
-    inline=False,
+    kernel=_kernel,
 )

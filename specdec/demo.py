@@ -106,14 +106,20 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 
     seconds, texts = _measure(paths, tokens, settings, console)
     stats = paths["specdec"].model.specdec.stats
+    identical = torch.equal(texts["transformers"], texts["specdec"])
+    faults = measure.Faults()
+    with faults.of(settings.size):
+        measure.check(paths["specdec"].label, stats)
+    faults.same(f"{settings.size}: {paths['specdec'].label}", identical)
     return {
-        "identical": torch.equal(texts["transformers"], texts["specdec"]),
+        "identical": identical,
         "assisted_identical": torch.equal(texts["transformers"], texts["transformers_assisted"]),
         "tokens_per_second": {name: settings.new_tokens / statistics.median(seconds[name]) for name in COMPARED},
         "tokens_per_step": stats.tokens_per_step,
         "acceptance_by_position": stats.acceptance_by_position,
         "warmup_seconds": warmup_seconds,
         "fallbacks": dict(stats.fallbacks),
+        "faults": faults,
         "seconds": seconds,
         "labels": {name: paths[name].label for name in COMPARED},
         "parameters": sum(p.numel() for p in target.parameters()),
@@ -178,8 +184,6 @@ def show(result: dict[str, Any], console: Console) -> None:
     shares = "  ".join(f"{share:.2f}" for share in result["acceptance_by_position"])
     console.print(f"[dim]accepted by position[/]   {shares}", highlight=False)
     console.print(f"[dim]warm-up[/]                {result['warmup_seconds']:.1f} s", highlight=False)
-    for reason in result["fallbacks"]:
-        console.print(f"[red]specdec ran transformers' own loop:[/] {reason}")
 
 
 def plot(result: dict[str, Any], path: str) -> None:

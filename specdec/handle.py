@@ -404,7 +404,7 @@ class Handle:
                 check_draft(draft, self._model, config)
             except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
                 raise Unsupported("it does not fit", str(error)) from None
-            compiled = CompiledSteps(config.compile)
+            compiled = CompiledSteps(config.compile, self.stats)
             records = config.compile and self._target.device.type == "cuda"
             steps = CapturedSteps(compiled) if records else compiled
             decoder = Decoder(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
-import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +14,7 @@ from rich.table import Table
 
 import specdec.kernels
 from specdec import measure, zoo
+from specdec.kernels.cpu import compiler_error, compiler_name
 from specdec.kernels.library import OPS
 
 
@@ -29,11 +28,10 @@ def ops() -> Iterator[tuple[str, str, str]]:
 
 def compiler() -> str:
     """The C++ compiler that Inductor and the C++ kernels are built with."""
-    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
-            done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
-            return (done.stdout.splitlines() or [name])[0]
-    return "none: steps run eagerly, slower, with the same tokens"
+    if error := compiler_error():
+        return f"none that works, steps run eagerly, slower, with the same tokens: {error}"
+    done = subprocess.run([compiler_name(), "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or [compiler_name()])[0]
 
 
 def figures() -> Iterator[tuple[str, str]]:

@@ -7,14 +7,17 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -23,6 +26,7 @@ from transformers.utils import logging
 
 import specdec
 from specdec import zoo
+from specdec.stats import Stats
 
 LOOKUP_TOKENS = 8
 """Tokens that transformers' prompt lookup proposes a step: as many as specdec's n-gram drafter."""
@@ -127,6 +131,58 @@ def compare(
             seconds[name].append(time.perf_counter() - start)
             after_each(name)
     return seconds
+
+
+class NotMeasured(Exception):
+    """What was to be measured did not run; the message is the reason, in a line."""
+
+
+def check(label: str, stats: Stats) -> None:
+    """Whether what was counted is specdec's own decoding, compiled if that was asked for.
+
+    Raises:
+        NotMeasured: with the reason.
+    """
+    for how, reasons in (("transformers' own loop", stats.fallbacks), ("eagerly", stats.eager)):
+        if reasons:
+            raise NotMeasured(f"{label} ran {how}: {', '.join(reasons)}")
+
+
+class Faults(list[str]):
+    """Why a tool's figures are not what they claim to be, a line each. The tool goes on, and fails in the end."""
+
+    @contextmanager
+    def of(self, part: str) -> Generator[None]:
+        """What is measured here is left out where it did not run."""
+        try:
+            yield
+        except NotMeasured as error:
+            self.append(f"{part}: {error}")
+
+    def same(self, part: str, is_same: bool) -> None:
+        """A text was compared with transformers'."""
+        if not is_same:
+            self.append(f"{part}: another text than transformers'")
+
+    def exit(self) -> None:
+        """Say them on stderr and end with 1, if there are any."""
+        for line in self:
+            print(f"failed: {line}", file=sys.stderr)
+        if self:
+            raise typer.Exit(1)
+
+
+def ask_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    """What a tool prints in a process of its own, whose last line is the result.
+
+    Raises:
+        NotMeasured: it failed; the reason is the last line of its stderr.
+    """
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise NotMeasured(said[-1].removeprefix("failed: "))
+    return done.stdout.strip().splitlines()[-1]
 
 
 def progress(console: Console) -> Progress:

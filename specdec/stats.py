@@ -31,6 +31,7 @@ class Stats:
         undrafted_texts: by reason, how often a step drafted nothing for a text that it drafts for otherwise.
         decoded: `generate()` calls decoded by specdec. fallbacks: those that ran transformers' own loop, by reason.
         dropped_drafts: those decoded by specdec without their draft, which could not be prepared, by reason.
+        eager: drafts and judgements that ran eagerly though they were to be compiled, by reason.
     """
 
     steps: int = 0
@@ -48,6 +49,7 @@ class Stats:
     decoded: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     dropped_drafts: Counter[str] = field(default_factory=Counter)
+    eager: Counter[str] = field(default_factory=Counter)
 
     def reset(self) -> None:
         """Forget everything but the tree that is used."""
@@ -121,6 +123,7 @@ class Stats:
             "decoded": self.decoded,
             "fallbacks": dict(self.fallbacks),
             "dropped_drafts": dict(self.dropped_drafts),
+            "eager": dict(self.eager),
         }
 
     def table(self) -> Table:
@@ -143,6 +146,8 @@ class Stats:
             table.add_row("ran transformers' own loop", f"{count} x: {reason}")
         for reason, count in self.dropped_drafts.items():
             table.add_row("decoded without the draft", f"{count} x: {reason}")
+        for reason, count in self.eager.items():
+            table.add_row("ran eagerly", f"{count} x: {reason}")
         for reason, count in self.undrafted_texts.items():
             table.add_row("not drafted for", f"{count} x: {reason}")
         return table

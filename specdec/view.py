@@ -23,8 +23,7 @@ from specdec.cache import RaggedCache
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import as_region
 from specdec.hf import names
-from specdec.kernels.cpu import has_kernels
-from specdec.kernels.library import runs_triton
+from specdec.kernels.ragged_attention import can_run
 from specdec.nodes import Nodes
 from specdec.proof import prove
 from specdec.twin import Look
@@ -66,7 +65,7 @@ class ModelView:
         for layer in regions:
             vars(layer)["forward"] = types.MethodType(as_region(type(layer).forward), layer)
         weight = next(model.parameters())
-        self.cache = RaggedCache(has_kernels(weight) or runs_triton(weight))
+        self.cache = RaggedCache(can_run(weight))
         self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = self.cache
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
