@@ -26,11 +26,10 @@ from bench import (
     verifiers,
     warmup,
 )  # fmt: skip
-from specdec import measure
+from specdec import handle, measure
 from specdec.cli import app
 from specdec.errors import Unsupported
 from specdec.graphs import compiled
-from specdec.handle import Handle
 from specdec.rows import Text
 from specdec.tree import TokenTree
 
@@ -99,7 +98,7 @@ def _refuse(*_: Any) -> None:
 def test_what_ran_transformers_own_loop(
     tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Handle, "_check", _refuse)
+    monkeypatch.setattr(handle, "check_model", _refuse)
     _fails(tool, tmp_path, False, "transformers' own loop: a stand-in", capsys)
 
 
@@ -148,7 +147,7 @@ def test_what_is_left_out_loses_nothing_else(tmp_path: Path, monkeypatch: pytest
 
     def measure_all(able: Any, batches: Any, *rest: Any) -> Any:
         if len(batches[0]) == 2:
-            monkeypatch.setattr(Handle, "_check", _refuse)
+            monkeypatch.setattr(handle, "check_model", _refuse)
         return run(able, batches, *rest)
 
     monkeypatch.setattr(end_to_end, "measure_all", measure_all)
