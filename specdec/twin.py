@@ -161,6 +161,10 @@ def _is_librarys(module: Any) -> bool:
     return str(module).partition(".")[0] in _LIBRARIES
 
 
+def _is_standard(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
 def _fields(value: Any) -> Iterator[Any]:
     """All that there is to see of an object that is no tensor."""
     if isinstance(value, nn.Module):
@@ -236,10 +240,11 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 def _read(names: Iterable[str], namespace: dict[str, Any], been: set[int]) -> Iterator[Any]:
-    """What these names stand for in a namespace, and in the modules there: `F.silu` is two names."""
+    """What these names stand for in a namespace, and in the modules there: `F.silu` is two names. What the standard
+    library's modules hold, as `sys.modules`, is the interpreter's."""
     for name in names:
         if name in namespace:
             yield from (name, value := namespace[name])
-            if isinstance(value, types.ModuleType) and id(value) not in been:
+            if isinstance(value, types.ModuleType) and id(value) not in been and not _is_standard(value.__name__):
                 been.add(id(value))
                 yield from _read(names, vars(value), been)

@@ -74,7 +74,7 @@ def test_joining_texts_compile_nothing_again(
         decode(decoder, texts, SLOTS, law)
     assert decoder.stats.steps > 300
     n_drafts = len(decoder.drafter.depths) if not do_sample else 1
-    assert 2 <= len(decoder.steps._functions) <= 1 + n_drafts
+    assert 2 <= len(decoder.steps._steps) <= 1 + n_drafts
     assert (decoder.stats.undrafted > 0) == (not do_sample)
     single = decoder_of(tiny, kind, CompiledSteps(False))
     for text in texts:

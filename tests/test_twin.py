@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import socket
+import sys
 import threading
 import tracemalloc
 import warnings
@@ -466,3 +467,11 @@ def test_tensors_that_nobody_counts_changes_of_fall_back(fresh: Tiny, prompts: P
         _steered(model, torch.tensor(0.5))[0].by = torch.tensor(0.5)
     with pytest.warns(UserWarning, match="made in inference mode"):
         assert torch.equal(wrap(model).generate(**inputs), model.generate(**inputs))
+
+
+def test_what_the_interpreter_holds_is_not_the_models(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+    model.model.layers[0].mlp.act_fn = lambda x: x if "a_module" in sys.modules else nn.functional.silu(x)
+    before = Look(model)
+    monkeypatch.setitem(sys.modules, "a_module", sys)
+    assert Look(model).seen == before.seen
