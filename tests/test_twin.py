@@ -469,9 +469,14 @@ def test_tensors_that_nobody_counts_changes_of_fall_back(fresh: Tiny, prompts: P
         assert torch.equal(wrap(model).generate(**inputs), model.generate(**inputs))
 
 
+class Asking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if "a_module" in sys.modules else nn.functional.silu(x)
+
+
 def test_what_the_interpreter_holds_is_not_the_models(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh("llama")
-    model.model.layers[0].mlp.act_fn = lambda x: x if "a_module" in sys.modules else nn.functional.silu(x)
+    model.model.layers[0].mlp.act_fn = Asking()
     before = Look(model)
     monkeypatch.setitem(sys.modules, "a_module", sys)
     assert Look(model).seen == before.seen
