@@ -75,6 +75,24 @@ def _build_kernels(gm: fx.GraphModule) -> None:
         raise RuntimeError(compiler_error())
 
 
+class _Backend:
+    """The backend, and whether a graph of it has begun to run. What it makes lives as long as torch likes, and so must
+    not know the step."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        graph = backend.specdec(gm, example_inputs, **given)
+        _build_kernels(gm)
+
+        def run(*arguments: Any) -> Any:
+            self.has_begun = True
+            return graph(*arguments)
+
+        return run
+
+
 class _Step:
     """A function that is compiled when it is first called; where that can't be, it runs as it is.
 
@@ -87,29 +105,19 @@ class _Step:
         self._compiled: Callable[..., Any] | None = None
         self.guards: Guards | None = None
         self._why_eager: str | None = None
-        self._has_begun = False
+        self._backend = _Backend()
         if error := compiler_error():
             self._give_up(error, error)
 
-    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
-        graph = backend.specdec(gm, example_inputs, **given)
-        _build_kernels(gm)
-
-        def run(*arguments: Any) -> Any:
-            self._has_begun = True
-            return graph(*arguments)
-
-        return run
-
     def __call__(self, *arguments: Any) -> Any:
         if self._why_eager is None:
-            self._has_begun = False
+            self._backend.has_begun = False
             try:
                 return self._first_call(*arguments) if self._compiled is None else self._compiled(*arguments)
             except (RecompileError, torch.OutOfMemoryError):  # nothing may compile now; or memory can be made for it
                 raise
             except Exception as error:
-                if self._has_begun:
+                if self._backend.has_begun:
                     raise
                 log.info("a step could not be compiled", exc_info=error)
                 name = type(getattr(error, "inner_exception", error)).__name__
@@ -125,7 +133,7 @@ class _Step:
             try:
                 return self._compile(*arguments)
             except (TorchDynamoException, AssertionError):  # Dynamo's own
-                if self._has_begun:
+                if self._backend.has_begun:
                     raise
         before, _has_regions = _has_regions, False
         try:
@@ -138,10 +146,12 @@ class _Step:
         own = _own_code(self._function)
         self.guards = Guards(own)
         options = {**_OPTIONS, "guard_filter_fn": self.guards.needed}
-        self._compiled = torch.compile(own, fullgraph=True, backend=self._backend, options=options)
+        compiled = torch.compile(own, fullgraph=True, backend=self._backend, options=options)
         # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
         with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return self._compiled(*arguments)
+            result = compiled(*arguments)
+        self._compiled = compiled
+        return result
 
     def _give_up(self, reason: str, message: str, error: Exception | None = None) -> None:
         """From now on run eagerly.
