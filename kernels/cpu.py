@@ -260,7 +260,7 @@ def check(tensor: torch.Tensor, dtype: torch.dtype, is_dense: bool = True) -> No
         )
 
 
-def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """Where C++ finds a tensor's numbers, one after the other; raises as `check` does."""
-    check(tensor, dtype)
+def address(tensor: torch.Tensor, dtype: torch.dtype, is_dense: bool = True) -> int:
+    """Where C++ finds a tensor's numbers; arguments and errors are those of `check`."""
+    check(tensor, dtype, is_dense)
     return tensor.data_ptr()

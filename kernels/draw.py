@@ -85,11 +85,11 @@ static inline float sum(const float* p, int64_t n) {
 
 extern "C" void draw(
     const float* probs, const int64_t* seed, const int64_t* position, const int64_t* node, int64_t* out, int64_t rows,
-    int64_t size, int64_t stream, int64_t width) {
+    int64_t size, int64_t stride, int64_t stream, int64_t width) {
   const int64_t n_blocks = (size + width - 1) / width;
   std::vector<float> mass(n_blocks);
   for (int64_t r = 0; r < rows; r++) {
-    const float* p = probs + r * size;
+    const float* p = probs + r * stride;
     float best = -1;
     int64_t winner = 0;
     const auto use = [&](int64_t i, float score) { if (score > best) best = score, winner = i; };
@@ -111,7 +111,7 @@ extern "C" void draw(
 @cache
 def _cpp() -> Callable[..., None] | None:
     constants = f"#include <algorithm>\nconstexpr int64_t BLOCK_STREAM = {BLOCK_STREAM};\n"
-    types = (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 4
+    types = (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 5
     return build(constants + NOISE_CPP + RACE_CPP + _SOURCE, "draw", types)
 
 
@@ -120,11 +120,13 @@ def draw_cpu(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stream
     if (kernel := _cpp()) is None:
         return draw_reference(probs, seed, position, node, stream, flat)
     out = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
-    probs = probs.float().contiguous()
+    probs = probs.float()
+    probs = probs if probs.stride(-1) == 1 else probs.contiguous()  # rows may be one and the same
     keys = [x.contiguous() for x in (seed, position, node)]
     width = max(probs.shape[1], 1) if flat else DRAW_BLOCK
     integers = (address(x, torch.int64) for x in (*keys, out))
-    kernel(address(probs, torch.float32), *integers, *probs.shape, stream, width)
+    p_rows = address(probs, torch.float32, is_dense=False)
+    kernel(p_rows, *integers, *probs.shape, probs.stride(0), stream, width)
     return out
 
 
