@@ -83,14 +83,15 @@ def filled(decoder: Decoder, prompts: list[torch.Tensor], new: int, eos: torch.T
 
 
 @pytest.mark.parametrize(
-    ("n_batch", "kind", "fused"),
+    ("n_batch", "kind", "fused", "do_sample"),
     [
-        *((1, kind, True) for kind in ("none", "ngram", "chain")),
-        *((3, kind, True) for kind in ("none", "ngram", "chain", "tree", "coupled tree")),
-        *((1, "chain", False), (3, "tree", False)),
+        *((1, kind, True, False) for kind in ("none", "ngram", "chain")),
+        *((3, kind, True, False) for kind in ("ngram", "chain", "tree")),
+        *((1, kind, True, True) for kind in ("none", "chain")),
+        *((3, kind, True, True) for kind in ("ngram", "chain", "tree", "coupled tree")),
+        (1, "chain", False, False), (3, "tree", False, True),
     ],
-)
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+)  # fmt: skip
 def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, n_batch, fused, monkeypatch):
     torch._dynamo.reset()
     verifier = VERIFIERS["coupled" if "coupled" in kind else "auto"]
