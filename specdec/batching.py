@@ -9,6 +9,7 @@ own pace.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -241,10 +242,10 @@ class _Run:
 def _length(prompt: Prompt) -> int:
     """Tokens of a prompt, or 0 where it is none: it fails when its turn comes."""
     ids = prompt["input_ids"] if isinstance(prompt, Mapping) and "input_ids" in prompt else prompt
-    if isinstance(ids, Sequence) and len(ids) == 1 and isinstance(ids[0], Sequence | Tensor):
+    if isinstance(ids, Sequence) and len(ids) == 1 and (isinstance(ids[0], Sequence) or hasattr(ids[0], "shape")):
         ids = ids[0]
-    if isinstance(ids, Tensor):
-        return ids.numel()
+    if hasattr(ids, "shape"):  # torch's, NumPy's
+        return math.prod(ids.shape)
     return len(ids) if isinstance(ids, Sequence) else 0
 
 

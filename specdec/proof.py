@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -38,7 +39,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 ROUGH, TRIES = 0.2, 3
 """With more than one pair of texts: where two experts are all but even, rounding may choose between them."""
 
-_REFUSED: WeakKeyDictionary[PreTrainedModel, tuple[object, str, str]] = WeakKeyDictionary()
+_REFUSED: WeakKeyDictionary[PreTrainedModel, tuple[dict[int, object], str, str]] = WeakKeyDictionary()
 
 
 def check_forward(model: PreTrainedModel) -> None:
@@ -61,8 +62,9 @@ def prove(view: ModelView) -> None:
     """
     model = view.source
     check_forward(model)
-    if (known := _REFUSED.get(model)) is not None and known[0] == view.traits:
-        raise Unsupported(*known[1:])
+    traits, *why = _REFUSED.get(model, ({}, ""))
+    if traits and all(view.traits.get(key) == trait for key, trait in traits.items()):
+        raise Unsupported(*why)
     try:
         _prove(view)
     except Unsupported as why:
@@ -75,8 +77,10 @@ def _prove(view: ModelView) -> None:
     ends = [LONG, *(window + 8 for window in _named_windows(model).values() if window <= LONGEST)]
     lengths = [SHORT, max(1, min(max(ends), _context(model) - TREE.depth - 1))]
     plain = functools.cache(lambda seed: run_plainly(model, draw_texts(model, lengths, seed)))
-    view.layer_shapes = plain(0).shapes
-    view.check_untouched()
+    others = [max(1, length - 1) for length in lengths]
+    with _taking_back(view):
+        view.layer_shapes = plain(0).shapes
+        view.check_untouched(lambda: run_plainly(model, draw_texts(model, others, seed=TRIES)))
     can_fuse, cache.can_fuse = cache.can_fuse, False
     try:
         for cache.is_flat in False, True:
@@ -101,6 +105,20 @@ def _prove(view: ModelView) -> None:
         cache.asked = None
         cache.release()
         cache.generation = 0  # nobody knows of it yet
+
+
+@contextmanager
+def _taking_back(view: ModelView) -> Generator[None]:
+    """Where a model is refused for writing to buffers, as what observes activations does, random texts leave nothing in
+    them."""
+    held = [(buffer, buffer.clone()) for buffer in view.source.buffers()]
+    try:
+        yield
+    except Unsupported:
+        for buffer, before in held:
+            if id(buffer) in view.written:
+                buffer.copy_(before)
+        raise
 
 
 def _named_windows(model: PreTrainedModel) -> dict[str, int]:

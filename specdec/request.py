@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -205,7 +206,9 @@ def _read_criteria(
     others = StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) is names.MaxLengthCriteria:
-            max_length = min(criterion.max_length, max_length or criterion.max_length)
+            longest = criterion.max_length
+            longest = math.ceil(longest) if isinstance(longest, float) else longest
+            max_length = min(longest, max_length or longest)
         elif type(criterion) is names.EosTokenCriteria:
             eos_ids = torch.cat([eos_ids, criterion.eos_token_id.flatten().long().cpu()])
         elif type(criterion) is names.MaxTimeCriteria:

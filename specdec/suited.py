@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from functools import cache, lru_cache, partial
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -149,6 +149,8 @@ def _ignores_softcap(config: Any) -> bool:
 def _own_attention(model: PreTrainedModel) -> str | None:
     """The name of a function that makes masks or attends in this model, and is not transformers' own: what it does far
     away no short text shows, and in a view specdec's would take its place."""
+    if not isinstance(sdpa := torch.nn.functional.scaled_dot_product_attention, BuiltinFunctionType):
+        return getattr(sdpa, "__qualname__", type(sdpa).__qualname__)
     functions = (x.func if isinstance(x, partial) else x for x in _attention_functions(model))
     own = next((function for function in functions if not _is_transformers(function)), None)
     return None if own is None else getattr(own, "__qualname__", type(own).__qualname__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+import weakref
 from argparse import Namespace
 from array import array
 from collections import deque
@@ -43,7 +44,9 @@ _LIBRARIES = {
     "safetensors", "tokenizers", "tqdm",
 }  # fmt: skip
 _OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"} | names.NOT_OF_FORWARDS
-_OF_ANY_CLASS = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl"}
+_OF_ANY_CLASS = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slotnames__"}
+_ROUTED = "transformers.models.", "transformers.integrations.", "transformers.activations", "torch.nn.modules."
+"""Libraries' functions whose globals are looked at: users put their own in the place of `F.silu`, or of attention."""
 
 
 def trait(tensor: Tensor) -> tuple[object, ...]:
@@ -66,16 +69,24 @@ class Look:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._weights = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+        weights = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self._writes = {key: 0 if tensor.is_inference() else tensor._version for key, tensor in weights.items()}
         self._objects: dict[int, Any] = {id(model): model}
         self.seen: dict[int, tuple[object, ...]] = {0: ambient.settings()}
         self._todo: list[Any] = [model]
         while self._todo:
             value = self._todo.pop()
-            self.seen[id(value)] = self._tensor(value) if isinstance(value, Tensor) else self._tokens(_fields(value))
+            try:
+                own = self._tensor(value) if isinstance(value, Tensor) else ()
+                self.seen[id(value)] = *own, *self._tokens(_fields(value))
+            except Unsupported:
+                raise
+            except Exception as error:  # a tensor without memory of its own, or a user's class
+                kind = type(value).__qualname__
+                raise Unsupported(f"a {kind} on the model that cannot be looked at", str(error)) from None
 
     def _tensor(self, tensor: Tensor) -> tuple[object, ...]:
-        if id(tensor) in self._weights:
+        if id(tensor) in self._writes:
             return trait(tensor)
         if tensor.is_inference():
             raise Unsupported("a tensor on the model that was made in inference mode, where nobody counts changes")
@@ -129,17 +140,26 @@ class Look:
         except Exception as error:
             raise Unsupported("modules that cannot be copied", str(error)) from None
 
-    def changed_by_running(self, model: PreTrainedModel) -> str | None:
-        """What the forwards of a model since this look have written to beside its modules, by its name; None for
-        nothing. A copy's forwards would write to it too."""
-        now, private = Look(model).seen, self._private()
-        for key, tokens in self.seen.items():
-            if key not in private and now.get(key, tokens) != tokens:
-                value = self._objects.get(key)
-                places = ((type(m).__name__, *item) for m in model.modules() for item in vars(m).items())
-                named = (f"{kind}.{name}" for kind, name, own in places if own is value)
-                return next(named, getattr(value, "__qualname__", type(value).__qualname__))
-        return None
+    def written(self, model: PreTrainedModel) -> set[int]:
+        """The ids of what the forwards of a model since this look have written to beside its modules' attributes. A
+        copy's forwards would write to it too."""
+        now, private = Look(model), self._private()
+        changed = {key for key, tokens in self.seen.items() if now.seen.get(key, tokens) != tokens}
+        return changed - private | {key for key, n in self._writes.items() if now._writes.get(key, n) != n}
+
+    def name_of(self, key: int, model: PreTrainedModel) -> str:
+        """What a reader may know an object by: a module's attribute, a global, or what kind of thing it is."""
+        value = self._objects[key]
+        for module in model.modules():
+            for name, own in chain(vars(module).items(), module._buffers.items(), module._parameters.items()):
+                if own is value:
+                    return f"{type(module).__name__}.{name}"
+        for function in self._objects.values():
+            if isinstance(function, types.FunctionType):
+                for name in _names(function.__code__):
+                    if function.__globals__.get(name) is value:
+                        return f"{function.__module__}.{name}"
+        return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def is_seen(value: Any) -> bool:
@@ -166,7 +186,10 @@ def _is_standard(module: str) -> bool:
 
 
 def _fields(value: Any) -> Iterator[Any]:
-    """All that there is to see of an object that is no tensor."""
+    """All that there is to see of an object, of a tensor beside its numbers."""
+    if isinstance(value, Tensor):
+        yield from chain(*vars(value).items()) if hasattr(value, "__dict__") else ()
+        return
     if isinstance(value, nn.Module):
         yield type(value)
         yield from chain(*(item for item in vars(value).items() if item[0] not in _OF_ANY_MODULE))
@@ -174,6 +197,9 @@ def _fields(value: Any) -> Iterator[Any]:
         return
     if isinstance(value, type):
         yield from _of_class(value)
+        return
+    if isinstance(value, weakref.ref):
+        yield value()
         return
     if isinstance(value, types.FunctionType):
         yield from _of_function(value)
@@ -210,8 +236,8 @@ def _of_object(value: Any) -> Iterator[Any]:
 
 
 def _of_class(kind: type) -> Iterator[Any]:
-    """Attributes, and what methods read; also of what it derives from."""
-    yield from kind.__bases__
+    """Attributes, and what methods read; also of what it derives from, and is made by."""
+    yield from (type(kind), *kind.__bases__)
     # Dynamo patches the base of all modules when it likes.
     if (issubclass(kind, nn.Module) and kind is not nn.Module) or not _is_librarys(kind.__module__):
         yield from chain(*(item for item in vars(kind).items() if item[0] not in _OF_ANY_CLASS))
@@ -220,7 +246,7 @@ def _of_class(kind: type) -> Iterator[Any]:
 def _of_function(function: types.FunctionType) -> Iterator[Any]:
     """Its code, and what that reads."""
     yield function.__code__
-    if _is_librarys(function.__module__) and not function.__module__.startswith("transformers.models."):
+    if _is_librarys(function.__module__) and not str(function.__module__).startswith(_ROUTED):
         return
     yield from (function.__defaults__, function.__kwdefaults__)
     yield from chain(*(item for item in vars(function).items() if not item[0].startswith("__")))  # decorators' marks

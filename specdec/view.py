@@ -8,7 +8,7 @@ parameters, buffers and all else are shared.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -56,6 +56,7 @@ class ModelView:
         self.source = model
         self._cache_argument, self._decoders_cache_argument = map(names.cache_argument, (model, model.get_decoder()))
         self._look = Look(model)
+        self.written: set[int] = set()  # ids of what its forwards write to, where that forbids a view
         self.module = self._look.twin(model)
         self.module.config._attn_implementation = attention.NAME
         self.module.config.get_text_config()._attn_implementation = attention.NAME
@@ -84,18 +85,24 @@ class ModelView:
         return Look(self.source).seen == self._look.seen
 
     @property
-    def traits(self) -> object:
-        """What the user's model was like, to compare."""
-        return self._look.seen
+    def traits(self) -> dict[int, object]:
+        """What the user's model was like, to compare; but for what it writes to by itself."""
+        return {key: tokens for key, tokens in self._look.seen.items() if key not in self.written}
 
-    def check_untouched(self) -> None:
-        """Whether running the user's model changes nothing but what its modules note about themselves.
+    def check_untouched(self, run: Callable[[], object]) -> None:
+        """Whether running the user's model changes nothing but what its modules note about themselves. What has been
+        written until now may be tables that are filled once: `run` runs the model again, with other texts.
 
         Raises:
             Unsupported: there is something that this view's forwards, which run drafts too, would write to.
         """
-        if (name := self._look.changed_by_running(self.source)) is not None:
-            raise Unsupported(f"a forward that writes to {name}")
+        if not self._look.written(self.source):
+            return
+        self._look = Look(self.source)
+        run()
+        if written := self._look.written(self.source):
+            self.written = written
+            raise Unsupported(f"a forward that writes to {self._look.name_of(min(written), self.source)}")
 
     @property
     def device(self) -> torch.device:

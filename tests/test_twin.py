@@ -9,6 +9,7 @@ import sys
 import threading
 import tracemalloc
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
 import specdec
-from specdec import twin
+from specdec import proof, twin
 from specdec.twin import Look
 from specdec.view import ModelView
 
@@ -98,6 +99,42 @@ def _closure() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
     return by, change
 
 
+class _Scaled(nn.Module):
+    """As quantised code hangs scales on weights."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+        tensor.scale = 0.5  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.tensor * self.tensor.scale)  # type: ignore[attr-defined]
+
+
+def _scale_the_tensor(by: _Scaled) -> None:
+    by.tensor.scale = 3.0  # type: ignore[attr-defined]
+
+
+class _Pointing:
+    def __init__(self, held: Any) -> None:
+        self.pointer, ALIVE[:] = weakref.ref(held), [held]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.pointer().scale
+
+
+class Making(type):
+    scale = 0.5
+
+
+class Made(metaclass=Making):
+    def __new__(cls, x: Tensor) -> Tensor:  # type: ignore[misc]
+        return x * cls.scale
+
+
+ALIVE: list[Any] = []
+
+
 def _fill(tensor: Tensor) -> None:
     tensor.fill_(3.0)
 
@@ -121,6 +158,13 @@ IN_PLACE: dict[str, Callable[[], tuple[Any, Callable[[Any], Any]]]] = {
     "NumPy array": lambda: (np.full(1, 0.5), lambda by: by.fill(3.0)),
     "list in a dict": lambda: ({"scale": [0.5]}, lambda by: by["scale"].append(3.0)),
     "closure": lambda: (BY_FUNCTION, lambda by: CHANGE_FUNCTION()),
+    "attribute of a tensor": lambda: (_Scaled(torch.ones(())), _scale_the_tensor),
+    "attribute of a weight": lambda: (
+        _Scaled(nn.Parameter(torch.ones(()))),
+        lambda by: setattr(by.tensor, "scale", 3.0),
+    ),
+    "behind a weak reference": lambda: (_Pointing(Steering(0.5)), lambda by: setattr(by.pointer(), "scale", 3.0)),
+    "attribute of a metaclass": lambda: (Made, lambda by: setattr(Making, "scale", 3.0)),
 }
 
 
@@ -480,3 +524,112 @@ def test_what_the_interpreter_holds_is_not_the_models(fresh: Tiny, monkeypatch: 
     before = Look(model)
     monkeypatch.setitem(sys.modules, "a_module", sys)
     assert Look(model).seen == before.seen
+
+
+# What libraries' functions read.
+
+
+def test_torchs_functions_are_replaced(fresh: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+    silu = nn.functional.silu
+    _changes(wrap(model), model, prompts, lambda: monkeypatch.setattr(nn.functional, "silu", lambda x: -silu(x)))
+
+
+def test_attention_in_torchs_place_is_not_ours(fresh: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = fresh("llama"), {**prompts(RAGGED), "max_new_tokens": 8}
+    wrapped, attend = wrap(model), nn.functional.scaled_dot_product_attention
+    before = same(wrapped, model, **inputs)
+
+    def own(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(-q, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", own)
+        expected = model.generate(**inputs)
+        assert not torch.equal(expected, before)
+        with pytest.warns(UserWarning, match=r"attention by a function that is not transformers' own.*own"):
+            assert torch.equal(wrapped.generate(**inputs), expected)
+    same(wrapped, model, **inputs)  # and decodes again
+
+
+# What a forward writes.
+
+
+class Observer(nn.Module):
+    """As quantisation calibrates itself: the largest activation decides the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("most", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.most.copy_(torch.maximum(self.most, x.abs().max()))
+        return (x / (self.most / 7)).round() * (self.most / 7)
+
+
+def test_what_observes_activations_sees_no_random_texts(fresh: Tiny, prompts: Prompts) -> None:
+    observing = [fresh("llama") for _ in "ab"]
+    for model in observing:
+        _steered(model, Observer())
+    plain, model = observing
+    wrapped, inputs = wrap(model), {**prompts(RAGGED), "max_new_tokens": 8}
+    with pytest.warns(UserWarning, match="a forward that writes to Observer.most"):
+        out = wrapped.generate(**inputs)
+    assert torch.equal(out, plain.generate(**inputs))
+    assert torch.equal(model.model.layers[0].mlp.by.most, plain.model.layers[0].mlp.by.most)
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+@pytest.mark.parametrize("by", ["nothing", "length"])
+def test_a_table_that_is_filled_in_a_forward(
+    by: str, fresh: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once and for all, which is no reason to refuse; or for each length, which is, once and for all."""
+    TABLES.clear()
+
+    def fill(x: Tensor) -> Tensor:
+        key = x.shape[1] if by == "length" else 0
+        if key not in TABLES:
+            TABLES[key] = torch.full((), 0.5)
+        return x * TABLES[key]
+
+    model, runs = fresh("llama"), []
+    run = proof.run_plainly
+    monkeypatch.setattr(proof, "run_plainly", lambda *given: (runs.append(1), run(*given))[1])
+    _steered(model, fill)
+    wrapped, inputs = wrap(model), {**prompts(RAGGED), "max_new_tokens": 8}
+    if by == "nothing":
+        same(wrapped, model, **inputs)
+        same(wrapped, model, **inputs)
+    else:
+        with pytest.warns(UserWarning, match="a forward that writes to test_twin.TABLES"):
+            wrapped.generate(**inputs)
+        n_runs = len(runs)
+        wrapped.generate(**prompts([17]), max_new_tokens=8)  # writes again
+        assert len(runs) == n_runs == 2
+
+
+@pytest.mark.parametrize("what", ["sparse", "a user's class"])
+def test_what_cannot_be_looked_at_is_named(what: str, fresh: Tiny, prompts: Prompts) -> None:
+    class Refusing(list):
+        def __len__(self) -> int:
+            raise RuntimeError("do not ask")
+
+    model, inputs = fresh("llama"), {**prompts(RAGGED), "max_new_tokens": 4}
+    model.note = torch.eye(4).to_sparse() if what == "sparse" else Refusing()
+    with pytest.warns(UserWarning, match="on the model that cannot be looked at"):
+        assert torch.equal(wrap(model).generate(**inputs), model.generate(**inputs))
+
+
+def test_copying_is_no_writing(fresh: Tiny, prompts: Prompts) -> None:
+    """Python notes on a class what to copy of its objects."""
+
+    class Controller:
+        def __init__(self, module: nn.Module) -> None:
+            self.module = module
+
+    model = fresh("llama")
+    model.controller = Controller(model.model.layers[0])
+    same(wrap(model), model, **prompts(RAGGED), max_new_tokens=4)
