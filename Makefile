@@ -30,7 +30,7 @@ test: setup
 	@$(MAKE) --no-print-directory -j2 test-library test-kernels
 
 test-library: setup $(VENV)/.torchao
-	$(RUN) -m pytest -q -m "not kernels and not aot and not torchao"
+	$(RUN) -m pytest -q -m "not kernels and not aot and not torchao and not lowering"
 	PYTHONPATH=$(VENV)/torchao $(RUN) -m pytest -q tests/test_torchao.py
 
 test-kernels: setup
@@ -38,17 +38,19 @@ test-kernels: setup
 	$(RUN) -m pytest -q -m aot
 	$(RUN) -m pytest -q -m "kernels and not aot"
 
-# The library with the oldest versions that pyproject.toml allows, in an environment of their own. Not part of `make test`:
-# .ci/weekly runs it. Triton 3.6's interpreter needs a numpy below 2.4.
+# The library with the oldest versions that pyproject.toml allows, in an environment of their own, and every step compiled
+# for a GPU that is not there: what its torch makes of them is counted. Not part of `make test`: .ci/weekly runs it.
+# Triton 3.6's interpreter needs a numpy below 2.4.
 test-oldest: $(OLDEST)/.setup
-	$(OLDEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao"
+	$(OLDEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao and not lowering"
+	$(OLDEST)/bin/python -m pytest -q -m lowering
 
 # The same with the newest of everything that pip finds, each time anew.
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --upgrade $(INDEX) torch
 	$(NEWEST)/bin/python -m pip install --upgrade -e '.[test]'
-	$(NEWEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao"
+	$(NEWEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao and not lowering"
 
 bench: setup
 	@mkdir -p .benchmarks
@@ -64,11 +66,12 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
-# Nothing is installed: this runs with the torch that already drives the GPU. Under 9 minutes.
+# Nothing is installed: this runs with the torch that already drives the GPU. Under 9 minutes. A step that does not compile
+# is an error here: run eagerly, it would only be slow.
 gpu:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
 		|| { echo "make gpu: no CUDA device, or $(PYTHON) has no torch that sees it" >&2; exit 1; }
-	PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(OUT) --sections $(SECTIONS)
+	SPECDEC_STRICT=1 PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(OUT) --sections $(SECTIONS)
 
 setup: $(VENV)/.setup
 

@@ -159,6 +159,26 @@ class Readback:
         return self._host.tolist()
 
 
+class Upload:
+    """Whole numbers on their way to a tensor of the device, which they are sent to only where they have changed.
+
+    The device may read them long after they were sent, so what is sent is never written to again: each time it has
+    memory of its own, which the allocator of pinned memory gives to nobody before the device has read it.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._sent: list[int] | None = None
+
+    def send(self, numbers: list[int]) -> None:
+        """Write these; does not wait for the device."""
+        if numbers == self._sent:
+            return
+        dtype, is_cuda = self._tensor.dtype, self._tensor.is_cuda
+        self._tensor.copy_(torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=is_cuda), non_blocking=True)
+        self._sent = list(numbers)
+
+
 class Mark:
     """A moment in the work of a device."""
 

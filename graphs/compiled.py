@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import RecompileError, TorchDynamoException
+from torch._dynamo.exc import RecompileError, SkipFrame, TorchDynamoException
 from torch.fx.experimental import _config
 
 from specdec.errors import warn
@@ -83,7 +83,10 @@ class _Backend:
         self.has_begun = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
-        graph = backend.specdec(gm, example_inputs, **given)
+        try:
+            graph = backend.specdec(gm, example_inputs, **given)
+        except SkipFrame as error:  # as for bfloat16 on old GPUs; Dynamo would go on without a word, call by call
+            raise RuntimeError(str(error)) from error
         _build_kernels(gm)
 
         def run(*arguments: Any) -> Any:

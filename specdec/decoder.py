@@ -236,9 +236,8 @@ class Decoder:
         else:
             rows.skip(live)
         drafted = Mark(self.target.device)
-        allowed = torch.zeros(n_batch, dtype=torch.int64, device="cpu")
-        allowed[list(live)] = torch.tensor(plan.allowed, dtype=torch.int64, device="cpu")
-        state.allowed.copy_(allowed)
+        allowed = dict(zip(live, plan.allowed, strict=True))
+        state.allow([allowed.get(row, 0) for row in range(n_batch)])
         # The last sample of a batch is decoded as two, one of them nobody: one would be compiled on its own.
         token = self.count(self._bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(self.tree)))
         judge = self.look if law.by_text else self.judge

@@ -67,8 +67,10 @@ class Nodes:
                 the sum belong to no sample. rows: R, at least the largest count. bits, depths: the tree's, or None
                 for text.
         """
-        starts = F.pad(counts.cumsum(0), (1, 0))
-        sample = torch.searchsorted(starts[1:], token, right=True).clamp(max=len(lengths) - 1)
+        ends = counts.cumsum(0)
+        starts = F.pad(ends, (1, 0))
+        # Not in `starts[1:]`, which are these: for CUDA, Inductor 2.11 looks things up in no view of a tensor.
+        sample = torch.searchsorted(ends, token, right=True).clamp(max=len(lengths) - 1)
         length = lengths[sample]
         valid = token < starts[-1]
         node = torch.where(valid, first + token - starts[sample], first)

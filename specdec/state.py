@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.drafters.base import Draft, Drafter, DraftLaw
+from specdec.graphs.captured import Upload
 
 
 class BatchState:
@@ -48,6 +49,7 @@ class BatchState:
         self.limits, self.lengths, self.seeds, self.n_new, self.allowed, self.n_judged = (
             zeros(n_rows) for _ in range(6)
         )
+        self._allowed = Upload(self.allowed)
         self.tokens = zeros(n_rows, n_columns)
         self.finished, self.broken = (zeros(n_rows, dtype=torch.bool) for _ in range(2))
         self.eos_ids = zeros(n_ends)
@@ -105,6 +107,10 @@ class BatchState:
     def stop(self, row: int) -> None:
         """Decode it no further."""
         self.finished[row] = True
+
+    def allow(self, n_nodes: list[int]) -> None:
+        """Of each row, let so many drafted nodes be judged."""
+        self._allowed.send(n_nodes)
 
     def _mark_dynamic(self) -> None:
         """One compiled step serves texts of any length, and one serves all batches of several samples."""

@@ -53,6 +53,17 @@ class _Driver:
 
 
 @contextmanager
+def targeting(arch: int) -> Iterator[None]:
+    """Triton compiles for `arch`, and looks for no device."""
+    before = driver._active  # `driver.active` would look for a real device
+    driver.set_active(_Driver(arch))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+@contextmanager
 def _compiling(arch: int) -> Iterator[list[Any]]:
     """Launches compile for `arch` and do not run; what they compile is collected."""
     kernels: list[Any] = []
@@ -63,12 +74,10 @@ def _compiling(arch: int) -> Iterator[list[Any]]:
         return kernels[-1]
 
     JITFunction.run = compile_only
-    before = driver._active  # `driver.active` would look for a real device
-    driver.set_active(_Driver(arch))
     try:
-        yield kernels
+        with targeting(arch):
+            yield kernels
     finally:
-        driver.set_active(before)
         JITFunction.run = run
 
 
@@ -80,7 +89,7 @@ def compile_launches(launch: Callable[[], Any], arch: int) -> list[Compiled]:
     """
     with _compiling(arch) as kernels:
         launch()
-    return [_inspect(kernel) for kernel in kernels]
+    return [inspect(kernel) for kernel in kernels]
 
 
 def compiles_without_spilling(
@@ -108,7 +117,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _inspect(kernel: Any) -> Compiled:
+def inspect(kernel: Any) -> Compiled:
+    """What one of Triton's compiled kernels takes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])

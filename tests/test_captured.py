@@ -19,7 +19,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.errors import SpecdecWarning
 from specdec.graphs import compiled
-from specdec.graphs.captured import CapturedSteps, Recording
+from specdec.graphs.captured import CapturedSteps, Recording, Upload
 from specdec.graphs.compiled import CompiledSteps
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw
@@ -221,3 +221,38 @@ def test_a_law_given_again_is_still_itself(decoders: Callable[..., tuple[Decoder
     for law in (cold, hot, cold):
         expected = _texts(plain, [5, 3], law, 16, NO_EOS, 0)
         assert _texts(recorded, [5, 3], law, 16, NO_EOS, 0) == expected
+
+
+class LateTensor:
+    """A tensor of a device that reads what it is sent later."""
+
+    dtype, is_cuda = torch.int64, False
+
+    def __init__(self) -> None:
+        self.on_the_way: list[Tensor] = []
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> None:
+        assert non_blocking
+        self.on_the_way.append(source)
+
+
+def test_what_is_sent_is_what_arrives_however_late() -> None:
+    tensor: Any = LateTensor()
+    upload = Upload(tensor)
+    given = [[1, 2], [3, 4], [3, 4], [1, 2]]
+    numbers = [0, 0]
+    for numbers[:] in given:  # one list, written to again
+        upload.send(numbers)
+    assert [source.tolist() for source in tensor.on_the_way] == [[1, 2], [3, 4], [1, 2]]
+
+
+def test_what_has_not_changed_is_not_sent() -> None:
+    tensor = torch.zeros(2, dtype=torch.int64)
+    upload = Upload(tensor)
+    upload.send([1, 2])
+    assert tensor.tolist() == [1, 2]
+    tensor.zero_()
+    upload.send([1, 2])
+    assert tensor.tolist() == [0, 0]
+    upload.send([1, 3])
+    assert tensor.tolist() == [1, 3]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor, fx
+from torch._dynamo.exc import SkipFrame
 from torch._inductor.exc import CppCompileError
 
 from specdec.errors import SpecdecWarning
@@ -182,6 +183,22 @@ def test_what_can_not_be_compiled_runs_once_and_eagerly(
     assert "ran eagerly" in str(stats)
     monkeypatch.setenv("SPECDEC_STRICT", "1")
     with pytest.raises(RuntimeError, match=f"specdec could not compile a step: .*{words}"):
+        _run(_Adder().add, Stats())()
+
+
+def test_what_dynamo_would_leave_out_without_a_word_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Inductor asks it to where a GPU knows no bfloat16: then each function that is called compiles by itself."""
+
+    def skip(*_: Any, **__: Any) -> None:
+        raise SkipFrame("BF16 is not supported")
+
+    monkeypatch.setattr(backend, "specdec", skip)
+    stats = Stats()
+    with pytest.warns(SpecdecWarning, match="specdec could not compile a step; .*BF16 is not supported"):
+        assert _run(_Adder().add, stats)().tolist() == [1, 1, 1]
+    assert sum(stats.eager.values()) == 1
+    monkeypatch.setenv("SPECDEC_STRICT", "1")
+    with pytest.raises(RuntimeError, match="BF16 is not supported"):
         _run(_Adder().add, Stats())()
 
 

@@ -31,6 +31,12 @@ pytestmark = pytest.mark.gpu
 Tiny = Callable[..., PreTrainedModel]
 
 
+@pytest.fixture(autouse=True)
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that does not compile fails: run eagerly, it would give the same tokens."""
+    monkeypatch.setenv("SPECDEC_STRICT", "1")
+
+
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -70,18 +76,18 @@ def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warp
         while rows.is_writing:
             assert not rows.write()
         rows.read(rows.live)
-        state.allowed.fill_(3)
         live, token = decoder.count(2), decoder.count(8)
 
-        def step() -> Tensor:
+        def step(n_allowed: int = 3) -> Tensor:
             decoder.steps.get(decoder.draft, "draft", 2)(state, law, live, 3)
+            state.allow([n_allowed, 3])
             return decoder.steps.get(decoder.judge, "judge", 8)(state, law, token)
 
         for _ in range(2):  # the first compiles
             step()
         with no_synchronisation():
-            for _ in range(4):
-                report = step()
+            for n_allowed in (3, 2, 3, 3):
+                report = step(n_allowed)
     assert report.shape == (2, 9)
     assert (state.lengths > torch.tensor([8, 3], device="cuda")).all()
 

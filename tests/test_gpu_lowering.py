@@ -1,0 +1,177 @@
+"""The steps compile for a GPU that is not there: every graph down to its kernels, and how many of them it launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import aot
+import no_device
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from specdec.decoder import Decoder
+from specdec.drafters.base import Drafter
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.graphs import compiled
+from specdec.graphs.compiled import CompiledSteps
+from specdec.sampling import SamplingLaw
+from specdec.stats import Stats
+from specdec.tree import TokenTree
+from specdec.view import ModelView
+
+WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)]
+TORCH = ".".join(torch.__version__.split(".")[:2])
+Case = tuple[str, str, str, int]
+Models = dict[str, LlamaForCausalLM]
+
+LAUNCHES: dict[str, dict[Case, tuple[int, int]]] = {
+    "2.11": {
+        ("judge", "chain", "greedy", 1): (14, 20),
+        ("judge", "chain", "greedy", 8): (14, 22),
+        ("judge", "chain", "sampled", 1): (14, 25),
+        ("judge", "chain", "sampled", 8): (14, 27),
+        ("draft", "chain", "greedy", 1): (14, 46),
+        ("draft", "chain", "greedy", 8): (14, 44),
+        ("draft", "chain", "sampled", 1): (14, 59),
+        ("draft", "chain", "sampled", 8): (14, 59),
+        ("judge", "tree", "greedy", 1): (14, 24),
+        ("judge", "tree", "greedy", 8): (14, 24),
+        ("judge", "tree", "sampled", 1): (14, 29),
+        ("judge", "tree", "sampled", 8): (14, 29),
+        ("draft", "tree", "greedy", 1): (14, 34),
+        ("draft", "tree", "greedy", 8): (14, 32),
+        ("draft", "tree", "sampled", 1): (14, 44),
+        ("draft", "tree", "sampled", 8): (14, 39),
+        ("draft", "ngram", "greedy", 1): (0, 3),
+        ("judge", "ngram", "greedy", 1): (14, 20),
+        ("judge", "ngram", "sampled", 1): (14, 29),
+        ("judge", "none", "greedy", 1): (14, 16),
+        ("judge", "none", "sampled", 1): (14, 20),
+        ("draft", "ngram", "greedy", 8): (0, 3),
+        ("judge", "ngram", "greedy", 8): (14, 21),
+        ("judge", "ngram", "sampled", 8): (14, 30),
+        ("judge", "none", "greedy", 8): (14, 16),
+        ("judge", "none", "sampled", 8): (14, 20),
+    },
+    "2.13": {
+        ("judge", "chain", "greedy", 1): (14, 19),
+        ("judge", "chain", "greedy", 8): (14, 20),
+        ("judge", "chain", "sampled", 1): (14, 24),
+        ("judge", "chain", "sampled", 8): (14, 25),
+        ("draft", "chain", "greedy", 1): (14, 38),
+        ("draft", "chain", "greedy", 8): (14, 36),
+        ("draft", "chain", "sampled", 1): (14, 58),
+        ("draft", "chain", "sampled", 8): (14, 57),
+        ("judge", "tree", "greedy", 1): (14, 23),
+        ("judge", "tree", "greedy", 8): (14, 22),
+        ("judge", "tree", "sampled", 1): (14, 28),
+        ("judge", "tree", "sampled", 8): (14, 27),
+        ("draft", "tree", "greedy", 1): (14, 31),
+        ("draft", "tree", "greedy", 8): (14, 31),
+        ("draft", "tree", "sampled", 1): (14, 45),
+        ("draft", "tree", "sampled", 8): (14, 42),
+        ("draft", "ngram", "greedy", 1): (0, 3),
+        ("judge", "ngram", "greedy", 1): (14, 18),
+        ("judge", "ngram", "sampled", 1): (14, 27),
+        ("judge", "none", "greedy", 1): (14, 15),
+        ("judge", "none", "sampled", 1): (14, 19),
+        ("draft", "ngram", "greedy", 8): (0, 3),
+        ("judge", "ngram", "greedy", 8): (14, 19),
+        ("judge", "ngram", "sampled", 8): (14, 28),
+        ("judge", "none", "greedy", 8): (14, 15),
+        ("judge", "none", "sampled", 8): (14, 19),
+    },
+}
+"""What a step launches in each layer and outside of layers: kernels, matrix products and operators of this library. By
+the version of torch, step, drafter, how tokens are chosen, and samples. These numbers may only fall."""
+
+STACKS = {
+    "triton_poi_fused__to_copy_bmm_cat_cos_mul_sin_transpose": 32,
+    "triton_poi_fused__to_copy_add_cat_clamp_cos_index_mul_sin_unsqueeze": 32,
+    "triton_poi_fused__to_copy_add_cat_clamp_constant_pad_nd_cos_index_lt_mul_scalar_tensor_select_sin"
+    "_sub_unsqueeze_where": 32,
+    "triton_poi_fused__to_copy_add_arange_bitwise_not_cat_clamp_constant_pad_nd_cos_cumsum_index_lt_mul"
+    "_scalar_tensor_select_sin_sub_unsqueeze_where": 32,
+    "triton_poi_fused__to_copy_add_cat_clamp_cos_index_mul_sin_unsqueeze_view": 40,
+    "triton_poi_fused__to_copy_add_arange_cat_clamp_constant_pad_nd_cos_index_lt_mul_scalar_tensor"
+    "_select_sin_sub_unsqueeze_where": 32,
+}
+"""Bytes of stack a thread, of the kernels that have one, for sines of large angles. These may only fall, too."""
+
+FIRST: Case = ("judge", "chain", "greedy", 1)
+
+
+def _llama(**sizes: int) -> LlamaForCausalLM:
+    """Layers of the given sizes, two of them."""
+    config = LlamaConfig(
+        vocab_size=128256, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=0, **sizes,
+    )  # fmt: skip
+    with torch.device(no_device.DEVICE):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _take_as_proved(view: ModelView) -> None:
+    """What a proof finds out of a Llama; there are no numbers to prove anything with."""
+    config = view.module.config
+    view.layer_shapes = [(config.num_key_value_heads, config.head_dim, config.head_dim)] * config.num_hidden_layers
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[dict[str, LlamaForCausalLM]]:
+    """A target of Llama 8B's layers and a draft of Llama 1B's, on a GPU that is not there."""
+    with no_device.fake_h100(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specdec.view.prove", _take_as_proved)
+        patch.setattr(compiled, "_has_regions", True)  # put back, whatever becomes of it
+        patch.setenv("SPECDEC_STRICT", "1")
+        yield {
+            "target": _llama(hidden_size=4096, intermediate_size=14336, head_dim=128),
+            "draft": _llama(hidden_size=2048, intermediate_size=8192, head_dim=64),
+        }
+
+
+def _drafter(kind: str, model: LlamaForCausalLM) -> Drafter:
+    if kind == "none":
+        return NoDrafter()
+    if kind == "ngram":
+        return NgramDrafter()
+    return ModelDrafter(model, TokenTree.chain(5) if kind == "chain" else TokenTree.from_widths(3, 2, 1))
+
+
+def _generate(case: Case, models: Models) -> no_device.Code:
+    """What is generated for a step."""
+    step, kind, how, n_batch = case
+    decoder = Decoder(ModelView(models["target"]), _drafter(kind, models["draft"]), CompiledSteps(True), Stats())
+    warpers = LogitsProcessorList(WARPERS if how == "sampled" else [])
+    law = SamplingLaw.from_processors(warpers, how == "sampled", no_device.DEVICE)
+    state = decoder.buffers.open(n_batch, 1024, 64, torch.tensor([1]))
+    if step == "draft":
+        draft = decoder.steps.get(decoder.draft, step, n_batch)
+        return no_device.generate(draft, state, law, decoder.count(n_batch), decoder.tree.depth)
+    token = decoder.count(n_batch * len(decoder.tree))
+    return no_device.generate(decoder.steps.get(decoder.judge, step, len(token)), state, law, token)
+
+
+def _marked(case: Case) -> Any:
+    marks = [pytest.mark.lowering, *([pytest.mark.aot] if case == FIRST else [])]
+    return pytest.param(case, id="-".join(map(str, case)), marks=marks)
+
+
+@pytest.mark.parametrize("case", [_marked(case) for case in LAUNCHES["2.11"]])
+def test_a_step_compiles_for_a_gpu(
+    case: Case, models: Models, compiled_table: list[tuple[str, int, aot.Compiled]]
+) -> None:
+    code = _generate(case, models)
+    assert not code.on_host
+    n_launches = {name: len(launched) for name, launched in code.launches.items()}
+    layers = [n_launches.pop(name) for name in code.launches if name.startswith("repeated_subgraph")]
+    kernels = [kernel for name, source in code.kernels.items() for kernel in no_device.compile_kernel(name, source)]
+    compiled_table += [(" ".join(map(str, case)), no_device.ARCHITECTURE, kernel) for kernel in kernels]
+    assert not [kernel for kernel in kernels if kernel.stack > STACKS.get(kernel.name.rstrip("_0123456789"), 0)]
+    # More is worse; where fewer are launched now, the table has to say so.
+    assert (max(layers, default=0), sum(n_launches.values())) == LAUNCHES[TORCH][case]
