@@ -16,6 +16,7 @@ from torch import Tensor
 from bench import tree_cases
 from bench.cache_cases import append, attention, commit, masked
 from bench.case import Case, Ways, head_shape
+from specdec.kernels.best_token import best_token, best_token_reference
 from specdec.kernels.draw import draw, draw_reference
 from specdec.kernels.row_law import row_law, row_law_reference
 from specdec.kernels.skinny_linear import skinny_linear, skinny_linear_reference
@@ -61,6 +62,15 @@ def _linears(x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _logits(rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, vocabulary, device=device).mul(3).to(dtype)
+
+
+def _best_token(rows: int, vocabulary: int, dtype: torch.dtype) -> Case:
+    def ways(device: torch.device) -> Ways:
+        logits = _logits(rows, vocabulary, device, dtype)
+        reference = partial(best_token_reference, logits)
+        return {"op": partial(best_token, logits), "reference": reference, "pytorch": reference}
+
+    return Case("best_token", f"T {rows} V {vocabulary}", ways, rows * vocabulary * dtype.itemsize)
 
 
 def _sorted_support(logits: Tensor, knobs: Tensor, top_k: int, size: int) -> tuple[Tensor, Tensor]:
@@ -191,6 +201,8 @@ def gpu_cases() -> Iterator[Case]:
         yield append("8b", batch, 16, 1024, bf16)
     for batch in (1, 8, 32):
         yield commit("8b", batch, 6, 512, bf16)
+    for rows in (1, 6, 48, 192):
+        yield _best_token(rows, vocabulary, bf16)
     for rows in (1, 16, 256):
         yield _top_support(rows, vocabulary, bf16)
     for rows in (16, 256, 512):

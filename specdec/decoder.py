@@ -23,6 +23,7 @@ from specdec.control import Controller, Plan
 from specdec.drafters.base import Drafter, DraftLaw
 from specdec.graphs.captured import CapturedSteps, Mark, Readback
 from specdec.graphs.compiled import CompiledSteps
+from specdec.kernels.best_token import best_token
 from specdec.kernels.draw_row import draw_row
 from specdec.kernels.noise import BONUS
 from specdec.kernels.verify_greedy import verify_greedy
@@ -150,7 +151,7 @@ class Decoder:
         bonus [B], int64 (see the verification kernels); and [B, D + 1] int64, 1 where there was no law on it."""
         draft, tree = state.draft, (self.topology, self.bits, nodes.starts, self.tree.depth)
         if law.greedy:
-            return *verify_greedy(logits.argmax(-1), draft.tokens, n_nodes, *tree), None
+            return *verify_greedy(best_token(logits), draft.tokens, n_nodes, *tree), None
         laws = law.rows(logits)
         position = state.lengths + 1
         if self.verifier.coupled:

@@ -20,6 +20,7 @@ from torch import Tensor
 from specdec.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
 from specdec.config import Config
 from specdec.graphs.compiled import CompiledSteps
+from specdec.kernels.best_token import best_token
 from specdec.nodes import Nodes
 from specdec.stats import Stats
 from specdec.tree import TokenTree
@@ -118,7 +119,7 @@ class _Forward:
         nodes = Nodes.packed(self.lengths, count, token, self.n_nodes, n_slots, self.bits, self.depths)
         tokens = torch.zeros_like(token)
         for _ in range(self.times):
-            tokens = self.view.forward(tokens, nodes).argmax(-1)
+            tokens = best_token(self.view.forward(tokens, nodes))
         return tokens
 
 

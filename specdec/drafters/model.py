@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.base import Draft, DraftLaw
 from specdec.drafters.vocabulary import Overlap
+from specdec.kernels.best_token import best_token
 from specdec.kernels.draw_children import draw_children
 from specdec.kernels.noise import BONUS, DRAFT
 from specdec.nodes import Nodes
@@ -134,10 +135,11 @@ class ModelDrafter:
         """
         n, width = len(sample), len(level.nodes)
         if law.greedy:
-            chosen = logits.argmax(-1, keepdim=True)
-            if level.widest > 1:
+            if level.widest == 1:
+                chosen = best_token(logits)[:, None]
+            else:
                 best = logits.topk(min(level.widest, logits.shape[-1])).indices
-                chosen = torch.cat([best, chosen.expand(-1, level.widest - best.shape[1])], 1)  # a small vocabulary
+                chosen = torch.cat([best, best[:, :1].expand(-1, level.widest - best.shape[1])], 1)  # few tokens
             return (chosen.view(n, width * level.widest)[:, level.flat],)
         ids, probs = law.support(logits, SUPPORT_SIZE)
         rows = sample[:, None].expand(-1, width).flatten()

@@ -105,6 +105,7 @@ CASES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "draw": lambda d: (torch.rand(3, 7, device=d), *_keys(d), 1, False),
     "draw_children": _draw_children,
     "draw_row": _draw_row,
+    "best_token": lambda d: (torch.randn(3, 5000, device=d),),
     "top_support": lambda d: (*_laws(3, d)[:2], 0, 4),
     "row_law": lambda d: (*_laws(3, d)[:2], 3),
     "verify_greedy": _verify_greedy,
