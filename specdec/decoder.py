@@ -207,8 +207,10 @@ class Decoder:
                     continue
                 start = time.perf_counter()
                 plan = self._plan(control, law, live, n_rows)
-                # What the drafter has to read must have arrived.
-                waits = bool(on_the_way and any(rows.unread(_drafted(live, plan)).values()))
+                # What the drafter has to read must have arrived; and a step of texts that will have ended is wasted.
+                waits = bool(on_the_way) and (
+                    any(rows.unread(_drafted(live, plan)).values()) or _all_end(live, on_the_way)
+                )
                 if not waits:
                     unread = len(on_the_way) * (self.tree.depth + 1)  # at most; what came of them is not known yet
                     self.buffers.grow(min(rows.length + unread, longest))
@@ -354,3 +356,11 @@ class Decoder:
 def _drafted(live: dict[int, Text], plan: Plan) -> dict[int, Text]:
     """The texts for which there is something to judge."""
     return {row: text for (row, text), nodes in zip(live.items(), plan.allowed, strict=True) if nodes}
+
+
+def _all_end(live: dict[int, Text], on_the_way: Iterable[Flight]) -> bool:
+    """Whether the steps on their way end every text: each adds a token to each of its texts at least."""
+    return all(
+        text.max_new_tokens - len(text.tokens) <= sum(flight.live.get(row) is text for flight in on_the_way)
+        for row, text in live.items()
+    )

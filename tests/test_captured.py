@@ -17,6 +17,7 @@ from specdec.decoder import Decoder
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
 from specdec.errors import SpecdecWarning
 from specdec.graphs import compiled
 from specdec.graphs.captured import CapturedSteps, Recording, Upload
@@ -125,6 +126,20 @@ def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[..., tupl
     _texts(recorded, [5, 3, 1], _law(None), 20, NO_EOS, 0)  # another row: everything moves
     assert recorded.buffers.state is not state
     assert Rerun.made > again
+
+
+def test_no_step_is_started_for_texts_that_will_have_ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are read a step late, but a step adds a token at least."""
+    steps = CapturedSteps(CompiledSteps(False), Rerun)
+    decoder = Decoder(ModelView(tiny("llama")), NoDrafter(), steps, Stats(), adapt=False)
+    events: list[str] = []
+    start, land = decoder._step, decoder._landed
+    monkeypatch.setattr(decoder, "_step", lambda *given: (events.append("start"), start(*given))[1])
+    monkeypatch.setattr(decoder, "_landed", lambda *given: (events.append("land"), land(*given))[1])
+    for lengths, n_steps in (([5], 6), ([5, 3], 6), ([4, 9, 2], 6)):
+        events.clear()
+        assert [len(text) for text in _texts(decoder, lengths, _law(None), 6, NO_EOS, 0)] == [6] * len(lengths)
+        assert events == ["start", *["start", "land"] * (n_steps - 1), "land"]
 
 
 def test_two_decoders_of_one_target_do_not_trust_each_others_buffers(tiny: Tiny) -> None:
