@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from test_backend import static_loop
-from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -19,9 +18,10 @@ from bench import tree_cases
 from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.graphs.backend import specdec as backend
+from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.kernels.row_law import row_law
-from specdec.rows import Rows, Text
+from specdec.rows import Text
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
 from specdec.tree import TokenTree
@@ -60,36 +60,33 @@ def test_greedy_texts_are_transformers_own(
     assert not model.specdec.stats.fallbacks
 
 
+STEPS = {
+    "kernel by kernel": lambda: CompiledSteps(False),
+    "compiled": lambda: CompiledSteps(True),
+    "recorded": lambda: CapturedSteps(CompiledSteps(True)),
+}
+
+
 @pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]])
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("compiled", [False, True], ids=["kernel by kernel", "compiled"])
-def test_a_step_never_waits_for_the_device(compiled: bool, do_sample: bool, warpers: list[Any], fresh: Tiny) -> None:
+@pytest.mark.parametrize("steps", STEPS)
+def test_decoding_never_waits_for_the_device(steps: str, do_sample: bool, warpers: list[Any], fresh: Tiny) -> None:
+    """But for reports, on an event, once they are there: that holds nobody up."""
     target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), TokenTree.chain(3))
-    decoder = Decoder(target, draft, CompiledSteps(compiled), Stats())
+    decoder = Decoder(target, draft, STEPS[steps](), Stats(), adapt=False)
     law = SamplingLaw.from_processors(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
-    prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
-    texts = [Text(prompt, 32, seed) for seed, prompt in enumerate(prompts)]
+    texts = [Text(torch.arange(1, n + 1, device="cuda"), 64, seed) for seed, n in enumerate((9, 4))]
     with torch.no_grad():
-        state = decoder.buffers.open(2, 41, 9, torch.tensor([5]))
-        rows = Rows(iter(texts), state, target, draft, decoder.buffers.grow)
-        assert not rows.fill(2)
-        while rows.is_writing:
-            assert not rows.write()
-        rows.read(rows.live)
-        live, token = decoder.count(2), decoder.count(8)
-
-        def step(n_allowed: int = 3) -> Tensor:
-            decoder.steps.get(decoder.draft, "draft", 2)(state, law, live, 3)
-            state.allow([n_allowed, 3])
-            return decoder.steps.get(decoder.judge, "judge", 8)(state, law, token)
-
-        for _ in range(2):  # the first compiles
-            step()
+        run = decoder.run(texts, 2, 73, 9, law, torch.empty(0, dtype=torch.int64))
+        for _ in range(6):  # prompts are written; steps are compiled, recorded
+            next(run)
         with no_synchronisation():
-            for n_allowed in (3, 2, 3, 3):
-                report = step(n_allowed)
-    assert report.shape == (2, 9)
-    assert (state.lengths > torch.tensor([8, 3], device="cuda")).all()
+            for _ in range(6):
+                next(run)
+        assert not any(text.finished for text in texts)
+        for _ in run:
+            pass
+    assert [len(text.tokens) for text in texts] == [64, 64]
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
