@@ -17,32 +17,29 @@ PROMPTS ?= 4
 OUT ?= bench/results/gpu
 SECTIONS ?= tests,kernels,decode,steps,backend,padding
 
+SHARED := -q -n logical --maxprocesses 8 --dist loadfile
+
 INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 
-.PHONY: demo test test-library test-kernels test-oldest test-newest bench lint gpu setup clean
+.PHONY: demo test test-oldest test-newest bench lint gpu setup clean
 
 demo: setup
 	$(RUN) -m specdec demo
 
-# Two halves side by side: the library; and the kernels, in Triton's interpreter, compiled ahead of time for GPUs that are
-# not there, and as they run here.
-test: setup
-	@$(MAKE) --no-print-directory -j2 test-library test-kernels
-
-test-library: setup $(VENV)/.torchao
-	$(RUN) -m pytest -q -m "not kernels and not aot and not torchao and not lowering"
+# The library; and the kernels: in Triton's interpreter, compiled ahead of time for GPUs that are not there, and as they
+# run here. Files of tests are shared out among as many processes as there are cores.
+test: setup $(VENV)/.torchao
+	$(RUN) -m pytest $(SHARED) -m "not kernels and not aot and not torchao and not lowering"
 	PYTHONPATH=$(VENV)/torchao $(RUN) -m pytest -q tests/test_torchao.py
-
-test-kernels: setup
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "kernels and not aot"
-	$(RUN) -m pytest -q -m aot
-	$(RUN) -m pytest -q -m "kernels and not aot"
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(SHARED) -m "kernels and not aot"
+	$(RUN) -m pytest $(SHARED) -m aot
+	$(RUN) -m pytest $(SHARED) -m "kernels and not aot"
 
 # The library with the oldest versions that pyproject.toml allows, in an environment of their own, and every step compiled
 # for a GPU that is not there: what its torch makes of them is counted. Not part of `make test`: .ci/weekly runs it.
 # Triton 3.6's interpreter needs a numpy below 2.4.
 test-oldest: $(OLDEST)/.setup
-	$(OLDEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao and not lowering"
+	$(OLDEST)/bin/python -m pytest $(SHARED) -m "not kernels and not aot and not torchao and not lowering"
 	$(OLDEST)/bin/python -m pytest -q -m lowering
 
 # The same with the newest of everything that pip finds, each time anew.
@@ -50,7 +47,7 @@ test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --upgrade $(INDEX) torch
 	$(NEWEST)/bin/python -m pip install --upgrade -e '.[test]'
-	$(NEWEST)/bin/python -m pytest -q -m "not kernels and not aot and not torchao and not lowering"
+	$(NEWEST)/bin/python -m pytest $(SHARED) -m "not kernels and not aot and not torchao and not lowering"
 
 bench: setup
 	@mkdir -p .benchmarks
