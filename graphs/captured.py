@@ -76,7 +76,7 @@ class CapturedSteps:
         compiled: compiles the steps that are recorded.
 
     Attributes:
-        was_compiling: whether the latest call runs or records a new shape; its time is not decoding time.
+        was_compiling: as of compiled steps; also where a shape is new, or recorded.
         recordings: what has been recorded, by key and size.
         lag: reports are read this many steps late, so that the device never waits for the host.
         keeps_buffers: state and caches must stay where they are from call to call; `reset` when they move.
@@ -86,7 +86,7 @@ class CapturedSteps:
     keeps_buffers = True
 
     def __init__(self, compiled: CompiledSteps, recording: type[Recording] = Recording) -> None:
-        self.was_compiling = False
+        self._is_new = False
         self._compiled = compiled
         self._recording = recording
         self.reset()
@@ -103,6 +103,10 @@ class CapturedSteps:
         """Whether what was compiled and recorded has read is what it was."""
         return self._compiled.is_current
 
+    @property
+    def was_compiling(self) -> bool:
+        return self._is_new or self._compiled.was_compiling
+
     def has(self, key: Hashable) -> bool:
         """Whether it is compiled; recording takes little."""
         return self._compiled.has(key)
@@ -111,9 +115,9 @@ class CapturedSteps:
         """`step` under `key`, for tensors of this size."""
         run, shape = self._compiled.get(step, key, size), (key, size)
         if shape in self._seen and shape not in self.recordings and not self._is_full:
-            self.was_compiling = True
+            self._is_new = True
             return partial(self._record, run, shape)
-        self.was_compiling = shape not in self._seen
+        self._is_new = shape not in self._seen
         self._seen.add(shape)
         if self._is_full and shape not in self.recordings:
             self._compiled.stats.eager["a step could not be recorded as a CUDA graph"] += 1

@@ -80,9 +80,10 @@ class _Backend:
     not know the step."""
 
     def __init__(self) -> None:
-        self.has_begun = False
+        self.has_begun, self.n_graphs = False, 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        self.n_graphs += 1
         try:
             graph = backend.specdec(gm, example_inputs, **given)
         except SkipFrame as error:  # as for bfloat16 on old GPUs; Dynamo would go on without a word, call by call
@@ -103,8 +104,8 @@ class _Step:
     says when it begins.
     """
 
-    def __init__(self, function: Callable[..., Any], stats: Stats) -> None:
-        self._function, self._stats = function, stats
+    def __init__(self, function: Callable[..., Any], steps: CompiledSteps) -> None:
+        self._function, self._steps, self._stats = function, steps, steps.stats
         self._compiled: Callable[..., Any] | None = None
         self.guards: Guards | None = None
         self._why_eager: str | None = None
@@ -114,9 +115,11 @@ class _Step:
 
     def __call__(self, *arguments: Any) -> Any:
         if self._why_eager is None:
-            self._backend.has_begun = False
+            self._backend.has_begun, n_graphs = False, self._backend.n_graphs
             try:
-                return self._first_call(*arguments) if self._compiled is None else self._compiled(*arguments)
+                result = self._first_call(*arguments) if self._compiled is None else self._compiled(*arguments)
+                self._steps.was_compiling |= self._backend.n_graphs > n_graphs  # also again: a guard did not hold
+                return result
             except (RecompileError, torch.OutOfMemoryError):  # nothing may compile now; or memory can be made for it
                 raise
             except Exception as error:
@@ -177,7 +180,7 @@ class CompiledSteps:
         stats: where calls are counted that ran eagerly though they were to be compiled.
 
     Attributes:
-        was_compiling: whether the latest call compiled; its time is not decoding time.
+        was_compiling: whether what `get` gave last has compiled, or will when it is called; that is not decoding time.
         lag, keeps_buffers: see `specdec.graphs.captured`.
     """
 
@@ -211,5 +214,5 @@ class CompiledSteps:
             return function
         self.was_compiling = key not in self._steps
         if self.was_compiling:
-            self._steps[key] = _Step(function, self.stats)
+            self._steps[key] = _Step(function, self)
         return self._steps[key]

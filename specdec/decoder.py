@@ -234,8 +234,8 @@ class Decoder:
             read = Mark(self.target.device)
             counted = self.count(self._bucket(min(max(len(live), 2), n_batch), n_batch))
             draft = self.steps.get(self.draft, ("draft", law.key, n_batch == 1, plan.depth), len(counted))
-            compiling |= self.steps.was_compiling
             draft(state, law, counted, plan.depth)
+            compiling |= self.steps.was_compiling
         else:
             rows.skip(live)
         drafted = Mark(self.target.device)
@@ -245,8 +245,8 @@ class Decoder:
         token = self.count(self._bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(self.tree)))
         judge = self.look if law.by_text else self.judge
         judge = self.steps.get(judge, (judge.__name__, law.key, n_batch == 1, len(token) == 1), len(token))
-        compiling |= self.steps.was_compiling
         report = judge(state, law, token)
+        compiling |= self.steps.was_compiling
         if law.by_text:
             logits, n_nodes, starts = report
             chosen = walk(live.items(), state, self.tree, logits, n_nodes, starts, law.greedy)

@@ -271,3 +271,16 @@ def test_what_has_not_changed_is_not_sent() -> None:
     assert tensor.tolist() == [0, 0]
     upload.send([1, 3])
     assert tensor.tolist() == [1, 3]
+
+
+def test_what_compiles_again_is_not_decoding() -> None:
+    class Doubling:
+        def run(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    steps, run = CompiledSteps(True), Doubling().run
+    found = []
+    for x in (torch.ones(3), torch.ones(3), torch.ones(3, dtype=torch.float64), torch.ones(3)):
+        assert torch.equal(steps.get(run, "run", 3)(x), 2 * x)
+        found.append(steps.was_compiling)
+    assert found == [True, False, True, False]
