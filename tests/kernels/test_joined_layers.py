@@ -84,23 +84,31 @@ def test_what_is_differentiated_stays(layers: list[Tensor], device: torch.device
 
 
 GATES: dict[str, tuple[Callable[..., Any], list[str]]] = {
-    "in another order": (lambda x, gate, up: F.linear(x, up) * F.silu(F.linear(x, gate)), [GATED]),
-    "in place": (lambda x, gate, up: F.silu(F.linear(x, gate), inplace=True) * F.linear(x, up), [GATED]),
-    "another activation": (lambda x, gate, up: F.gelu(F.linear(x, gate)) * F.linear(x, up), [JOINED]),
-    "squared": (lambda x, gate, up: F.silu(F.linear(x, gate)) * F.silu(F.linear(x, gate)), [JOINED]),
-    "of itself": (lambda x, gate, up: (h := F.silu(F.linear(x, gate))) * h, []),
-    "used twice": (lambda x, gate, up: ((h := F.silu(F.linear(x, gate))) * F.linear(x, up), h + 1), [JOINED]),
-    "up used twice": (lambda x, gate, up: (F.silu(F.linear(x, gate)) * (u := F.linear(x, up)), u + 1), [JOINED]),
-    "two inputs": (lambda x, gate, up: F.silu(F.linear(x, gate)) * F.linear(x + 1, up), []),
-    "one column": (lambda x, gate, up: F.silu(F.linear(x, gate)) * F.linear(x, up[:1]), []),
-    "biases": (lambda x, gate, up: F.silu(F.linear(x, gate, up[:, 0].clone())) * F.linear(x, up), []),
+    "in another order": (lambda x, gate, up, row, bias: F.linear(x, up) * F.silu(F.linear(x, gate)), [GATED]),
+    "in place": (lambda x, gate, up, row, bias: F.silu(F.linear(x, gate), inplace=True) * F.linear(x, up), [GATED]),
+    "another activation": (lambda x, gate, up, row, bias: F.gelu(F.linear(x, gate)) * F.linear(x, up), [JOINED]),
+    "squared": (lambda x, gate, up, row, bias: F.silu(F.linear(x, gate)) * F.silu(F.linear(x, gate)), [JOINED]),
+    "of itself": (lambda x, gate, up, row, bias: (h := F.silu(F.linear(x, gate))) * h, []),
+    "used twice": (
+        lambda x, gate, up, row, bias: ((h := F.silu(F.linear(x, gate))) * F.linear(x, up), h + 1),
+        [JOINED],
+    ),
+    "up used twice": (
+        lambda x, gate, up, row, bias: (F.silu(F.linear(x, gate)) * (u := F.linear(x, up)), u + 1),
+        [JOINED],
+    ),
+    "two inputs": (lambda x, gate, up, row, bias: F.silu(F.linear(x, gate)) * F.linear(x + 1, up), []),
+    "one column": (lambda x, gate, up, row, bias: F.silu(F.linear(x, gate)) * F.linear(x, row), [JOINED]),
+    "a bias": (lambda x, gate, up, row, bias: F.silu(F.linear(x, gate, bias)) * F.linear(x, up), []),
+    "biases": (lambda x, gate, up, row, bias: F.silu(F.linear(x, gate, bias)) * F.linear(x, up, bias), [JOINED]),
 }
 
 
 @pytest.mark.parametrize("name", GATES)
 def test_what_is_a_gated_unit(name: str, layers: list[Tensor], device: torch.device) -> None:
     function, expected = GATES[name]
-    assert _run(function, _x(device), *layers[3:]) == expected * HERE
+    row, bias = (torch.randn(shape).to(device, torch.float16) for shape in ((1, 32), (40,)))
+    assert _run(function, _x(device), *layers[3:], row, bias) == expected * HERE
 
 
 def test_biases_go_with_biases(layers: list[Tensor], device: torch.device) -> None:
