@@ -18,6 +18,12 @@ from bench.cache_cases import append, attention, commit, masked
 from bench.case import Case, Ways, head_shape
 from specdec.kernels.best_token import best_token, best_token_reference
 from specdec.kernels.draw import draw, draw_reference
+from specdec.kernels.joined_linear import (
+    gated_linear,
+    gated_linear_reference,
+    joined_linear,
+    joined_linear_reference,
+)
 from specdec.kernels.row_law import row_law, row_law_reference
 from specdec.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from specdec.kernels.top_support import top_support, top_support_reference
@@ -42,22 +48,41 @@ def _linear(size: str, rows: int) -> Case:
     return Case("skinny_linear", f"{size} {rows} rows", ways, 4 * (n_in * n_out), 2 * rows * n_in * n_out)
 
 
-def _joined_linear(size: str, part: str, rows: int) -> Case:
-    """PyTorch only: one product over weights laid end to end, beside one for each of them."""
+def _joined_linear(size: str, rows: int) -> Case:
+    """The projections to queries, keys and values."""
     heads, groups, dim = head_shape(size)
-    n_in, inner = SIZES[size]["hidden_size"], SIZES[size]["intermediate_size"]
-    outs = {"qkv": [heads * dim, groups * dim, groups * dim], "gate, up": [inner, inner]}[part]
+    n_in, outs = SIZES[size]["hidden_size"], [heads * dim, groups * dim, groups * dim]
 
     def ways(device: torch.device) -> Ways:
-        x, weight = (torch.randn(n, n_in, dtype=torch.bfloat16, device=device) for n in (rows, sum(outs)))
-        return {"op": partial(F.linear, x, weight), "pytorch": partial(_linears, x, weight.split(outs))}
+        args = _half_layers(rows, n_in, outs, device)
+        return {
+            "op": partial(joined_linear, *args, []),
+            "reference": partial(joined_linear_reference, *args, []),
+            "pytorch": partial(joined_linear_reference, *args, []),
+        }
 
     moved = 2 * (n_in * sum(outs) + rows * (n_in + sum(outs)))
-    return Case("joined linear", f"{size} {part} T {rows}", ways, moved, 2 * rows * n_in * sum(outs))
+    return Case("joined_linear", f"{size} qkv T {rows}", ways, moved, 2 * rows * n_in * sum(outs))
 
 
-def _linears(x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
-    return [F.linear(x, weight) for weight in weights]
+def _gated_linear(size: str, rows: int) -> Case:
+    n_in, inner = SIZES[size]["hidden_size"], SIZES[size]["intermediate_size"]
+
+    def ways(device: torch.device) -> Ways:
+        x, weights = _half_layers(rows, n_in, [inner, inner], device)
+        return {
+            "op": partial(gated_linear, x, *weights),
+            "reference": partial(gated_linear_reference, x, *weights),
+            "pytorch": partial(gated_linear_reference, x, *weights),
+        }
+
+    moved = 2 * (n_in * 2 * inner + rows * (n_in + inner))
+    return Case("gated_linear", f"{size} T {rows}", ways, moved, 4 * rows * n_in * inner)
+
+
+def _half_layers(rows: int, n_in: int, outs: list[int], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    x, *weights = (torch.randn(n, n_in, dtype=torch.bfloat16, device=device) for n in (rows, *outs))
+    return x, weights
 
 
 def _logits(rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -220,6 +245,6 @@ def gpu_cases() -> Iterator[Case]:
             yield tree_cases.verify(batch, widths, size, bf16)
         yield tree_cases.verify(batch, widths, vocabulary, bf16, of_logits=True)
     yield _ancestor_words(32, 64)
-    for part in ("qkv", "gate, up"):
-        for rows in (1, 6, 48):
-            yield _joined_linear("8b", part, rows)
+    for rows in (1, 6, 16, 48):
+        yield _joined_linear("8b", rows)
+        yield _gated_linear("8b", rows)

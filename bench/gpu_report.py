@@ -21,8 +21,8 @@ def _kernels(result: dict[str, Any]) -> list[str]:
         f"{roofs['flops_per_second'] / 1e12:.0f} TFLOP/s; an empty kernel takes {roofs['launch_seconds'] * 1e6:.1f} µs "
         "by the same clock. *floor*: the fewest bytes or operations, at these roofs. Medians of calls replayed from a "
         "CUDA graph, each after a buffer larger than the L2 cache was overwritten, which is not timed. "
-        "*joined linear*: PyTorch only, one product over weights laid end to end beside one for each. In brackets: how "
-        "many children a tree's nodes have, level by level; PyTorch works on dense laws of the whole vocabulary.", "",
+        "In brackets: how many children a tree's nodes have, level by level; PyTorch works on dense laws of the whole "
+        "vocabulary.", "",
         _row(["op", "shape", "µs", "floor µs", "of roof", "PyTorch µs", "PyTorch / op"]),
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip

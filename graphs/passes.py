@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from specdec.kernels import joined_linear
 from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import runs_triton
 from specdec.kernels.masked_attention import MAX_QUERIES
@@ -111,6 +113,98 @@ def _keeps_linear(node: fx.Node, x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def gated_linear_of_few_rows(graph: fx.Graph) -> int:
+    """`silu(linear(x)) * linear(x)` in half precision on a GPU: one launch in place of three."""
+    n_replaced = 0
+    for silu in graph.find_nodes(op="call_function", target=torch.nn.functional.silu):
+        product: Any = next(iter(silu.users), None)
+        if len(silu.users) != 1 or not _is_call(product, "call_function", operator.mul):
+            continue
+        up = next((x for x in product.args if x is not silu), None)
+        linears = [silu.args[0], up]
+        if not all(_is_call(x, "call_function", torch._C._nn.linear) and len(x.users) == 1 for x in linears):
+            continue
+        given = [_arguments(x, "input", "weight", "bias") for x in linears]
+        x, weights = given[0]["input"], [each["weight"] for each in given]
+        reasons = [_keeps_linear_apart(node) for node in linears]
+        if given[1]["input"] is not x or any(each.get("bias") is not None for each in given):
+            reasons += ["two inputs, or biases"]
+        if not all(map(_same, _value(weights[0]).shape, _value(weights[1]).shape)):
+            reasons += ["weights of two shapes"]
+        if found := next(filter(None, reasons), None) or _written_between([*linears, silu, product]):
+            log.debug("%s stays as it is: %s", product.name, found)
+            continue
+        with graph.inserting_before(product):
+            new = graph.call_function(torch.ops.specdec.gated_linear.default, (x, *weights))
+        new.meta["example_value"] = _value(product)
+        product.replace_all_uses_with(new)
+        for node in (product, silu, *linears):
+            graph.erase_node(node)
+        n_replaced += 1
+    return n_replaced
+
+
+def linears_of_one_input(graph: fx.Graph) -> int:
+    """Linear layers of the same few rows in half precision on a GPU: one launch for all of them."""
+    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
+        if reason := _keeps_linear_apart(node):
+            log.debug("%s stays as it is: %s", node.name, reason)
+            continue
+        given = _arguments(node, "input", "weight", "bias")
+        groups.setdefault((given["input"], given.get("bias") is not None), []).append(node)
+    n_replaced = 0
+    for (x, _), nodes in groups.items():
+        if len(nodes) == 1 or (reason := _written_between(nodes)):
+            log.debug("%s stays as it is: %s", nodes[0].name, "alone" if len(nodes) == 1 else reason)
+            continue
+        arguments = [_arguments(node, "input", "weight", "bias") for node in nodes]
+        weights, biases = ([each[name] for each in arguments if each.get(name)] for name in ("weight", "bias"))
+        with graph.inserting_before(nodes[0]):
+            new = graph.call_function(torch.ops.specdec.joined_linear.default, (x, weights, biases))
+            outs = [graph.call_function(operator.getitem, (new, i)) for i in range(len(nodes))]
+        for node, out in zip(nodes, outs, strict=True):
+            out.meta["example_value"] = _value(node)
+            node.replace_all_uses_with(out)
+            graph.erase_node(node)
+        n_replaced += len(nodes)
+    return n_replaced
+
+
+def _keeps_linear_apart(node: fx.Node) -> str | None:
+    """Why a linear layer is not to be computed beside others of its input."""
+    given = _arguments(node, "input", "weight", "bias")
+    x, *parameters = (given[name] for name in ("input", "weight", "bias") if given.get(name) is not None)
+    values = [_value(parameter) for parameter in parameters]
+    if os.environ.get("SPECDEC_JOINED_LINEAR") == "0":
+        return "SPECDEC_JOINED_LINEAR=0"
+    if reason := _is_special(node, _value(x), *values):
+        return reason
+    if not runs_triton(_value(x)) or _value(x).dtype not in joined_linear.DTYPES:
+        return f"no kernel for {_value(x).dtype} on {_value(x).device.type} here"
+    if any(x.op not in ("placeholder", "get_attr") for x in parameters):
+        return "a weight that is computed"
+    sizes = values[0].shape
+    if len(sizes) != 2 or not all(isinstance(n, int) for n in sizes) or not all(v.is_contiguous() for v in values):
+        return "a weight of sizes not known beforehand, or not contiguous"
+    n_rows = math.prod(_value(x).shape[:-1])
+    if isinstance(n_rows, int) and n_rows > joined_linear.MAX_ROWS:
+        return f"{n_rows} rows, more than {joined_linear.MAX_ROWS}"
+    return None
+
+
+def _written_between(nodes: list[Any]) -> str | None:
+    """Why calls, in any order, can't be made all at once: something may be written between them."""
+    left, node = set(nodes), nodes[0].graph._root.next
+    while left:
+        if node in left:
+            left.remove(node)
+        elif len(left) < len(nodes) and _may_write(node):
+            return f"{node.name} may write to what they read"
+        node = node.next
+    return None
+
+
 def _is_special(node: fx.Node, *tensors: Any) -> str | None:
     """Why a call is more than arithmetic on plain tensors of one dtype."""
     if any(type(x) is not FakeTensor for x in (_value(node), *tensors)):
@@ -146,13 +240,21 @@ def _before_repeat(node: fx.Node, user: fx.Node) -> fx.Node:
 
 _ALL = slice(None, None, None)
 _NEW_HEADS = (_ALL, _ALL, None, _ALL, _ALL)  # x[:, :, None, :, :]
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv,
+    operator.ifloordiv, operator.imod, operator.ipow, operator.ilshift, operator.irshift, operator.iand, operator.ior,
+    operator.ixor,
+}  # fmt: skip
 
 
 def _may_write(node: fx.Node) -> bool:
-    """Whether a call may change a tensor in place: methods and functions whose names end in _, and assignments."""
+    """Whether a call may change a tensor in place: methods, functions and operators that say so, and assignments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-    is_call = node.op in ("call_function", "call_method")
-    return is_call and (name.endswith("_") or "out" in node.kwargs or node.target is operator.setitem)
+    return name.endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
 
 def _forget(node: fx.Node, source: fx.Node) -> None:
@@ -188,5 +290,7 @@ def _value(node: Any) -> Any:
 PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "attention_over_a_padded_cache": attention_over_a_padded_cache,
     "linear_of_few_rows": linear_of_few_rows,
+    "gated_linear_of_few_rows": gated_linear_of_few_rows,
+    "linears_of_one_input": linears_of_one_input,
 }
 """The passes by name, in the order in which they run."""

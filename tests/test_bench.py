@@ -39,7 +39,7 @@ def _small_cases() -> list[Case]:
         *_small_attention(), cache_cases.append("25m", 2, 4, 64, bf16), cache_cases.commit("25m", 2, 3, 64, bf16),
         cases._top_support(2, 300, bf16), cases._row_law(2, 300, bf16, 50, 0.9), cases._row_law(2, 300, bf16),
         cases._draw(2, 300), *_small_trees(bf16),
-        cases._ancestor_words(2, 5), cases._joined_linear("25m", "qkv", 3),
+        cases._ancestor_words(2, 5), cases._joined_linear("25m", 3), cases._gated_linear("25m", 3),
     ]  # fmt: skip
 
 
@@ -69,12 +69,14 @@ def test_ways_of_attention_compute_the_same(case: Case) -> None:
     torch.testing.assert_close(ways["pytorch"](), out)
 
 
-def test_joined_products_hold_the_separate_ones() -> None:
-    for part, n_parts in (("qkv", 3), ("gate, up", 2)):
-        ways = cases._joined_linear("25m", part, 3).ways(torch.device("cpu"))
-        separate = ways["pytorch"]()
-        assert len(separate) == n_parts
-        torch.testing.assert_close(torch.cat(separate, -1), ways["op"]())
+def test_layers_of_one_input_are_the_models() -> None:
+    """25m: 8 query heads over 4 of keys and values, 64 numbers each; a gated unit."""
+    x, weights, biases = cases._joined_linear("25m", 3).ways(torch.device("cpu"))["op"].args
+    assert ([len(weight) for weight in weights], biases) == ([512, 256, 256], [])
+    case = cases._gated_linear("25m", 3)
+    rows, gate, up = case.ways(torch.device("cpu"))["op"].args
+    assert gate.shape == up.shape and rows.shape == x.shape == (3, gate.shape[1])
+    assert case.bytes == 2 * (gate.numel() + up.numel() + rows.numel() + 3 * len(gate))
 
 
 def test_only_visible_keys_are_counted() -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.kernels import joined_linear
 from specdec.kernels.library import INTERPRETED
 
 pytestmark = pytest.mark.kernels
@@ -49,6 +50,35 @@ def test_a_step_compiles_around_the_kernels(
         assert not model.specdec.stats.fallbacks
     assert model.specdec.stats.seconds["compile"] > 0
     assert torch.equal(*texts)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiles a step around interpreted kernels")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_layers_computed_at_once_give_the_same_texts(
+    family: str, fresh: Callable[..., PreTrainedModel], prompts: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In half precision, and with the biases that Qwen2 has, as on a GPU: texts are transformers' own."""
+    started = []
+    for name in ("_joined_linear_kernel", "_gated_linear_kernel"):
+        kernel = getattr(joined_linear, name)
+
+        def start(*args: Any, name: str = name, run: Any = kernel.run, **kwargs: Any) -> Any:
+            started.append(name)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "run", start)
+    target = fresh(family, num_hidden_layers=1).to(torch.float16)
+    for name, x in target.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(x, generator=torch.Generator().manual_seed(len(x)))
+    inputs = prompts(LENGTHS)
+    model = specdec.compile(target, "ngram", adapt=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8), target.generate(**inputs, max_new_tokens=8))
+    assert not model.specdec.stats.fallbacks and not model.specdec.stats.eager
+    n_steps = model.specdec.stats.steps
+    assert started[-2:] == ["_joined_linear_kernel", "_gated_linear_kernel"]
+    assert len(started) >= 2 * n_steps > 0
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compares the interpreted kernels with the CPU's implementations")

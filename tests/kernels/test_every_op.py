@@ -16,6 +16,7 @@ import torch
 from ambient_world import SETTINGS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import specdec.kernels
 from specdec.kernels.kv_cache import cache_table
@@ -100,6 +101,10 @@ def _draw_row(device: torch.device) -> tuple[Any, ...]:
     return *_laws(4, device), row, ids, torch.rand(3, 2, device=device), *_keys(device), 2, False
 
 
+def _half(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float16, device=device)
+
+
 CASES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "uniform": lambda d: (*_keys(d), 1),
     "draw": lambda d: (torch.rand(3, 7, device=d), *_keys(d), 1, False),
@@ -117,6 +122,8 @@ CASES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
     ),
     "kv_commit_": _commit,
     "skinny_linear": lambda d: (torch.randn(1, 3, 17), torch.randn(5, 17)),
+    "joined_linear": lambda d: (_half(d, 3, 17), [_half(d, 5, 17), _half(d, 4, 17)], [_half(d, 5), _half(d, 4)]),
+    "gated_linear": lambda d: (_half(d, 3, 17), _half(d, 5, 17), _half(d, 5, 17)),
     "tree_attention": _tree_attention,
     "ragged_attention": _ragged_attention,
     "masked_attention": lambda d: (
@@ -152,8 +159,8 @@ def test_an_op_does_not_depend_on_torchs_settings(name: str, setting: str, devic
         with under():
             out = op.call(*arguments)
             with FakeTensorMode() as mode:
-                fakes = op.call.op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
-        outs, fakes = (x if isinstance(x, tuple) else (x,) for x in (out, fakes))
+                fakes = op.call.op(*tree_map_only(Tensor, mode.from_tensor, arguments))
+        outs, fakes = (x if isinstance(x, tuple | list) else (x,) for x in (out, fakes))
         look, fake = ([x is None or (x.shape, x.dtype, x.device) for x in each] for each in (outs, fakes))
         assert look == fake
         # What is written in place counts, and addresses in tables do not.
