@@ -25,22 +25,20 @@ from specdec.errors import warn
 
 if TYPE_CHECKING:
     from specdec.graphs.compiled import CompiledSteps
-    from specdec.sampling import SamplingLaw
-    from specdec.state import BatchState
 
 
 class Recording:
-    """One step, recorded: replaying it is all a call does.
+    """One step, recorded: replaying it is all a call does, once what it is given has been copied to where it reads.
 
     Args:
-        step: takes a state, a law, and more. arguments: those to record.
-        pool: memory pool handle shared by all recordings.
+        step: takes tensors, laws, and what is the same in every call: a state, numbers.
+        arguments: those to record. pool: memory pool handle shared by all recordings.
     """
 
     def __init__(self, step: Callable[..., Any], arguments: tuple[Any, ...], pool: Any) -> None:
-        state, self._given, *rest = arguments
-        # Kept: their memory must not be used for anything else. The law is a copy, because others' numbers go into it.
-        self.arguments = state, copy.deepcopy(self._given), *rest
+        self._given = [(argument, _versions(argument)) for argument in arguments]
+        # Kept: their memory must not be used for anything else. What varies is a copy: others' numbers go into it.
+        self.arguments = tuple(copy.deepcopy(x) if tensors is not None else x for x, tensors in self._given)
         self._replay = self._record(step, pool)
 
     def _record(self, step: Callable[..., Any], pool: Any) -> Callable[[], Any]:
@@ -61,12 +59,30 @@ class Recording:
 
         return replay
 
-    def __call__(self, state: BatchState, law: SamplingLaw, *rest: Any) -> Any:
-        if law is not self._given:
-            for mine, given in zip(self.arguments[1].tensors(), law.tensors(), strict=True):
-                mine.copy_(given)
-            self._given = law
+    def __call__(self, *arguments: Any) -> Any:
+        for i, (mine, given) in enumerate(zip(self.arguments, arguments, strict=True)):
+            last, last_versions = self._given[i]
+            if given is last and (last_versions is None or last_versions == _versions(given)):
+                continue
+            if last_versions is None:
+                if given != mine:
+                    raise RuntimeError(f"a step recorded with {mine!r} was called with {given!r}")
+                continue
+            for to, source in zip(_tensors(mine), _tensors(given), strict=True):
+                to.copy_(source)
+            self._given[i] = given, _versions(given)
         return self._replay()
+
+
+def _tensors(argument: Any) -> tuple[Tensor, ...]:
+    """The tensors of an argument that differs from call to call: a tensor, or a law."""
+    return (argument,) if isinstance(argument, Tensor) else argument.tensors()
+
+
+def _versions(argument: Any) -> list[int] | None:
+    """How often each of its tensors has been written to; None for what is the same in every call."""
+    varies = isinstance(argument, Tensor) or hasattr(argument, "tensors")
+    return [tensor._version for tensor in _tensors(argument)] if varies else None
 
 
 class CapturedSteps:
@@ -111,9 +127,11 @@ class CapturedSteps:
         """Whether it is compiled; recording takes little."""
         return self._compiled.has(key)
 
-    def get(self, step: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
-        """`step` under `key`, for tensors of this size."""
-        run, shape = self._compiled.get(step, key, size), (key, size)
+    def get(self, step: Callable[..., Any], key: Hashable, size: int, compiles: bool = True) -> Callable[..., Any]:
+        """`step` under `key`, for tensors of this size; where it is not to compile, recorded as it is or as it was
+        compiled before."""
+        shape = key, size
+        run = self._compiled.get(step, key, size) if compiles or self._compiled.has(key) else step
         if shape in self._seen and shape not in self.recordings and not self._is_full:
             self._is_new = True
             return partial(self._record, run, shape)

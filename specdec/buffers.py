@@ -49,6 +49,8 @@ class Buffers:
             wanted = rows, n_slots, ends
         if state is None or state.sizes != wanted:
             state = self.state = BatchState(*wanted, self._drafter, device)
+        for view in self._views:
+            view.recorder = self._steps if isinstance(self._steps, CapturedSteps) else None
         state.clear(eos_ids.to(device), longest)
         self._target.allocate(*wanted[:2])
         self._drafter.allocate(*wanted[:2])
@@ -79,12 +81,21 @@ class Buffers:
 
     def memory(self, n_rows: int, longest: int) -> int:
         """Bytes for a batch of `n_rows` texts of `longest` tokens: caches, and the largest forward's activations."""
-        n_slots, views, n_nodes = self._slots_for(longest), [self._target], len(self._drafter.tree)
-        if isinstance(drafts := getattr(self._drafter, "view", None), ModelView):
-            views.append(drafts)
+        n_slots, n_nodes = self._slots_for(longest), len(self._drafter.tree)
         n_tokens = n_rows * max(min(FIRST_CHUNK, longest), n_nodes)  # prompts are laid out in a grid
-        caches = sum(view.cache_bytes(n_rows, n_slots) for view in views)
-        return caches + max(view.activation_bytes(n_tokens, longest, n_rows * n_nodes) for view in views)
+        caches = sum(view.cache_bytes(n_rows, n_slots) for view in self._views)
+        return caches + max(view.activation_bytes(n_tokens, longest, n_rows * n_nodes) for view in self._views)
+
+    @property
+    def _views(self) -> list[ModelView]:
+        """Of the models that write to caches."""
+        drafts = getattr(self._drafter, "view", None)  # users' drafters need not have one
+        return [self._target, *([drafts] if isinstance(drafts, ModelView) else [])]
+
+    def record(self) -> None:
+        """Compile and record what writes prompts, where that is recorded."""
+        for view in self._views:
+            view.record()
 
     def _slots_for(self, length: int) -> int:
         """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""

@@ -286,6 +286,7 @@ class Decoder:
         state = self.buffers.open(len(prompts), longest, room, eos_ids)
         control = self._controller(law)
         self.buffers.grow(min(room + self.tree.depth + 1, longest))
+        self.buffers.record()
 
         def step(n: int, plan: Plan) -> None:
             rows = Rows(iter(texts[:n]), state, self.target, self.drafter, self.buffers.grow)

@@ -11,9 +11,10 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
@@ -26,7 +27,15 @@ from specdec.hf import names
 from specdec.kernels.ragged_attention import can_run
 from specdec.nodes import Nodes
 from specdec.proof import prove
+from specdec.tree import TokenTree
 from specdec.twin import Look
+
+if TYPE_CHECKING:
+    from specdec.graphs.captured import CapturedSteps
+
+RECORDED = (256, 64, 16)
+"""Where steps are recorded, writing so many tokens of texts is; more keep a device busy for longer than it takes to
+start their kernels."""
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -70,6 +79,8 @@ class ModelView:
         self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = self.cache
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
+        self.recorder: CapturedSteps | None = None
+        self._chain = TokenTree.chain(max(RECORDED) - 1).tensors(model.device)
         prove(self)
         self._look = Look(model)  # again: a model may count how often it is run
 
@@ -184,15 +195,64 @@ class ModelView:
 
     def _write(self, pieces: Mapping[int, tuple[int, Tensor]]) -> None:
         """One forward of pieces of texts, in ascending order of rows: where each begins, and its tokens."""
-        device, rows = self.device, list(pieces)
-        done, counts = (torch.zeros(self.cache.n_batch, dtype=torch.int64, device="cpu") for _ in range(2))
+        done, counts = [0] * self.cache.n_batch, [0] * self.cache.n_batch
         for row, (written, piece) in pieces.items():
             done[row], counts[row] = written, len(piece)
-        tokens = torch.cat([piece for _, piece in pieces.values()]).to(device)
-        token = torch.arange(len(tokens), device=device, dtype=torch.int64)
-        nodes = Nodes.packed(done.to(device), counts.to(device), token, int(counts.max()), self.cache.n_slots)
-        reach = int((done + counts).max())
-        self.cache.nodes = replace(nodes, among=torch.tensor(rows, device=device, dtype=torch.int64), reach=reach)
-        given = {self._decoders_cache_argument: self.cache}
-        self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), use_cache=True, **given)
+        tokens = torch.cat([piece for _, piece in pieces.values()]).to(self.device, non_blocking=True)
+        n_written = self._sent(done), self._sent(counts)
+        size = min((size for size in RECORDED if size >= len(tokens)), default=None)
+        if self.recorder is not None and self.cache.can_fuse and size is not None:
+            self._write_recorded(self.recorder, F.pad(tokens, (0, size - len(tokens))), *n_written)
+            return
+        token = torch.arange(len(tokens), device=self.device, dtype=torch.int64)
+        nodes = Nodes.packed(*n_written, token, max(counts), self.cache.n_slots)
+        reach = max(map(sum, zip(done, counts, strict=True)))
+        self._fill(tokens, replace(nodes, among=self._sent(list(pieces)), reach=reach))
+
+    def record(self) -> None:
+        """Compile and record all that is recorded of `write`, with texts of no tokens."""
+        if self.recorder is None or not self.cache.can_fuse:
+            return
+        for size in RECORDED:
+            for _ in range(2):
+                none = [0] * self.cache.n_batch
+                tokens, done, counts = map(self._sent, ([0] * size, none, none))
+                self._write_recorded(self.recorder, tokens, done, counts, compiles=True)
+
+    def _write_recorded(
+        self, recorder: CapturedSteps, tokens: Tensor, done: Tensor, counts: Tensor, compiles: bool = False
+    ) -> None:
+        """Compiling takes longer than all that most calls write: it is for who warms up."""
+        for tensor in (done, counts) if len(done) > 1 else ():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch._dynamo.maybe_mark_dynamic(tokens, 0)
+        write = recorder.get(self.write_packed, ("write", self, len(done) == 1), len(tokens), compiles)
+        write(tokens, done, counts)
+
+    def write_packed(self, tokens: Tensor, done: Tensor, counts: Tensor) -> Tensor:
+        """Write keys and values of the next tokens of texts, on the device.
+
+        Args:
+            tokens: [T] int64, of all texts, one after the other; those past the sum of `counts` are nobody's.
+            done, counts: [B] int64, how many tokens of each have been written, and are to be.
+
+        Returns:
+            What comes out of the last layer, [1, T, H]: without it, compilers see no reason to run any.
+        """
+        token = torch.arange(len(tokens), device=tokens.device, dtype=torch.int64)
+        # As a chain of nodes, the text is attended to, and its entries written, as in a step.
+        nodes = Nodes.packed(done, counts, token, len(tokens), self.cache.n_slots, *self._chain)
+        return self._fill(tokens, nodes)
+
+    def _fill(self, tokens: Tensor, nodes: Nodes) -> Tensor:
+        self.cache.nodes = nodes
+        given = {"use_cache": True, self._decoders_cache_argument: self.cache}
+        out = self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         self.cache.nodes = None
+        return out[0]
+
+    def _sent(self, numbers: list[int]) -> Tensor:
+        """[n] int64 on the device, which nobody waits for."""
+        on_gpu = self.device.type == "cuda"
+        host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        return host.to(self.device, non_blocking=True)

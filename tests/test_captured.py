@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
@@ -26,7 +27,7 @@ from specdec.rows import Text
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats
 from specdec.tree import TokenTree
-from specdec.view import ModelView
+from specdec.view import RECORDED, ModelView
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
 Tiny = Callable[..., PreTrainedModel]
@@ -39,8 +40,9 @@ class Rerun(Recording):
 
     def _record(self, step: Callable[..., Any], pool: Any) -> Callable[[], Any]:
         type(self).made += 1
-        decoder: Any = step.__self__  # type: ignore[attr-defined]
-        caches = [view.cache for view in (decoder.target, getattr(decoder.drafter, "view", None)) if view is not None]
+        owner: Any = step.__self__  # type: ignore[attr-defined]
+        views = [owner] if isinstance(owner, ModelView) else [owner.target, getattr(owner.drafter, "view", None)]
+        caches = [view.cache for view in views if view is not None]
         recorded = [cache.layers for cache in caches]
 
         def replay() -> Any:
@@ -112,20 +114,85 @@ def test_recorded_steps_write_the_same_texts(
 
 def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
     recorded, _ = decoders("model")
-    made = Rerun.made
+
+    def made() -> dict[Any, Recording]:
+        """Of steps; prompts have lengths of their own."""
+        return {shape: made for shape, made in recorded.steps.recordings.items() if shape[0][0] in ("draft", "judge")}
+
     _texts(recorded, [5, 3], _law(None), 20, NO_EOS, 0)
     state, keys = recorded.buffers.state, recorded.target.cache.layers[0].keys
-    after_first = Rerun.made
-    assert after_first > made
+    first = made()
+    assert first
     for lengths in ([2, 7], [4], [60, 1]):
         _texts(recorded, lengths, _law(None), 20, NO_EOS, 1)
     assert recorded.buffers.state is state
     assert recorded.target.cache.layers[0].keys is keys
-    assert Rerun.made <= after_first + 1  # at most the shape of a last sample alone
-    again = Rerun.made
+    again = made()
+    assert len(again) <= len(first) + 1  # at most the shape of a last sample alone
+    assert first.items() <= again.items()
     _texts(recorded, [5, 3, 1], _law(None), 20, NO_EOS, 0)  # another row: everything moves
     assert recorded.buffers.state is not state
-    assert Rerun.made > again
+    assert made() and not made().items() & again.items()
+
+
+def test_short_prompts_are_written_by_recordings(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
+    """In few sizes, as they come or ahead, with no text of the recording left in later ones."""
+    recorded, plain = decoders("model")
+
+    def sizes() -> set[tuple[ModelView, int]]:
+        found = recorded.steps.recordings
+        return {(key[1], size) for key, size in found if key[0] == "write"}
+
+    def same(lengths: list[int], seed: int) -> bool:
+        expected = _texts(plain, lengths, _law(None), 12, NO_EOS, seed)
+        return _texts(recorded, lengths, _law(None), 12, NO_EOS, seed) == expected
+
+    views = recorded.target, recorded.drafter.view
+    assert all(same(lengths, seed) for seed, lengths in enumerate(([9, 4, 20], [30, 9, 1], [2, 40, 20])))
+    assert sizes() == {(view, 64) for view in views}
+    recorded.buffers.record()
+    ahead = set(recorded.steps.recordings)
+    assert sizes() == {(view, size) for view in views for size in RECORDED}
+    assert all(same(lengths, seed) for seed, lengths in enumerate(([3, 3, 8], [3, 90, 90], [90, 1, 2], [300, 70, 2])))
+    assert {shape for shape in recorded.steps.recordings if shape[0][0] == "write"} <= ahead
+
+
+def test_prompts_are_written_alike_compiled_and_not(tiny: Tiny) -> None:
+    view = ModelView(tiny("llama"))
+    view.allocate(3, 300)
+    texts = {
+        row: (0, torch.randint(1, 97, (n,), generator=torch.Generator().manual_seed(n))) for row, n in ((0, 9), (2, 40))
+    }
+    with torch.no_grad():
+        view.prefill(texts)
+        expected = [view.cache.take(1, row, 0, len(text)) for row, (_, text) in texts.items()]
+        expected = [tuple(x.clone() for x in pair) for pair in expected]
+        for layer in view.cache.layers:
+            layer.keys.zero_(), layer.values.zero_()
+        write = CompiledSteps(True).get(view.write_packed, "write", 64)
+        tokens = torch.cat([text for _, text in texts.values()])
+        write(F.pad(tokens, (0, 64 - len(tokens))), torch.zeros(3, dtype=torch.int64), torch.tensor([9, 0, 40]))
+    for (row, (_, text)), pair in zip(texts.items(), expected, strict=True):
+        for found, wanted in zip(view.cache.take(1, row, 0, len(text)), pair, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not view.cache.take(1, 1, 0, 299)[0].any()
+
+
+def test_a_recording_takes_over_what_varies_and_refuses_what_does_not() -> None:
+    class Again(Recording):
+        def _record(self, step: Callable[..., Any], pool: Any) -> Callable[[], Any]:
+            return lambda: step(*self.arguments)
+
+    x = torch.tensor([1, 2])
+    recording = Again(lambda state, x, depth: (x + depth).tolist(), ("a state", x, 3), None)
+    assert recording("a state", x, 3) == [4, 5]
+    assert recording("a state", torch.tensor([5, 6]), 3) == [8, 9]
+    assert recording("a state", x, 3) == [4, 5]
+    x.add_(1)
+    assert recording("a state", x, 3) == [5, 6]
+    for given in (("another", x, 3), ("a state", x, 4)):
+        with pytest.raises(RuntimeError, match="recorded with"):
+            recording(*given)
 
 
 def test_no_step_is_started_for_texts_that_will_have_ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
