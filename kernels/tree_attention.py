@@ -316,7 +316,8 @@ def n_splits(n_tokens: int, n_batch: int, n_groups: int, n_keys: int, block_q: i
     programs for each of about 132 multiprocessors, two of which run at a time; more would only add partial results
     to write and read. A split has at least 256 keys, or its start-up costs more than its work.
     """
-    tiles = n_batch * triton.cdiv(triton.cdiv(n_tokens, max(n_batch, 1)), block_q)
+    n_samples = max(min(n_batch, n_tokens), 1)  # no more of them have tokens: a batch whose texts end gets more splits
+    tiles = n_samples * triton.cdiv(triton.cdiv(n_tokens, n_samples), block_q)
     return max(1, min(4 * 132 // max(tiles * n_groups, 1), n_keys // 256, 64))
 
 

@@ -360,6 +360,7 @@ def test_clear_errors():
         ((1, 1, 8, 131072, 1), 64),  # one text: fill the chip
         ((32 * 16, 32, 8, 8192, 16), 2),
         ((8 * 16, 8, 8, 32768, 16), 8),
+        ((2, 8, 8, 131072, 16), 33),  # of eight texts two at most are left
         ((16, 1, 8, 131072, 16), 64),
         ((16, 1, 8, 512, 16), 2),  # nothing to split
         ((4096, 1, 8, 131072, 32), 1),  # a prefill has tiles enough
