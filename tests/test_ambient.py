@@ -103,12 +103,14 @@ def test_tensors_are_made_with_a_dtype_and_a_device() -> None:
     assert found == []
 
 
-def test_what_a_kernel_cannot_read_is_refused() -> None:
+def test_what_a_kernel_cannot_read_is_refused(tmp_path: Path) -> None:
     """By whoever hands it its address."""
     good = torch.zeros(4, 3, dtype=torch.float32, device="cpu")
     bad = good.double(), good.long(), good.to("meta"), good.t()
     assert address(good, torch.float32) == good.data_ptr()
-    kernel = bind('extern "C" void kernel(const float* x, int64_t* y) { y[0] = int64_t(x[0]); }', "float*, int64_t*")
+    source = '#include "common.h"\nextern "C" void kernel(const float* x, int64_t* y) { y[0] = int64_t(x[0]); }'
+    (tmp_path / "first.cpp").write_text(source)
+    kernel = bind(str(tmp_path / "first.cpp"), "float*, int64_t*")
     out = torch.zeros(1, dtype=torch.int64, device="cpu")
     kernel(good + 2, out)
     assert out.tolist() == [2]
