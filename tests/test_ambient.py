@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.kernels.attention.masked_attention import masked_attention_cpu
 from specdec.kernels.cpu import address, bind
-from specdec.kernels.masked_attention import masked_attention_cpu
-from specdec.kernels.noise import uniform_cpu
-from specdec.kernels.skinny_linear import skinny_linear_cpu
+from specdec.kernels.linear.skinny_linear import skinny_linear_cpu
+from specdec.kernels.sampling.noise import uniform_cpu
 from specdec.sampling import SamplingLaw, names
 from specdec.view import ModelView
 
@@ -40,7 +40,7 @@ THE_USERS_OWN = {  # numbers, whose dtype is looked at
     "specdec/batching.py": {"torch.as_tensor"}, "specdec/seeds.py": {"torch.as_tensor"},
 }  # fmt: skip
 # Checks it; makes a table; compare it.
-POINTERS = {"kernels/cpu.py", "kernels/kv_cache.py", "specdec/buffers.py", "specdec/twin.py"}
+POINTERS = {"kernels/cpu.py", "kernels/cache/kv_cache.py", "specdec/buffers.py", "specdec/twin.py"}
 
 
 def faults(source: str, users_own: set[str]) -> Iterator[str]:

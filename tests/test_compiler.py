@@ -22,8 +22,11 @@ from torch._inductor.exc import CppCompileError
 from specdec.errors import SpecdecWarning
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
-from specdec.kernels import cpu, draw, masked_attention, noise, ragged_attention, skinny_linear
+from specdec.kernels import cpu
+from specdec.kernels.attention import masked_attention, ragged_attention
 from specdec.kernels.library import OPS
+from specdec.kernels.linear import skinny_linear
+from specdec.kernels.sampling import draw, noise
 from specdec.stats import Stats
 
 CSRC = Path(cpu.__file__).with_name("csrc")

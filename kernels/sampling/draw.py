@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from specdec.kernels.cpu import address, build
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.noise import BLOCK_STREAM, exponential, exponentials, unit_exponential
+from specdec.kernels.sampling.noise import BLOCK_STREAM, exponential, exponentials, unit_exponential
 
 DRAW_BLOCK = 4096
 """Entries of a block."""
@@ -40,7 +40,7 @@ def draw_reference(
     Args:
         probs: [R, V] float, non-negative, at least one positive entry a row; a row with NaN gives some index in range.
         seed, position, node: [R] int64, the noise key of each row.
-        stream: the use this noise is put to (see `specdec.kernels.noise`).
+        stream: the use this noise is put to (see `specdec.kernels.sampling.noise`).
         flat: one race over the whole row, where noise must belong to an id and not to its block: rows that share a
             key then tend to draw the same id.
 

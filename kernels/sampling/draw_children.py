@@ -1,9 +1,9 @@
 """Draw the children of the nodes of a tree: which places of each node's draft law become drafted tokens.
 
 All nodes of a level, of all samples, are the rows of one call. The first children of a row are its hubs (see
-`specdec.kernels.tree_rules`), the best of the law; the others are drawn from the rest of it, without replacement: they
-are the first to arrive in an exponential race, as in `specdec.kernels.draw`. A row drawn with replacement has no hubs,
-and every child wins a race of its own.
+`specdec.kernels.verify.tree_rules`), the best of the law; the others are drawn from the rest of it, without
+replacement: they are the first to arrive in an exponential race, as in `specdec.kernels.sampling.draw`. A row drawn
+with replacement has no hubs, and every child wins a race of its own.
 
 With `shared` noise a race's numbers belong to ids and not to places: whoever draws with the same key from a law of its
 own, as coupled verification does for the target, tends to draw the same id.
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import address, build
-from specdec.kernels.draw import entry_scores, race_config
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.noise import exponential, unit_exponential
-from specdec.kernels.tree_rules import WITH_REPLACEMENT
+from specdec.kernels.sampling.draw import entry_scores, race_config
+from specdec.kernels.sampling.noise import exponential, unit_exponential
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT
 
 MAX_SUPPORT = 4096
 """The largest C."""
@@ -40,7 +40,7 @@ def draw_children_reference(
     Args:
         ids, probs: [R, C] int64 and float32, the laws, not necessarily normalised; with hubs, best first.
         n_hubs: [R] int64, or WITH_REPLACEMENT. counts: [R] int64, how many children each row has, at most K.
-        seed, position, node: [R] int64, the noise key of each row. stream: see `specdec.kernels.noise`.
+        seed, position, node: [R] int64, the noise key of each row. stream: see `specdec.kernels.sampling.noise`.
         n_children: K, of the result. shared: noise belongs to ids, and there is one race a row.
 
     Returns:

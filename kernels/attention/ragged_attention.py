@@ -1,7 +1,8 @@
 """The step's attention: append keys and values, then attend over what is really there.
 
-The same attention as `specdec.kernels.tree_attention`, of a tree that all samples share: a token sees the committed
-slots of its own sample and the uncommitted ones of its ancestors and itself, as far back as the window reaches.
+The same attention as `specdec.kernels.attention.tree_attention`, of a tree that all samples share: a token sees the
+committed slots of its own sample and the uncommitted ones of its ancestors and itself, as far back as the window
+reaches.
 On a CPU one task per (sample, key/value head) writes its own new entries and reads each key and value once for all
 query rows of the group: no mask tensor, no unused capacity, no padding between samples. On a GPU one kernel writes,
 and those of `tree_attention` read.
@@ -21,10 +22,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from specdec.kernels.attention.tree_attention import start_kernels, tree_attention_reference
+from specdec.kernels.cache.kv_cache import alignment, kv_append_reference_
 from specdec.kernels.cpu import bind, has_kernels
-from specdec.kernels.kv_cache import alignment, kv_append_reference_
 from specdec.kernels.library import jit, register, runs_triton, tl, triton
-from specdec.kernels.tree_attention import start_kernels, tree_attention_reference
 
 
 def ragged_attention_reference(

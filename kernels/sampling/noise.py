@@ -26,7 +26,7 @@ from specdec.kernels.library import jit, register, tl, triton
 
 # One stream per use of noise; two uses never share a number, except that coupled drafts are drawn with the target's. A
 # draw from a long row uses a second stream, this far from its own, to choose among blocks of the row (see
-# specdec.kernels.draw).
+# specdec.kernels.sampling.draw).
 DRAFT, ACCEPT, BONUS = 0, 1, 2
 BLOCK_STREAM = 1 << 16
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kernels.attention.tree_attention import absorb, blocks, combine, n_splits, partials
 from specdec.kernels.cpu import bind, check
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.tree_attention import absorb, blocks, combine, n_splits, partials
 
 MAX_QUERIES = 32
 """Above this attention is no longer bound by reading keys, and the library's blocked product is the better one."""

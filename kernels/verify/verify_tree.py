@@ -1,7 +1,7 @@
 """Which path of a drafted tree the target accepts, by a rule whose output law is exactly the target's.
 
-Every child of a node has a weight (see `specdec.kernels.tree_rules`): with this probability its subtree must accept
-once its earlier siblings' have failed. There are two ways to see to it.
+Every child of a node has a weight (see `specdec.kernels.verify.tree_rules`): with this probability its subtree must
+accept once its earlier siblings' have failed. There are two ways to see to it.
 
 Node by node (rrs, rrsw, spechub, target): a child is accepted with its weight, there and then, and is worth 1 from then
 on. Where no child is accepted the path ends.
@@ -12,10 +12,10 @@ itself with its exit weight, or else fails in turn. The root always ends it. Mor
 what one token lacks another further down may have to spare.
 
 Either way a node decides once at most, by one number of noise. Decided is where the path ends and from what law the
-bonus token comes; drawing it is left to `specdec.kernels.draw_row`, the one kernel that reads a whole row.
+bonus token comes; drawing it is left to `specdec.kernels.sampling.draw_row`, the one kernel that reads a whole row.
 
 Letters: B samples, T rows, N nodes, M inner nodes, C support size, P = depth + 1 nodes of the longest path.
-Source: see `specdec.kernels.tree_rules`; the post-order walk is that of Weng et al., arXiv 2505.12398.
+Source: see `specdec.kernels.verify.tree_rules`; the post-order walk is that of Weng et al., arXiv 2505.12398.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from specdec.kernels.cpu import bind
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.noise import ACCEPT, uniform_reference, unit_uniform
-from specdec.kernels.row_law import law_at, law_of
-from specdec.kernels.tree_rules import weigh_children, weigh_children_reference
+from specdec.kernels.sampling.noise import ACCEPT, uniform_reference, unit_uniform
+from specdec.kernels.sampling.row_law import law_at, law_of
+from specdec.kernels.verify.tree_rules import weigh_children, weigh_children_reference
 
 
 def verify_tree_reference(
