@@ -34,7 +34,11 @@ constexpr int LANES = 4, TALL = 2;
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int ivec __attribute__((vector_size(LANES * sizeof(int))));
 
-static inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof(v)); return v; }
+static inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
 static inline void store(float* p, const vec& v) { std::memcpy(p, &v, sizeof(v)); }
 
 // x and y are runs of 2 * W lanes: the sums of the two halves of each, those of x before those of y.
@@ -79,7 +83,8 @@ static inline void tile(const float* x, const float* w, float* out, int64_t stri
   for (int r = 0; r < ROWS; r++) {
     float* const sums = out + r * stride;
     if constexpr (COLS == 4) totals(acc[r], sums);
-    else for (int c = 0; c < COLS; c++) sums[c] = total(acc[r][c]);
+    else
+      for (int c = 0; c < COLS; c++) sums[c] = total(acc[r][c]);
     for (int c = 0; c < COLS; c++)
       for (int64_t j = k; j < K; j++) sums[c] += x[r * K + j] * w[c * K + j];
   }

@@ -19,10 +19,11 @@ extern "C" void draw(
     const float* p = probs + r * stride;
     float best = -1;
     int64_t winner = 0;
-    const auto use = [&](int64_t i, float score) { if (score > best) best = score, winner = i; };
+    const auto use = [&](int64_t i, float score) {
+      if (score > best) best = score, winner = i;
+    };
     if (n_blocks > 1) {
-      for (int64_t b = 0; b < n_blocks; b++)
-        mass[b] = sum(p + b * width, std::min(width, size - b * width));
+      for (int64_t b = 0; b < n_blocks; b++) mass[b] = sum(p + b * width, std::min(width, size - b * width));
       race(mass.data(), 0, n_blocks, seed[r], position[r], node[r], stream + BLOCK_STREAM, use);
     }
     const int64_t begin = winner * width;

@@ -24,8 +24,7 @@ extern "C" void draw_children(
           const Words w = philox(seed[r], uint32_t(id / 4), uint32_t(position[r]), uint32_t(node[r]), uint32_t(stream));
           entries.emplace_back(-p[c] / exponential(w, id % 4), c);
         }
-      else
-        race(p - offset, offset, offset + C, seed[r], position[r], node[r], stream, use);
+      else race(p - offset, offset, offset + C, seed[r], position[r], node[r], stream, use);
       const int64_t found = std::min<int64_t>(n, entries.size());
       std::partial_sort(entries.begin(), entries.begin() + found, entries.end());
       for (int64_t k = 0; k < found; k++) own[at + k] = entries[k].second;
@@ -33,6 +32,7 @@ extern "C" void draw_children(
     std::fill(own, own + K, -1);
     for (int64_t k = 0; k < std::min(hubs, C); k++) own[k] = p[k] > 0 ? k : -1;
     if (n_hubs[r] >= 0) winners(hubs, 0, hubs, count - hubs);
-    else for (int64_t k = 0; k < count; k++) winners(0, shared ? 0 : k * ((C + 3) / 4 * 4), k, 1);
+    else
+      for (int64_t k = 0; k < count; k++) winners(0, shared ? 0 : k * ((C + 3) / 4 * 4), k, 1);
   }
 }

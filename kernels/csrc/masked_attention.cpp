@@ -22,7 +22,7 @@ static void attend(
     int64_t m_sample, int64_t m_head, int64_t m_query, float scale, int64_t threads) {
   const int64_t group = H / G, rows = group * Q;
   const auto seen = [](M m) { return sizeof(M) == 1 ? m != 0 : m > -INFINITY; };
-  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && B * H * Q * S * D > ENOUGH)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && B * H * Q * S * D > ENOUGH)
   for (int64_t task = 0; task < B * G; task++) {
     const int64_t b = task / G, g = task % G;
     const M* const own = mask + b * m_sample + g * group * m_head;
@@ -49,13 +49,13 @@ static void attend(
 }
 
 extern "C" void kernel(
-    const float* q, const void* k, const void* v, const void* mask, float* out, int64_t is_bool, int64_t B,
-    int64_t H, int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, int64_t k_sample, int64_t k_head,
-    int64_t v_sample, int64_t v_head, int64_t m_sample, int64_t m_head, int64_t m_query, float scale,
-    int64_t threads) {
+    const float* q, const void* k, const void* v, const void* mask, float* out, int64_t is_bool, int64_t B, int64_t H,
+    int64_t G, int64_t Q, int64_t S, int64_t D, int64_t DV, int64_t k_sample, int64_t k_head, int64_t v_sample,
+    int64_t v_head, int64_t m_sample, int64_t m_head, int64_t m_query, float scale, int64_t threads) {
   const auto call = [&](const auto* own) {
-    attend(q, static_cast<const float*>(k), static_cast<const float*>(v), own, out, B, H, G, Q, S, D, DV, k_sample,
-           k_head, v_sample, v_head, m_sample, m_head, m_query, scale, threads);
+    attend(
+        q, static_cast<const float*>(k), static_cast<const float*>(v), own, out, B, H, G, Q, S, D, DV, k_sample, k_head,
+        v_sample, v_head, m_sample, m_head, m_query, scale, threads);
   };
   if (is_bool) call(static_cast<const uint8_t*>(mask));
   else call(static_cast<const float*>(mask));

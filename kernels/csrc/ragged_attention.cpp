@@ -11,7 +11,7 @@ extern "C" void kernel(
   int64_t work = 0;
   for (int64_t b = 0; b < B; b++) work += (starts[b + 1] - starts[b]) * H * D * lengths[b];
   std::memset(out + starts[B] * H * D, 0, (T - starts[B]) * H * D * sizeof(float));  // tokens of no sample
-  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && work > ENOUGH)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (B * G > 1 && work > ENOUGH)
   for (int64_t task = 0; task < B * G; task++) {
     const int64_t b = task / G, g = task % G, length = lengths[b], from = starts[b];
     const int64_t R = starts[b + 1] - from, rows = group * R;

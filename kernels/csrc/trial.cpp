@@ -2,6 +2,6 @@
 #include "common.h"
 
 extern "C" void kernel(const float* x, float* out, int64_t n, int64_t threads) {
-  #pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < n; i++) out[i] = 2 * x[i];
 }

@@ -31,8 +31,9 @@ struct Walk {
       law[c] = q > 0 ? q : 0;
       outside -= measure[c];
     }
-    weigh_children(n_hubs[m], weight, std::max(outside, 0.0f), places + begin - 1, K, C, law, measure, weights,
-                   &exit_weight, &scale);
+    weigh_children(
+        n_hubs[m], weight, std::max(outside, 0.0f), places + begin - 1, K, C, law, measure, weights, &exit_weight,
+        &scale);
     for (int64_t k = 0; k < K; k++) {
       const int64_t turn = (hubs + k) % K;
       if (!(sequence ? weights[turn] > 0 : accepts(begin + turn, weights[turn]))) continue;
@@ -55,15 +56,15 @@ extern "C" void kernel(
     const int64_t* starts, int64_t* path, int64_t* n_accepted, int64_t* row, int64_t* exit_ids, float* exit_weights,
     int64_t B, int64_t T, int64_t V, int64_t N, int64_t M, int64_t C, int64_t P, int64_t sequence, int64_t threads) {
   const int64_t *const parents = topology, *const depths = topology + N;
-  #pragma omp parallel for num_threads(threads) if (B > 8)
+#pragma omp parallel for num_threads(threads) if (B > 8)
   for (int64_t b = 0; b < B; b++) {
     std::vector<float> room(P * (2 * C + N));
     std::fill(exit_ids + b * C, exit_ids + (b + 1) * C, -1);
     std::fill(exit_weights + b * C, exit_weights + (b + 1) * C, 0.0f);
     const Walk walk{logits, log_total, threshold, support_probs + b * M * C, first, parents, depths, topology + 2 * N,
-                    topology + 3 * N, topology + 4 * N, places + b * (N - 1), support_ids + b * M * C, n_hubs + b * M,
-                    knobs[0], n_nodes[b], N, C, V, starts[b], T - 1, seed[b], position[b], sequence != 0,
-                    exit_ids + b * C, exit_weights + b * C, room.data()};
+        topology + 3 * N, topology + 4 * N, places + b * (N - 1), support_ids + b * M * C, n_hubs + b * M, knobs[0],
+        n_nodes[b], N, C, V, starts[b], T - 1, seed[b], position[b], sequence != 0, exit_ids + b * C,
+        exit_weights + b * C, room.data()};
     const int64_t end = walk.ends_at(0, 1);
     n_accepted[b] = depths[end];
     row[b] = std::min(starts[b] + end, T - 1);
