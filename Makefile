@@ -62,6 +62,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror kernels/csrc/*
 
 # Nothing is installed: this runs with the torch that already drives the GPU. Under 9 minutes. A step that does not compile
 # is an error here: run eagerly, it would only be slow.

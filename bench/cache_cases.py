@@ -15,16 +15,16 @@ from torch import Tensor
 
 from bench.case import Case, Ways, head_shape
 from specdec.cache import RaggedLayer
-from specdec.kernels.kv_cache import (
+from specdec.kernels.attention.masked_attention import masked_attention, masked_attention_reference
+from specdec.kernels.attention.ragged_attention import ragged_attention, ragged_attention_reference
+from specdec.kernels.attention.tree_attention import tree_attention, tree_attention_reference
+from specdec.kernels.cache.kv_cache import (
     cache_table,
     kv_append_,
     kv_append_reference_,
     kv_commit_,
     kv_commit_reference_,
 )
-from specdec.kernels.masked_attention import masked_attention, masked_attention_reference
-from specdec.kernels.ragged_attention import ragged_attention, ragged_attention_reference
-from specdec.kernels.tree_attention import tree_attention, tree_attention_reference
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
 from specdec.zoo import SIZES

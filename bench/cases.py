@@ -16,18 +16,18 @@ from torch import Tensor
 from bench import tree_cases
 from bench.cache_cases import append, attention, commit, masked
 from bench.case import Case, Ways, head_shape
-from specdec.kernels.best_token import best_token, best_token_reference
-from specdec.kernels.draw import draw, draw_reference
-from specdec.kernels.joined_linear import (
+from specdec.kernels.attention.tree_mask import ancestor_words, ancestor_words_reference
+from specdec.kernels.linear.joined_linear import (
     gated_linear,
     gated_linear_reference,
     joined_linear,
     joined_linear_reference,
 )
-from specdec.kernels.row_law import row_law, row_law_reference
-from specdec.kernels.skinny_linear import skinny_linear, skinny_linear_reference
-from specdec.kernels.top_support import top_support, top_support_reference
-from specdec.kernels.tree_mask import ancestor_words, ancestor_words_reference
+from specdec.kernels.linear.skinny_linear import skinny_linear, skinny_linear_reference
+from specdec.kernels.sampling.best_token import best_token, best_token_reference
+from specdec.kernels.sampling.draw import draw, draw_reference
+from specdec.kernels.sampling.row_law import row_law, row_law_reference
+from specdec.kernels.sampling.top_support import top_support, top_support_reference
 from specdec.zoo import SIZES
 
 CHAIN, TREE, WIDE_TREE = (1,) * 5, (3, 2, 1), (7, 2, 1, 1, 1)

@@ -5,8 +5,8 @@
 One node, two children, V = 1000: acceptance by closed formulas, beside the most that any rule can accept of drafts with
 that law: an optimal transport, whose value is a minimum over sets of tokens (SpecTr, arXiv 2310.15141; Hu et al.,
 arXiv 2502.18779). Trees of three levels, V = 5, a law of its own after every prefix: tokens a step, summed over all
-drafts from what `specdec.kernels.tree_rules` has each subtree accept. The means stand beside expected ones, which
-another program found for laws of the same families, drawn with seeds of its own.
+drafts from what `specdec.kernels.verify.tree_rules` has each subtree accept. The means stand beside expected ones,
+which another program found for laws of the same families, drawn with seeds of its own.
 
 Letters: V vocabulary and support, K children of a node, D ways to draft them, P processes, X prefixes.
 """
@@ -29,7 +29,7 @@ from typer import Option
 
 from bench import verification_report as report
 from specdec import measure
-from specdec.kernels.tree_rules import WITH_REPLACEMENT, weigh_children_reference
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT, weigh_children_reference
 from specdec.verifiers import HUB_SHARE
 
 Laws = tuple[Tensor, Tensor]  # target_probs, draft_probs

@@ -19,11 +19,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from specdec.kernels import joined_linear
+from specdec.kernels.attention.masked_attention import MAX_QUERIES
 from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import runs_triton
-from specdec.kernels.masked_attention import MAX_QUERIES
-from specdec.kernels.skinny_linear import MAX_ROWS, MIN_WEIGHTS
+from specdec.kernels.linear import joined_linear
+from specdec.kernels.linear.skinny_linear import MAX_ROWS, MIN_WEIGHTS
 
 log = logging.getLogger("specdec")
 

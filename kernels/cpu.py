@@ -1,4 +1,4 @@
-"""What the hand-written C++ kernels share: vectors, a register tile of dot products, and how they are built.
+"""How the hand-written C++ kernels in `csrc` are built, and what they may be handed.
 
 The kernels serve decoding on a CPU, where a step has a few rows against large weights or long caches: everything is
 read once, sums stay in registers, and every result is its own dot product in one fixed order, so that a row's value
@@ -8,123 +8,16 @@ does not depend on the rows beside it. Plain C++ with vector extensions: any ins
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-_PRELUDE = r"""
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
-// A vector is one register of the machine, EACH its lanes; TALL rows by four vectors of sums leave room in them all.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TALL = 6;
-#define EACH(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
-#elif defined(__AVX2__)
-constexpr int LANES = 8, TALL = 2;
-#define EACH(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)
-#else
-constexpr int LANES = 4, TALL = 2;
-#define EACH(f) f(0), f(1), f(2), f(3)
-#endif
-#if defined(__clang__)
-#define SHUFFLE(x, y, f) __builtin_shufflevector(x, y, EACH(f))
-#else
-#define SHUFFLE(x, y, f) __builtin_shuffle(x, y, ivec{EACH(f)})
-#endif
-
-typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
-typedef int ivec __attribute__((vector_size(LANES * sizeof(int))));
-
-static inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof(v)); return v; }
-static inline void store(float* p, const vec& v) { std::memcpy(p, &v, sizeof(v)); }
-
-// x and y are runs of 2 * W lanes: the sums of the two halves of each, those of x before those of y.
-template <int W>
-static inline vec halved(const vec& x, const vec& y) {
-#define FIRST(i) ((i) & -W) + (i)
-#define SECOND(i) FIRST(i) + W
-  return SHUFFLE(x, y, FIRST) + SHUFFLE(x, y, SECOND);
-}
-
-template <int W>
-static inline vec folded(const vec& v) {
-  if constexpr (W > 0) return folded<W / 2>(halved<W>(v, v));
-  return v;
-}
-
-static inline float total(const vec& v) { return folded<LANES / 2>(v)[0]; }
-
-// out[c] = total(v[c]) of four vectors.
-static inline void totals(const vec* v, float* out) {
-  const vec pairs = halved<LANES / 4>(halved<LANES / 2>(v[0], v[1]), halved<LANES / 2>(v[2], v[3]));
-  const vec sums = folded<LANES / 8>(pairs);
-  std::memcpy(out, &sums, 4 * sizeof(float));
-}
-
-// out[r, c] = x[r] . w[c] for ROWS rows of x and COLS rows of w: ROWS * COLS accumulators in registers.
-template <int ROWS, int COLS>
-static inline void tile(const float* x, const float* w, float* out, int64_t stride, int64_t K) {
-  vec acc[ROWS][COLS] = {};
-  int64_t k = 0;
-  for (; k + LANES <= K; k += LANES) {
-    vec b[COLS];
-    for (int c = 0; c < COLS; c++) {
-      b[c] = load(w + c * K + k);
-      __builtin_prefetch(w + (c + COLS) * K + k);
-    }
-    for (int r = 0; r < ROWS; r++) {
-      const vec a = load(x + r * K + k);
-      for (int c = 0; c < COLS; c++) acc[r][c] += a * b[c];
-    }
-  }
-  for (int r = 0; r < ROWS; r++) {
-    float* const sums = out + r * stride;
-    if constexpr (COLS == 4) totals(acc[r], sums);
-    else for (int c = 0; c < COLS; c++) sums[c] = total(acc[r][c]);
-    for (int c = 0; c < COLS; c++)
-      for (int64_t j = k; j < K; j++) sums[c] += x[r * K + j] * w[c * K + j];
-  }
-}
-
-// out[r, c] for any number of rows of x and COLS rows of w.
-template <int COLS>
-static inline void columns(const float* x, const float* w, float* out, int64_t rows, int64_t stride, int64_t K) {
-  int64_t t = 0;
-  for (; t + 8 <= rows; t += 8) tile<8, COLS>(x + t * K, w, out + t * stride, stride, K);
-  x += t * K;
-  out += t * stride;
-  switch (rows - t) {
-    case 1: tile<1, COLS>(x, w, out, stride, K); break;
-    case 2: tile<2, COLS>(x, w, out, stride, K); break;
-    case 3: tile<3, COLS>(x, w, out, stride, K); break;
-    case 4: tile<4, COLS>(x, w, out, stride, K); break;
-    case 5: tile<5, COLS>(x, w, out, stride, K); break;
-    case 6: tile<6, COLS>(x, w, out, stride, K); break;
-    case 7: tile<7, COLS>(x, w, out, stride, K); break;
-  }
-}
-"""
-
-
-_TRIAL = r"""
-extern "C" void kernel(const float* x, float* out, int64_t n, int64_t threads) {
-  #pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < n; i++) out[i] = 2 * x[i];
-}
-"""
+_CSRC = Path(__file__).with_name("csrc")
+_TRIAL = "trial.cpp"
 
 
 class _Toolchain:
@@ -189,9 +82,24 @@ def _built(load: Callable[[], Any]) -> Any:
     return None
 
 
+def source_of(file: str) -> str:
+    """A file of `csrc`, with those it includes in their place: Inductor's disk cache goes by the text it is given, so
+    whoever edits a header has what includes it compiled again."""
+    included: set[str] = set()
+
+    def text(file: str) -> str:
+        if file in included:
+            return ""
+        included.add(file)
+        own = (_CSRC / file).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return re.sub(r'^#include "(.+)"\n', lambda line: text(line[1]), own, flags=re.MULTILINE)
+
+    return text(file)
+
+
 @cache
-def build(source: str, name: str, types: tuple[Any, ...]) -> Callable[..., None] | None:
-    """A function of the library made of the shared prelude and `source`, by Inductor's own toolchain and disk cache.
+def build(file: str, name: str, types: tuple[Any, ...]) -> Callable[..., None] | None:
+    """A function of the library that a file of `csrc` makes, by Inductor's own toolchain and disk cache.
 
     Args:
         name: the function's. types: of its arguments, for `ctypes`.
@@ -199,11 +107,12 @@ def build(source: str, name: str, types: tuple[Any, ...]) -> Callable[..., None]
     Returns:
         None where it can't be built.
     """
+    source = source_of(file)
 
     def load() -> ctypes.CDLL:
         from torch._inductor.codecache import CppCodeCache
 
-        return CppCodeCache.load(_PRELUDE + source)
+        return CppCodeCache.load(source)
 
     if (library := _built(load)) is None:
         return None
@@ -213,20 +122,22 @@ def build(source: str, name: str, types: tuple[Any, ...]) -> Callable[..., None]
 
 
 @cache
-def bind(source: str, types: str) -> Callable[..., None] | None:
-    """The function `kernel` of `source` with arguments of these types, pointers as tensors, as Inductor calls its own.
+def bind(file: str, types: str) -> Callable[..., None] | None:
+    """The function `kernel` of a file of `csrc`, with arguments of these types, pointers as tensors.
 
-    A call by `ctypes` costs five times as much, and knows addresses only: it can't tell a tensor from a number.
-    What a pointer leads to is checked at every call; behind a `void*`, by the caller: the kernel is told its strides.
+    It is called as Inductor calls its own. A call by `ctypes` costs five times as much, and knows addresses only: it
+    can't tell a tensor from a number. What a pointer leads to is checked at every call; behind a `void*`, by the
+    caller: the kernel is told its strides.
 
     Returns:
         None where it can't be built.
     """
+    source = source_of(file)
 
     def load() -> Callable[..., None]:
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-        return CppPythonBindingsCodeCache.load_pybinding(types.split(", "), _PRELUDE + source)
+        return CppPythonBindingsCodeCache.load_pybinding(types.split(", "), source)
 
     if (kernel := _built(load)) is None:
         return None

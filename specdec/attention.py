@@ -17,8 +17,8 @@ from torch import Tensor
 
 from specdec.cache import RaggedCache, readable
 from specdec.hf import names
-from specdec.kernels.ragged_attention import ragged_attention
-from specdec.kernels.tree_attention import tree_attention
+from specdec.kernels.attention.ragged_attention import ragged_attention
+from specdec.kernels.attention.tree_attention import tree_attention
 from specdec.windows import Asked
 
 NAME = "specdec"

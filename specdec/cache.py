@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.hf import names
-from specdec.kernels.kv_cache import cache_table, kv_append_, kv_commit_
+from specdec.kernels.cache.kv_cache import cache_table, kv_append_, kv_commit_
 from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
 
 
 class RaggedLayer:
-    """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see `specdec.kernels.kv_cache`).
+    """Keys [G, B, S, D] and values [G, B, S, Dv] of a layer. Slot S - 1 is scratch (see
+    `specdec.kernels.cache.kv_cache`).
 
     Attributes:
         lost: [B, S] bool, where models attend by themselves: slots whose keys or values were not finite; else None.
@@ -34,7 +35,7 @@ class RaggedLayer:
 
     def __init__(self, keys: Tensor, values: Tensor, lost: Tensor | None = None) -> None:
         self.keys, self.values, self.lost = keys, values, lost
-        # The fused attention finds the layer through this table (see `specdec.kernels.ragged_attention`).
+        # The fused attention finds the layer through this table (see `specdec.kernels.attention.ragged_attention`).
         self.table = cache_table([(keys, values)])[0]
         for tensor, batch in (keys, 1), (values, 1), (lost, 0):
             if tensor is not None:

@@ -23,11 +23,11 @@ from specdec.control import Controller, Plan
 from specdec.drafters.base import Drafter, DraftLaw
 from specdec.graphs.captured import CapturedSteps, Mark, Readback
 from specdec.graphs.compiled import CompiledSteps
-from specdec.kernels.best_token import best_token
-from specdec.kernels.draw_row import draw_row
-from specdec.kernels.noise import BONUS
-from specdec.kernels.verify_greedy import verify_greedy
-from specdec.kernels.verify_tree import verify_tree
+from specdec.kernels.sampling.best_token import best_token
+from specdec.kernels.sampling.draw_row import draw_row
+from specdec.kernels.sampling.noise import BONUS
+from specdec.kernels.verify.verify_greedy import verify_greedy
+from specdec.kernels.verify.verify_tree import verify_tree
 from specdec.nodes import Nodes
 from specdec.processors import Chosen, walk
 from specdec.rows import Rows, Text

@@ -20,8 +20,8 @@ from specdec.kernels.library import OPS
 
 def ops() -> Iterator[tuple[str, str, str]]:
     """Name of every op, and what runs for tensors on a CPU and on a GPU."""
-    for module in pkgutil.iter_modules(specdec.kernels.__path__):
-        importlib.import_module(f"specdec.kernels.{module.name}")
+    for module in pkgutil.walk_packages(specdec.kernels.__path__, "specdec.kernels."):
+        importlib.import_module(module.name)
     for name, op in sorted(OPS.items()):
         yield name, op.path("cpu"), op.path("cuda")
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.tree_mask import unpack_words
+from specdec.kernels.attention.tree_mask import unpack_words
 
 
 @dataclass

@@ -22,8 +22,8 @@ from transformers import LogitsProcessorList
 
 from specdec.errors import Unsupported
 from specdec.hf import names
-from specdec.kernels.draw_row import draw_row
-from specdec.kernels.noise import BONUS
+from specdec.kernels.sampling.draw_row import draw_row
+from specdec.kernels.sampling.noise import BONUS
 from specdec.sampling import SamplingLaw, is_of_a_row
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ def _for_row(processor: Any, row: int) -> Any:
 
 class Chosen(NamedTuple):
     """What the target chose along the drafts: path [B, D + 1], n_accepted [B], bonus [B] int64, on the device (see
-    `specdec.kernels.verify_greedy`); and broken [B] bool, where a processor or a criterion failed: the text's error."""
+    `specdec.kernels.verify.verify_greedy`); and broken [B] bool, where a processor or a criterion failed: the text's
+    error."""
 
     path: Tensor
     n_accepted: Tensor

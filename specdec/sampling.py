@@ -18,8 +18,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from specdec.hf import names
 from specdec.kernels.library import runs_triton
-from specdec.kernels.row_law import row_law
-from specdec.kernels.top_support import top_support
+from specdec.kernels.sampling.row_law import row_law
+from specdec.kernels.sampling.top_support import top_support
 
 TemperatureLogitsWarper = names.processor("TemperatureLogitsWarper")
 TopKLogitsWarper = names.processor("TopKLogitsWarper")
@@ -46,7 +46,7 @@ def is_of_a_row(processor: object) -> bool:
 
 
 class RowLaw(NamedTuple):
-    """The law of each of T rows of logits, without a copy of the rows (see `specdec.kernels.row_law`).
+    """The law of each of T rows of logits, without a copy of the rows (see `specdec.kernels.sampling.row_law`).
 
     p_i = exp(logits_i * knobs[0] - log_total) where logits_i > threshold, or equal and i >= first; else 0.
     logits [T, V]; knobs [3] float32; log_total, threshold [T] float32; first [T] int64.

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from specdec.kernels.tree_mask import ancestor_words
+from specdec.kernels.attention.tree_mask import ancestor_words
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from specdec.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
 from specdec.config import Config
 from specdec.graphs.compiled import CompiledSteps
-from specdec.kernels.best_token import best_token
+from specdec.kernels.sampling.best_token import best_token
 from specdec.nodes import Nodes
 from specdec.stats import Stats
 from specdec.tree import TokenTree

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.kernels.tree_rules import WITH_REPLACEMENT
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT
 
 HUB_SHARE = 0.2
 """From which share of what is left of a draft law on the next best token becomes a hub."""
 
 Hubs = Callable[[Tensor, Tensor], Tensor]
-"""How many of a node's children are hubs (see `specdec.kernels.tree_rules`): of draft laws [R, C], best first, and
-numbers of children [R] int64, [R] int64."""
+"""How many of a node's children are hubs (see `specdec.kernels.verify.tree_rules`): of draft laws [R, C], best first,
+and numbers of children [R] int64, [R] int64."""
 
 
 def _with_replacement(probs: Tensor, counts: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Verifier:
     Attributes:
         name: as given to `specdec.compile`.
         hubs: how many of a node's children are the best of its law; the others are drawn.
-        sequence: whether the weights of nodes are handed down the tree (see `specdec.kernels.verify_tree`).
+        sequence: whether the weights of nodes are handed down the tree (see `specdec.kernels.verify.verify_tree`).
         coupled: whether target and draft share the noise of a position, and a draft is accepted exactly when the
             target draws the same token: fewer tokens a step, and for equal seeds one text with any draft or none.
     """

@@ -24,7 +24,7 @@ from specdec.cache import RaggedCache
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import as_region
 from specdec.hf import names
-from specdec.kernels.ragged_attention import can_run
+from specdec.kernels.attention.ragged_attention import can_run
 from specdec.nodes import Nodes
 from specdec.proof import prove
 from specdec.tree import TokenTree

@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.kernels.attention.masked_attention import masked_attention_cpu
 from specdec.kernels.cpu import address, bind
-from specdec.kernels.masked_attention import masked_attention_cpu
-from specdec.kernels.noise import uniform_cpu
-from specdec.kernels.skinny_linear import skinny_linear_cpu
+from specdec.kernels.linear.skinny_linear import skinny_linear_cpu
+from specdec.kernels.sampling.noise import uniform_cpu
 from specdec.sampling import SamplingLaw, names
 from specdec.view import ModelView
 
@@ -40,7 +40,7 @@ THE_USERS_OWN = {  # numbers, whose dtype is looked at
     "specdec/batching.py": {"torch.as_tensor"}, "specdec/seeds.py": {"torch.as_tensor"},
 }  # fmt: skip
 # Checks it; makes a table; compare it.
-POINTERS = {"kernels/cpu.py", "kernels/kv_cache.py", "specdec/buffers.py", "specdec/twin.py"}
+POINTERS = {"kernels/cpu.py", "kernels/cache/kv_cache.py", "specdec/buffers.py", "specdec/twin.py"}
 
 
 def faults(source: str, users_own: set[str]) -> Iterator[str]:
@@ -103,12 +103,14 @@ def test_tensors_are_made_with_a_dtype_and_a_device() -> None:
     assert found == []
 
 
-def test_what_a_kernel_cannot_read_is_refused() -> None:
+def test_what_a_kernel_cannot_read_is_refused(tmp_path: Path) -> None:
     """By whoever hands it its address."""
     good = torch.zeros(4, 3, dtype=torch.float32, device="cpu")
     bad = good.double(), good.long(), good.to("meta"), good.t()
     assert address(good, torch.float32) == good.data_ptr()
-    kernel = bind('extern "C" void kernel(const float* x, int64_t* y) { y[0] = int64_t(x[0]); }', "float*, int64_t*")
+    source = '#include "common.h"\nextern "C" void kernel(const float* x, int64_t* y) { y[0] = int64_t(x[0]); }'
+    (tmp_path / "first.cpp").write_text(source)
+    kernel = bind(str(tmp_path / "first.cpp"), "float*, int64_t*")
     out = torch.zeros(1, dtype=torch.int64, device="cpu")
     kernel(good + 2, out)
     assert out.tolist() == [2]

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from specdec import attention
 from specdec.attention import masked_attention
+from specdec.kernels.attention.tree_attention import tree_attention_reference
 from specdec.kernels.library import runs_triton
-from specdec.kernels.tree_attention import tree_attention_reference
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
 from specdec.view import ModelView

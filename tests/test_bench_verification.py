@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 
 from bench import verification
 from bench.verification import FAMILIES, RULES, TREES
-from specdec.kernels.tree_rules import WITH_REPLACEMENT, weigh_children_reference
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT, weigh_children_reference
 
 
 def _laws(seed: int, vocab: int) -> verification.Laws:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import specdec.kernels.kv_cache
-import specdec.kernels.verify_greedy  # noqa: F401
+import specdec.kernels.cache.kv_cache
+import specdec.kernels.verify.verify_greedy  # noqa: F401
 from specdec import info, measure
 from specdec.cli import app
 

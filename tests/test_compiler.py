@@ -22,10 +22,14 @@ from torch._inductor.exc import CppCompileError
 from specdec.errors import SpecdecWarning
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
-from specdec.kernels import cpu, draw, masked_attention, noise, ragged_attention, skinny_linear
+from specdec.kernels import cpu
+from specdec.kernels.attention import masked_attention, ragged_attention
 from specdec.kernels.library import OPS
+from specdec.kernels.linear import skinny_linear
+from specdec.kernels.sampling import draw, noise
 from specdec.stats import Stats
 
+CSRC = Path(cpu.__file__).with_name("csrc")
 MISSING = "x.cpp:1:10: fatal error: omp.h: No such file or directory"
 
 # What is imported is shared: a child a case. Inductor reads CXX when it is imported, which is before.
@@ -104,6 +108,29 @@ def working(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu._Toolchain, "error", None)
 
 
+def test_an_edited_header_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor looks at the text that it is handed: all of it is there, once."""
+    monkeypatch.setattr(cpu, "_CSRC", tmp_path)
+    files = {
+        "a.h": "#pragma once\nint a;\n",
+        "b.h": '#pragma once\n#include "a.h"\nint b;\n',
+        "c.cpp": '#include "a.h"\n#include "b.h"\n#include <cmath>\nint c;\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert cpu.source_of("c.cpp") == "int a;\nint b;\n#include <cmath>\nint c;\n"
+    (tmp_path / "a.h").write_text("int other;\n")
+    assert cpu.source_of("c.cpp") == "int other;\nint b;\n#include <cmath>\nint c;\n"
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.iterdir()), ids=lambda path: path.name)
+def test_a_file_is_understood_by_itself(path: Path) -> None:
+    """As an editor reads it."""
+    command = [cpu.compiler_name(), "-x", "c++", "-std=c++17", "-fopenmp", "-fsyntax-only", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_not_built_once_is_not_tried_again(working: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache
 
@@ -115,15 +142,18 @@ def test_what_is_not_built_once_is_not_tried_again(working: None, monkeypatch: p
 
     monkeypatch.setattr(CppCodeCache, "load", fail)
     monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding", fail)
-    assert cpu.build("// one", "f", ()) is None
-    assert cpu.bind("// two", "int64_t") is None and cpu.build("// three", "f", ()) is None
+    assert cpu.build("uniform.cpp", "f", ()) is None
+    assert cpu.bind("trial.cpp", "int64_t") is None and cpu.build("draw.cpp", "f", ()) is None
     assert len(tried) == 1
     assert cpu.compiler_error() == f"{cpu.compiler_name()}: CppCompileError: {MISSING}"
     assert not cpu.has_kernels(torch.ones(1, dtype=torch.float32))
 
 
-def test_a_compiler_that_computes_wrongly_is_none(working: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_TRIAL", cpu._TRIAL.replace("2 * x[i]", "3 * x[i]"))
+def test_a_compiler_that_computes_wrongly_is_none(
+    working: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong.cpp").write_text((CSRC / cpu._TRIAL).read_text().replace("2 * x[i]", "3 * x[i]"))
+    monkeypatch.setattr(cpu, "_TRIAL", str(tmp_path / "wrong.cpp"))
     cpu._try.__wrapped__()
     assert "computes [0.0, 3.0, 6.0]" in str(cpu.compiler_error())
 

@@ -20,7 +20,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.graphs.backend import specdec as backend
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
-from specdec.kernels.row_law import row_law
+from specdec.kernels.sampling.row_law import row_law
 from specdec.rows import Text
 from specdec.sampling import SamplingLaw
 from specdec.stats import Stats

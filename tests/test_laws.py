@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 import specdec
-from specdec.kernels.row_law import row_law, row_probs
+from specdec.kernels.sampling.row_law import row_law, row_probs
 from specdec.sampling import SamplingLaw
 
 Tiny = Callable[..., PreTrainedModel]

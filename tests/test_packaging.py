@@ -22,10 +22,14 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+def files() -> list[Path]:
+    """Every file under specdec/, those behind the links included."""
+    return [Path(folder, f) for folder, _, names in os.walk(ROOT / "specdec", followlinks=True) for f in names]
+
+
 def modules() -> list[str]:
-    """The name of every module under specdec/, those behind the links included."""
-    files = (Path(folder, f) for folder, _, names in os.walk(ROOT / "specdec", followlinks=True) for f in names)
-    dotted = (".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files if f.suffix == ".py")
+    """The name of every module under specdec/."""
+    dotted = (".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files() if f.suffix == ".py")
     return sorted(name.removesuffix(".__init__") for name in dotted)
 
 
@@ -89,9 +93,6 @@ def test_everything_that_is_installed_by_name_is_pinned():
 
 def test_every_data_file_is_packaged():
     patterns = re.search(r'^"\*" = \[(.+)\]$', PYPROJECT, re.MULTILINE)[1]
-    data = {
-        f.suffix
-        for f in (ROOT / "specdec").rglob("*")
-        if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts
-    }
+    data = {f.suffix for f in files() if f.suffix != ".py" and "__pycache__" not in f.parts}
+    assert {".cpp", ".h", ".safetensors"} <= data
     assert {s for s in data if f'"*{s}"' not in patterns} == set()

@@ -24,7 +24,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
-from specdec.kernels.verify_greedy import verify_greedy_reference
+from specdec.kernels.verify.verify_greedy import verify_greedy_reference
 from specdec.rows import Rows, Text
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState

@@ -22,8 +22,8 @@ from transformers import (
 from specdec import TokenTree
 from specdec.drafters.base import Draft, DraftLaw
 from specdec.drafters.none import NoDrafter
-from specdec.kernels.draw_children import draw_children
-from specdec.kernels.noise import DRAFT
+from specdec.kernels.sampling.draw_children import draw_children
+from specdec.kernels.sampling.noise import DRAFT
 from specdec.verifiers import VERIFIERS
 
 VOCAB, N_NEW, N_SAMPLES = 6, 3, 3000

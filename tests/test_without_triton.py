@@ -13,7 +13,7 @@ sys.modules["triton"] = None
 import json, torch
 from specdec.info import ops
 from specdec.kernels.library import OPS
-from specdec.kernels.tree_mask import ancestor_words
+from specdec.kernels.attention.tree_mask import ancestor_words
 
 table = {name: (on_cpu, on_gpu) for name, on_cpu, on_gpu in ops()}
 registered = [n for n in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"specdec::{n}", "CUDA")]

@@ -28,7 +28,7 @@ class DraftLaw:
         support_ids, support_probs: [B, M, C] int64 and float32, the law the children of each inner node, in the order
             of `TokenTree.inner`, were drawn from. Each sums to one. Ids of positive probability are distinct; the
             others are any of the vocabulary.
-        n_hubs: [B, M] int64, how many of them are hubs, or WITH_REPLACEMENT (see `specdec.kernels.tree_rules`).
+        n_hubs: [B, M] int64, how many of them are hubs, or WITH_REPLACEMENT (see `specdec.kernels.verify.tree_rules`).
     """
 
     places: Tensor

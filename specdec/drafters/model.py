@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.base import Draft, DraftLaw
 from specdec.drafters.vocabulary import Overlap
-from specdec.kernels.best_token import best_token
-from specdec.kernels.draw_children import draw_children
-from specdec.kernels.noise import BONUS, DRAFT
+from specdec.kernels.sampling.best_token import best_token
+from specdec.kernels.sampling.draw_children import draw_children
+from specdec.kernels.sampling.noise import BONUS, DRAFT
 from specdec.nodes import Nodes
 from specdec.sampling import SamplingLaw
 from specdec.state import BatchState

@@ -9,7 +9,7 @@ import torch
 from aot import compiles_without_spilling, meta
 from torch import Tensor
 
-from specdec.kernels.best_token import best_token, best_token_triton
+from specdec.kernels.sampling.best_token import best_token, best_token_triton
 
 pytestmark = pytest.mark.kernels
 

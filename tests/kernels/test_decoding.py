@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.kernels import joined_linear
 from specdec.kernels.library import INTERPRETED
+from specdec.kernels.linear import joined_linear
 
 pytestmark = pytest.mark.kernels
 LENGTHS = [7, 1]

@@ -9,8 +9,8 @@ from frequencies import in_bulk
 from rows import far_apart, random_laws
 from torch import Tensor
 
-from specdec.kernels.draw import DRAW_BLOCK, draw, draw_cpu, draw_reference, draw_triton
-from specdec.kernels.noise import BONUS, DRAFT
+from specdec.kernels.sampling.draw import DRAW_BLOCK, draw, draw_cpu, draw_reference, draw_triton
+from specdec.kernels.sampling.noise import BONUS, DRAFT
 
 pytestmark = pytest.mark.kernels
 

@@ -11,15 +11,15 @@ from frequencies import in_bulk
 from rows import far_apart, random_laws
 from torch import Tensor
 
-from specdec.kernels.draw import draw
-from specdec.kernels.draw_children import (
+from specdec.kernels.sampling.draw import draw
+from specdec.kernels.sampling.draw_children import (
     draw_children,
     draw_children_cpu,
     draw_children_reference,
     draw_children_triton,
 )
-from specdec.kernels.noise import DRAFT
-from specdec.kernels.tree_rules import WITH_REPLACEMENT
+from specdec.kernels.sampling.noise import DRAFT
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT
 
 pytestmark = pytest.mark.kernels
 

@@ -13,14 +13,14 @@ from frequencies import N_DRAWS, P_VALUE, distinct_keys, in_bulk, p_value
 from rows import random_laws
 from torch import Tensor
 
-from specdec.kernels import draw as draw_module
-from specdec.kernels.draw import DRAW_BLOCK, draw, draw_reference
-from specdec.kernels.draw_children import draw_children
-from specdec.kernels.draw_row import draw_row
-from specdec.kernels.noise import BONUS, DRAFT
-from specdec.kernels.row_law import row_law, row_probs
-from specdec.kernels.top_support import top_support
-from specdec.kernels.tree_rules import WITH_REPLACEMENT
+from specdec.kernels.sampling import draw as draw_module
+from specdec.kernels.sampling.draw import DRAW_BLOCK, draw, draw_reference
+from specdec.kernels.sampling.draw_children import draw_children
+from specdec.kernels.sampling.draw_row import draw_row
+from specdec.kernels.sampling.noise import BONUS, DRAFT
+from specdec.kernels.sampling.row_law import row_law, row_probs
+from specdec.kernels.sampling.top_support import top_support
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT
 
 pytestmark = pytest.mark.kernels
 

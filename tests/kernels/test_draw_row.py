@@ -11,10 +11,10 @@ from frequencies import in_bulk
 from rows import OFF, Knobs, far_apart
 from torch import Tensor
 
-from specdec.kernels.draw_row import draw_row, draw_row_cpu, draw_row_reference, draw_row_triton
 from specdec.kernels.library import INTERPRETED
-from specdec.kernels.noise import BONUS
-from specdec.kernels.row_law import row_law_reference, row_probs
+from specdec.kernels.sampling.draw_row import draw_row, draw_row_cpu, draw_row_reference, draw_row_triton
+from specdec.kernels.sampling.noise import BONUS
+from specdec.kernels.sampling.row_law import row_law_reference, row_probs
 
 pytestmark = pytest.mark.kernels
 

@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import specdec.kernels
-from specdec.kernels.kv_cache import cache_table
+from specdec.kernels.cache.kv_cache import cache_table
 from specdec.kernels.library import INTERPRETED, OPS, runs_triton
 from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 
-for _module in pkgutil.iter_modules(specdec.kernels.__path__):
-    importlib.import_module(f"specdec.kernels.{_module.name}")
+for _module in pkgutil.walk_packages(specdec.kernels.__path__, "specdec.kernels."):
+    importlib.import_module(_module.name)
 
 _ALIVE: list[Any] = []  # caches that ops know by their addresses only
 

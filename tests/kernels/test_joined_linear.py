@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from aot import compiles_without_spilling, meta
 from torch import Tensor
 
-from specdec.kernels.joined_linear import (
+from specdec.kernels.library import INTERPRETED, runs_triton
+from specdec.kernels.linear.joined_linear import (
     MAX_ROWS,
     gated_linear,
     gated_linear_reference,
@@ -19,7 +20,6 @@ from specdec.kernels.joined_linear import (
     joined_linear_reference,
     joined_linear_triton,
 )
-from specdec.kernels.library import INTERPRETED, runs_triton
 
 pytestmark = pytest.mark.kernels
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -215,7 +215,7 @@ test_compiles_without_spilling = compiles_without_spilling(LAUNCHES)
 
 @pytest.mark.skipif(not runs_triton(torch.empty(0)), reason="on a CPU the reference is all there is")
 def test_few_rows_start_one_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    import specdec.kernels.joined_linear as module
+    import specdec.kernels.linear.joined_linear as module
 
     for name in ("joined_linear_reference", "gated_linear_reference"):
         monkeypatch.setattr(module, name, None)

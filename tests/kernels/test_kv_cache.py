@@ -9,8 +9,8 @@ import torch
 from aot import compiles_without_spilling, meta
 from torch import Tensor
 
-from specdec.kernels import kv_cache
-from specdec.kernels.kv_cache import cache_table, kv_append_, kv_commit_, kv_commit_cpu_, kv_commit_reference_
+from specdec.kernels.cache import kv_cache
+from specdec.kernels.cache.kv_cache import cache_table, kv_append_, kv_commit_, kv_commit_cpu_, kv_commit_reference_
 
 pytestmark = pytest.mark.kernels
 

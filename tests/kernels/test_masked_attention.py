@@ -9,8 +9,8 @@ import torch
 from aot import compiles_without_spilling, meta
 from torch import Tensor
 
+from specdec.kernels.attention.masked_attention import masked_attention, masked_attention_triton
 from specdec.kernels.library import runs_triton
-from specdec.kernels.masked_attention import masked_attention, masked_attention_triton
 
 pytestmark = pytest.mark.kernels
 

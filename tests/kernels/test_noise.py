@@ -11,7 +11,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from specdec.kernels.library import jit, runs_triton, tl
-from specdec.kernels.noise import (
+from specdec.kernels.sampling.noise import (
     ACCEPT,
     BLOCK_STREAM,
     BONUS,

@@ -10,16 +10,16 @@ import torch
 from aot import _compiling, compiles_without_spilling, meta
 from torch import Tensor
 
-from specdec.kernels import tree_attention as module
-from specdec.kernels.kv_cache import cache_table
-from specdec.kernels.library import runs_triton
-from specdec.kernels.ragged_attention import (
+from specdec.kernels.attention import tree_attention as module
+from specdec.kernels.attention.ragged_attention import (
     ragged_attention,
     ragged_attention_cpu,
     ragged_attention_reference,
     ragged_attention_triton,
 )
-from specdec.kernels.tree_mask import n_words
+from specdec.kernels.attention.tree_mask import n_words
+from specdec.kernels.cache.kv_cache import cache_table
+from specdec.kernels.library import runs_triton
 from specdec.nodes import Nodes
 from specdec.tree import TokenTree
 

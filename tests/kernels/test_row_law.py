@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from specdec.kernels.row_law import row_law, row_law_reference, row_law_triton, row_probs
+from specdec.kernels.sampling.row_law import row_law, row_law_reference, row_law_triton, row_probs
 
 pytestmark = pytest.mark.kernels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.kernels.skinny_linear import MAX_ROWS, skinny_linear
+from specdec.kernels.linear.skinny_linear import MAX_ROWS, skinny_linear
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 8, 9, MAX_ROWS])

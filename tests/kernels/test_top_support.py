@@ -13,7 +13,7 @@ from rows import OFF, Knobs, far_apart
 from torch import Tensor
 
 from specdec.kernels.library import jit, runs_triton, tl
-from specdec.kernels.top_support import (
+from specdec.kernels.sampling.top_support import (
     MAX_SIZE,
     best_keys,
     key_id,

@@ -7,9 +7,9 @@ import torch
 from aot import compiles_without_spilling, meta
 from torch import Tensor
 
-from specdec.kernels import tree_attention as module
-from specdec.kernels.tree_attention import tree_attention, tree_attention_triton
-from specdec.kernels.tree_mask import ancestor_words_reference, n_words
+from specdec.kernels.attention import tree_attention as module
+from specdec.kernels.attention.tree_attention import tree_attention, tree_attention_triton
+from specdec.kernels.attention.tree_mask import ancestor_words_reference, n_words
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 

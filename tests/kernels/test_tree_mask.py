@@ -9,7 +9,7 @@ import torch
 from aot import compiles_without_spilling, meta
 from torch import Tensor
 
-from specdec.kernels.tree_mask import (
+from specdec.kernels.attention.tree_mask import (
     ancestor_words,
     ancestor_words_cpu,
     ancestor_words_reference,

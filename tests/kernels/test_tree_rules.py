@@ -33,7 +33,7 @@ from oracle import (
 )
 from trees import N_HUBS
 
-from specdec.kernels.tree_rules import WITH_REPLACEMENT, weigh_children_reference
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT, weigh_children_reference
 
 pytestmark = pytest.mark.kernels
 

@@ -16,8 +16,8 @@ from oracle import KINDS, Number, Process, Rule, Text, drafted_trees, random_pro
 from torch import Tensor
 from trees import N_HUBS, WALKS, TreeCase
 
-from specdec.kernels import verify_tree as module
-from specdec.kernels.verify_tree import verify_tree_reference
+from specdec.kernels.verify import verify_tree as module
+from specdec.kernels.verify.verify_tree import verify_tree_reference
 from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels

@@ -13,8 +13,8 @@ from rows import OFF, Knobs, far_apart
 from trees import RAGGED, RULES, WALKS, check_decisions, strided, tree_case
 
 from specdec.kernels.library import jit, runs_triton, tl
-from specdec.kernels.tree_rules import weigh_children, weigh_children_reference
-from specdec.kernels.verify_tree import verify_tree, verify_tree_reference, verify_tree_triton
+from specdec.kernels.verify.tree_rules import weigh_children, weigh_children_reference
+from specdec.kernels.verify.verify_tree import verify_tree, verify_tree_reference, verify_tree_triton
 from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels

@@ -1,12 +1,11 @@
-"""What the C++ attention kernels share beyond `specdec.kernels.cpu`: the two products, and what lies between.
+// What the attention kernels share: the two products, and what lies between.
+//
+// Keys are taken sixteen at a time and values in blocks that stay in the cache, each block by all rows in turn: a long
+// text is read from memory once. Rows go through in tiles whose sums stay in registers.
+#pragma once
 
-Keys are taken sixteen at a time and values in blocks that stay in the cache, each block by all rows in turn: a long
-text is read from memory once. Rows go through in tiles whose sums stay in registers.
-"""
+#include "common.h"
 
-from __future__ import annotations
-
-SOURCE = r"""
 constexpr int64_t ENOUGH = 1 << 17;  // multiplications that are worth waking other threads for
 
 static inline int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -177,4 +176,3 @@ static void weigh_values(
     if (r < rows) weigh_rows<1, SPARSE>(weights + r * stride, v, out + r * D, stride, m, D);
   }
 }
-"""

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.attention.tree_mask import unpack_words
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.tree_mask import unpack_words
 
 
 def verify_greedy_reference(

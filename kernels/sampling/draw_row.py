@@ -1,6 +1,6 @@
 """Draw one id a row from a row's law, in which some ids may have other weights: the token a step ends with.
 
-    weight_i = exit_weights[c] where exit_ids[c] = i, else p_i        (p: see `specdec.kernels.row_law`)
+    weight_i = exit_weights[c] where exit_ids[c] = i, else p_i        (p: see `specdec.kernels.sampling.row_law`)
 
 The weights need not sum to one. Should rounding have left none at all, the law itself is drawn from: it is the limit of
 what was left (p equal to q up to rounding, an event of probability about 1e-7).
@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.draw import DRAW_BLOCK, block_score, draw, draw_reference, entry_scores
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.row_law import law_at, row_probs
+from specdec.kernels.sampling.draw import DRAW_BLOCK, block_score, draw, draw_reference, entry_scores
+from specdec.kernels.sampling.row_law import law_at, row_probs
 
 _NONE = 2**63 - 1 if tl is None else tl.constexpr(2**63 - 1)  # a change after all others
 
@@ -34,7 +34,7 @@ def draw_row_reference(
         logits: [T, V]. knobs: [3]. log_total, threshold, first: [T]; with the logits the rows' laws, see `row_law`.
         row: [R] int64, which of the T. ids, weights: [R, C] int64 and float32, ids with weights of their own, -1 for
             none; distinct among the others.
-        seed, position, node: [R] int64, the noise key of each draw. stream: see `specdec.kernels.noise`.
+        seed, position, node: [R] int64, the noise key of each draw. stream: see `specdec.kernels.sampling.noise`.
         flat: one race over the whole row, see `draw`.
 
     Returns:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.top_support import key_id, sort_key
+from specdec.kernels.sampling.top_support import key_id, sort_key
 
 _BLOCK = 2048  # entries a program of the first kernel reads
 

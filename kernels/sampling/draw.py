@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from specdec.kernels.cpu import address, build
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.noise import BLOCK_STREAM, NOISE_CPP, exponential, exponentials, unit_exponential
+from specdec.kernels.sampling.noise import BLOCK_STREAM, exponential, exponentials, unit_exponential
 
 DRAW_BLOCK = 4096
 """Entries of a block."""
@@ -40,7 +40,7 @@ def draw_reference(
     Args:
         probs: [R, V] float, non-negative, at least one positive entry a row; a row with NaN gives some index in range.
         seed, position, node: [R] int64, the noise key of each row.
-        stream: the use this noise is put to (see `specdec.kernels.noise`).
+        stream: the use this noise is put to (see `specdec.kernels.sampling.noise`).
         flat: one race over the whole row, where noise must belong to an id and not to its block: rows that share a
             key then tend to draw the same id.
 
@@ -56,63 +56,9 @@ def draw_reference(
     return block * width + (inside / noise).argmax(-1)
 
 
-RACE_CPP = r"""
-// `use(i, score)` for the entries begin ... end - 1 that can win, in order: their score is p[i] / E_i.
-template <typename Use>
-static inline void race(
-    const float* p, int64_t begin, int64_t end, int64_t seed, int64_t position, int64_t node, int64_t stream, Use use) {
-  for (int64_t i = begin; i < end; i += 4) {
-    bool any = false;
-    for (int64_t j = i; j < std::min(i + 4, end); j++) any |= p[j] > 0;
-    if (!any) continue;  // truncated laws are mostly zeros
-    const Words w = philox(seed, uint32_t(i / 4), uint32_t(position), uint32_t(node), uint32_t(stream));
-    for (int64_t j = i; j < std::min(i + 4, end); j++)
-      if (p[j] > 0) use(j, p[j] / exponential(w, j - i));
-  }
-}
-"""
-
-_SOURCE = r"""
-static inline float sum(const float* p, int64_t n) {
-  vec lanes[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * LANES <= n; i += 4 * LANES)
-    for (int j = 0; j < 4; j++) lanes[j] += load(p + i + j * LANES);
-  float rest = 0;
-  for (; i < n; i++) rest += p[i];
-  return total((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rest;
-}
-
-extern "C" void draw(
-    const float* probs, const int64_t* seed, const int64_t* position, const int64_t* node, int64_t* out, int64_t rows,
-    int64_t size, int64_t stride, int64_t stream, int64_t width) {
-  const int64_t n_blocks = (size + width - 1) / width;
-  std::vector<float> mass(n_blocks);
-  for (int64_t r = 0; r < rows; r++) {
-    const float* p = probs + r * stride;
-    float best = -1;
-    int64_t winner = 0;
-    const auto use = [&](int64_t i, float score) { if (score > best) best = score, winner = i; };
-    if (n_blocks > 1) {
-      for (int64_t b = 0; b < n_blocks; b++)
-        mass[b] = sum(p + b * width, std::min(width, size - b * width));
-      race(mass.data(), 0, n_blocks, seed[r], position[r], node[r], stream + BLOCK_STREAM, use);
-    }
-    const int64_t begin = winner * width;
-    best = -1;
-    winner = begin;
-    race(p, begin, std::min(begin + width, size), seed[r], position[r], node[r], stream, use);
-    out[r] = winner;
-  }
-}
-"""
-
-
 @cache
 def _cpp() -> Callable[..., None] | None:
-    constants = f"#include <algorithm>\nconstexpr int64_t BLOCK_STREAM = {BLOCK_STREAM};\n"
-    types = (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 5
-    return build(constants + NOISE_CPP + RACE_CPP + _SOURCE, "draw", types)
+    return build("draw.cpp", "draw", (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 5)
 
 
 def draw_cpu(probs: Tensor, seed: Tensor, position: Tensor, node: Tensor, stream: int, flat: bool = False) -> Tensor:

@@ -1,9 +1,9 @@
 """Draw the children of the nodes of a tree: which places of each node's draft law become drafted tokens.
 
 All nodes of a level, of all samples, are the rows of one call. The first children of a row are its hubs (see
-`specdec.kernels.tree_rules`), the best of the law; the others are drawn from the rest of it, without replacement: they
-are the first to arrive in an exponential race, as in `specdec.kernels.draw`. A row drawn with replacement has no hubs,
-and every child wins a race of its own.
+`specdec.kernels.verify.tree_rules`), the best of the law; the others are drawn from the rest of it, without
+replacement: they are the first to arrive in an exponential race, as in `specdec.kernels.sampling.draw`. A row drawn
+with replacement has no hubs, and every child wins a race of its own.
 
 With `shared` noise a race's numbers belong to ids and not to places: whoever draws with the same key from a law of its
 own, as coupled verification does for the target, tends to draw the same id.
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import address, build
-from specdec.kernels.draw import RACE_CPP, entry_scores, race_config
 from specdec.kernels.library import jit, register, tl, triton
-from specdec.kernels.noise import NOISE_CPP, exponential, unit_exponential
-from specdec.kernels.tree_rules import WITH_REPLACEMENT
+from specdec.kernels.sampling.draw import entry_scores, race_config
+from specdec.kernels.sampling.noise import exponential, unit_exponential
+from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT
 
 MAX_SUPPORT = 4096
 """The largest C."""
@@ -40,7 +40,7 @@ def draw_children_reference(
     Args:
         ids, probs: [R, C] int64 and float32, the laws, not necessarily normalised; with hubs, best first.
         n_hubs: [R] int64, or WITH_REPLACEMENT. counts: [R] int64, how many children each row has, at most K.
-        seed, position, node: [R] int64, the noise key of each row. stream: see `specdec.kernels.noise`.
+        seed, position, node: [R] int64, the noise key of each row. stream: see `specdec.kernels.sampling.noise`.
         n_children: K, of the result. shared: noise belongs to ids, and there is one race a row.
 
     Returns:
@@ -80,48 +80,9 @@ def _check(probs: Tensor) -> None:
         raise ValueError(f"draw_children takes supports of at most {MAX_SUPPORT} entries, not {probs.shape[-1]}")
 
 
-_SOURCE = r"""
-extern "C" void draw_children(
-    const int64_t* ids, const float* probs, const int64_t* n_hubs, const int64_t* counts, const int64_t* seed,
-    const int64_t* position, const int64_t* node, int64_t* out, int64_t rows, int64_t C, int64_t K, int64_t stream,
-    int64_t shared) {
-  std::vector<std::pair<float, int64_t>> entries;
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t* const own = out + r * K;
-    const int64_t count = std::min(counts[r], K), hubs = std::min(std::max<int64_t>(n_hubs[r], 0), count);
-    const float* const p = probs + r * C;
-    // The winners of a race of the entries from `begin` on, whose noise starts at index `offset`, into own[at ...].
-    const auto winners = [&](int64_t begin, int64_t offset, int64_t at, int64_t n) {
-      entries.clear();
-      const auto use = [&](int64_t i, float score) {
-        if (i - offset >= begin) entries.emplace_back(-score, i - offset);
-      };
-      if (shared)
-        for (int64_t c = begin; c < C; c++) {
-          if (!(p[c] > 0)) continue;
-          const int64_t id = ids[r * C + c];
-          const Words w = philox(seed[r], uint32_t(id / 4), uint32_t(position[r]), uint32_t(node[r]), uint32_t(stream));
-          entries.emplace_back(-p[c] / exponential(w, id % 4), c);
-        }
-      else
-        race(p - offset, offset, offset + C, seed[r], position[r], node[r], stream, use);
-      const int64_t found = std::min<int64_t>(n, entries.size());
-      std::partial_sort(entries.begin(), entries.begin() + found, entries.end());
-      for (int64_t k = 0; k < found; k++) own[at + k] = entries[k].second;
-    };
-    std::fill(own, own + K, -1);
-    for (int64_t k = 0; k < std::min(hubs, C); k++) own[k] = p[k] > 0 ? k : -1;
-    if (n_hubs[r] >= 0) winners(hubs, 0, hubs, count - hubs);
-    else for (int64_t k = 0; k < count; k++) winners(0, shared ? 0 : k * ((C + 3) / 4 * 4), k, 1);
-  }
-}
-"""
-
-
 @cache
 def _cpp() -> Callable[..., None] | None:
-    source = "#include <algorithm>\n#include <utility>\n" + NOISE_CPP + RACE_CPP + _SOURCE
-    return build(source, "draw_children", (ctypes.c_void_p,) * 8 + (ctypes.c_int64,) * 5)
+    return build("draw_children.cpp", "draw_children", (ctypes.c_void_p,) * 8 + (ctypes.c_int64,) * 5)
 
 
 def draw_children_cpu(

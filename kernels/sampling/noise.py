@@ -26,7 +26,7 @@ from specdec.kernels.library import jit, register, tl, triton
 
 # One stream per use of noise; two uses never share a number, except that coupled drafts are drawn with the target's. A
 # draw from a long row uses a second stream, this far from its own, to choose among blocks of the row (see
-# specdec.kernels.draw).
+# specdec.kernels.sampling.draw).
 DRAFT, ACCEPT, BONUS = 0, 1, 2
 BLOCK_STREAM = 1 << 16
 
@@ -86,43 +86,9 @@ def exponential(
     return -torch.log1p(-_to_unit(bits))
 
 
-NOISE_CPP = r"""
-struct Words { uint32_t x[4]; };
-
-static inline Words philox(int64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
-  for (int round = 0; round < 10; round++) {
-    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(b);
-    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
-
-static inline float unit(uint32_t bits) {
-  const float u = (float(bits) + 0.5f) * 0x1p-32f;
-  return u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
-}
-
-static inline float exponential(const Words& words, int i) { return -std::log1p(-unit(words.x[i])); }
-"""
-
-_SOURCE = r"""
-extern "C" void uniform(
-    const int64_t* seed, const int64_t* position, const int64_t* node, float* out, int64_t n, int64_t stream) {
-  for (int64_t i = 0; i < n; i++)
-    out[i] = unit(philox(seed[i], 0, uint32_t(position[i]), uint32_t(node[i]), uint32_t(stream)).x[0]);
-}
-"""
-
-
 @cache
 def _cpp() -> Callable[..., None] | None:
-    return build(NOISE_CPP + _SOURCE, "uniform", (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2)
+    return build("uniform.cpp", "uniform", (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2)
 
 
 def uniform_cpu(seed: Tensor, position: Tensor, node: Tensor, stream: int) -> Tensor:

@@ -29,22 +29,10 @@ MAX_ROWS = 16
 MIN_WEIGHTS = 2**16
 """Below this (256 KiB) the product is short, and the library as fast."""
 
-_SOURCE = r"""
-extern "C" void kernel(
-    const float* x, const float* w, float* out, int64_t T, int64_t N, int64_t K, int64_t threads) {
-  #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = 0; block < (N + 3) / 4; block++) {
-    const int64_t n = block * 4;
-    if (n + 4 <= N) columns<4>(x, w + n * K, out + n, T, N, K);
-    else for (int64_t i = n; i < N; i++) columns<1>(x, w + i * K, out + i, T, N, K);
-  }
-}
-"""
-
 
 @cache
 def _kernel() -> Callable[..., None] | None:
-    return bind(_SOURCE, ", ".join(["float*"] * 3 + ["int64_t"] * 4))
+    return bind("skinny_linear.cpp", ", ".join(["float*"] * 3 + ["int64_t"] * 4))
 
 
 def skinny_linear_reference(x: Tensor, weight: Tensor) -> Tensor:

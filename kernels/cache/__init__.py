@@ -1,0 +1,1 @@
+"""Writing a cache of keys and values."""

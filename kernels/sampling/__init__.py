@@ -1,0 +1,1 @@
+"""Laws of rows of logits, and draws from them by counter noise."""

@@ -1,0 +1,1 @@
+"""Which path of a drafted tree the target accepts."""
