@@ -30,7 +30,8 @@ from typer import Option
 
 from bench import backend_report
 from bench.end_to_end import SIZES, numbers, words
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 from specdec.graphs.backend import specdec
 from specdec.graphs.passes import PASSES
 from specdec.hf import names

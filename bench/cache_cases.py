@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Case, Ways, head_shape
-from specdec.cache import RaggedLayer
+from specdec.engine.packing import Nodes
+from specdec.engine.tree import TokenTree
+from specdec.hf.cache import RaggedLayer
 from specdec.kernels.attention.masked_attention import masked_attention, masked_attention_reference
 from specdec.kernels.attention.ragged_attention import ragged_attention, ragged_attention_reference
 from specdec.kernels.attention.tree_attention import tree_attention, tree_attention_reference
@@ -25,8 +27,6 @@ from specdec.kernels.cache.kv_cache import (
     kv_commit_,
     kv_commit_reference_,
 )
-from specdec.nodes import Nodes
-from specdec.tree import TokenTree
 from specdec.zoo import SIZES
 
 

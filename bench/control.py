@@ -31,7 +31,8 @@ from typer import Option
 import specdec
 from bench import control_report as report
 from bench.end_to_end import SIZES, numbers, words
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 DRAFTS = ("useless", "noisy", "bundled", "perfect", "ngram")
 MODEL_DEPTHS, NGRAM_DEPTHS = (1, 2, 3, 5), (2, 4, 8)

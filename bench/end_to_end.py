@@ -22,7 +22,8 @@ from torch import Tensor
 from typer import Option
 
 from bench import report
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 SIZES = ("bundled", "25m", "100m", "300m")
 

@@ -40,7 +40,8 @@ from bench import backend, end_to_end, gpu_report, padding, profile
 from bench.case import Case
 from bench.cases import gpu_cases
 from bench.device_time import time_call
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 SECTIONS = ("tests", "kernels", "decode", "steps", "backend", "padding")
 WAYS = ("transformers", "transformers_assisted", "specdec_plain", "specdec")

@@ -17,7 +17,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 PROMPT_TOKENS = 48
 STOP = ["\ndef ", "\nclass "]

@@ -28,7 +28,8 @@ from typer import Option
 import specdec
 from bench import many_report as report
 from bench.end_to_end import SIZES, words
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 SHORTEST, LONGEST = 16, 96
 DRAFTS = {"specdec_plain": "no draft", "specdec_ngram": "n-grams", "specdec": "draft model"}

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from typer import Option
 
 import specdec
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 SHORTEST, LONGEST = 64, 512
 

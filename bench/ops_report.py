@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from specdec import measure
+from specdec.cli import measure
 
 COMMAND = "python -m pytest bench/test_ops.py --benchmark-only --benchmark-json ops.json"
 HEADER = ("op", "shape", "op µs", "GB/s", "GFLOP/s", "reference µs", "PyTorch µs", "PyTorch / op")

@@ -17,7 +17,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from typer import Option
 
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 PARTS = {
     "products": {"aten::mm", "aten::addmm", "aten::bmm", "specdec::skinny_linear", "mkldnn::_linear_pointwise"},

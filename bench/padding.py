@@ -33,12 +33,13 @@ from bench import padded
 from bench import padding_report as report
 from bench.end_to_end import SIZES, numbers, words
 from bench.padding_simulator import SIMULATED, Trace, asymptote, draw, limit
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
+from specdec.engine.packing import Nodes
+from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import CompiledSteps
-from specdec.nodes import Nodes
-from specdec.tree import TokenTree
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
 
 SIMULATED_TOKENS = 128
 BATCHES = 1, 2, 4, 8, 16, 24

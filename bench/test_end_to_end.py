@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 
 SIZES = ("bundled", "25m", "100m", "300m")
 BATCHES = (1, 4)

@@ -26,9 +26,10 @@ from typer import Option
 import specdec
 from bench.end_to_end import SIZES, words
 from bench.report import heading, markdown_table, terminal_table
-from specdec import measure, zoo
-from specdec.best_tree import expected_tokens
-from specdec.tree import TokenTree
+from specdec import zoo
+from specdec.cli import measure
+from specdec.engine.tree import TokenTree
+from specdec.tune.best_tree import expected_tokens
 
 HEADER = ("", "drafted nodes", "depth", "tokens/s", "vs transformers", "tokens/step", "expected")
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from typer import Option
 
 from bench import verification_report as report
-from specdec import measure
+from specdec.cli import measure
 from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT, weigh_children_reference
-from specdec.verifiers import HUB_SHARE
+from specdec.verifiers.base import HUB_SHARE
 
 Laws = tuple[Tensor, Tensor]  # target_probs, draft_probs
 Family = Callable[[torch.Generator], Laws]

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer import Option
 
 import specdec
-from specdec import measure
+from specdec.cli import measure
 
 BATCH_SIZES = (1, 4)
 

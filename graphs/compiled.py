@@ -15,12 +15,12 @@ from torch import fx
 from torch._dynamo.exc import RecompileError, SkipFrame, TorchDynamoException
 from torch.fx.experimental import _config
 
+from specdec.engine.stats import Stats
 from specdec.errors import warn
 from specdec.graphs import backend
 from specdec.graphs.guards import Guards
 from specdec.kernels.cpu import compiler_error, first_words
 from specdec.kernels.library import OPS
-from specdec.stats import Stats
 
 log = logging.getLogger("specdec")
 

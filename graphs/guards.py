@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from specdec.twin import is_seen
+from specdec.hf.twin import is_seen
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def _size(value: Any) -> int | None:
 class Guards:
     """What Dynamo would look at before each call of what it has compiled, for one function.
 
-    Modules and settings of a private view never change, or it is made anew (see `specdec.twin`). Shapes of tensors do,
-    and are looked at each time. Globals, and what is too large for that or a library's own, are looked at once a
+    Modules and settings of a private view never change, or it is made anew (see `specdec.hf.twin`). Shapes of tensors
+    do, and are looked at each time. Globals, and what is too large for that or a library's own, are looked at once a
     `generate()` call: what has read them is compiled anew, or else each change would be, and recorded steps would not
     look at all.
 

@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from specdec.api import compile as compile
     from specdec.batching import Result as Result
     from specdec.batching import generate_many as generate_many
+    from specdec.engine.tree import TokenTree as TokenTree
     from specdec.errors import SpecdecWarning as SpecdecWarning
-    from specdec.tree import TokenTree as TokenTree
 
 __version__ = "0.1.0"
 __all__ = ["Result", "SpecdecWarning", "TokenTree", "__version__", "compile", "generate_many"]
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
     homes = {
         "compile": "specdec.api", "generate_many": "specdec.batching", "Result": "specdec.batching",
-        "SpecdecWarning": "specdec.errors", "TokenTree": "specdec.tree",
+        "SpecdecWarning": "specdec.errors", "TokenTree": "specdec.engine.tree",
     }  # fmt: skip
     if name not in homes:
         raise AttributeError(f"module 'specdec' has no attribute {name!r}")

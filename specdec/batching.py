@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.arguments import flag, whole
-from specdec.decoder import Emitted
+from specdec.engine.decoder import Emitted
+from specdec.engine.slots import Text
 from specdec.handle import Call, Handle, decoding
-from specdec.rows import Text
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Any]
 

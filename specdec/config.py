@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdec.arguments import flag, whole
-from specdec.tree import TokenTree
-from specdec.verifiers import VERIFIERS
+from specdec.engine.tree import TokenTree
+from specdec.verifiers.base import VERIFIERS
 
 
 @dataclass(frozen=True, kw_only=True)

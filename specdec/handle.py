@@ -20,24 +20,24 @@ from transformers import PreTrainedModel
 
 from specdec.arguments import whole
 from specdec.config import Config
-from specdec.decoder import Decoder
-from specdec.drafters.make import DraftSource, check_draft, draft_model, make_drafter
+from specdec.drafters.registry import DraftSource, check_draft, draft_model, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
+from specdec.engine.decoder import Decoder
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.seeds import Seeds
+from specdec.engine.slots import Text
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported, warn
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.call import Request
 from specdec.hf.names import LoopCall
-from specdec.past import is_users
-from specdec.request import Request
-from specdec.rows import Text
-from specdec.sampling import SamplingLaw
-from specdec.seeds import Seeds
-from specdec.stats import Stats
-from specdec.suited import check_model
-from specdec.tree import TokenTree
-from specdec.tuning import Choice, choose
-from specdec.verifiers import VERIFIERS
-from specdec.view import ModelView
+from specdec.hf.prefix import is_users
+from specdec.hf.support import check_model
+from specdec.hf.view import ModelView
+from specdec.tune.choose import Choice, choose
+from specdec.verifiers.base import VERIFIERS
 
 N_NAMED = 4
 """Decoders kept of those that calls have named the draft of, `assistant_model=` or a number of words to look up: each
@@ -73,7 +73,7 @@ class Handle:
     """What hangs at `model.specdec`.
 
     Attributes:
-        stats: what happened so far (`specdec.stats.Stats`).
+        stats: what happened so far (`specdec.engine.stats.Stats`).
         config: the options given to `compile`, with the tree that `tune()` chose.
     """
 

@@ -155,7 +155,7 @@ def main() -> None:
         tell(f"{COMPILED}: {dtype}", partial(compiled_under, dtype))
 
     def made_under(dtype: torch.dtype) -> str | None:
-        with _dtype(dtype), patch("specdec.ambient.check"), Made(dtype) as made:
+        with _dtype(dtype), patch("specdec.hf.ambient.check"), Made(dtype) as made:
             for name in DRAFTS:
                 texts(wrap(name), ids)
         return "\n".join(made.found) or None

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 
-from specdec.control import Controller, Habit, Plan
-from specdec.tree import TokenTree
+from specdec.engine.control import Controller, Habit, Plan
+from specdec.engine.tree import TokenTree
 
 SPIKES = 0.02
 """Share of the measurements in which something else took three times as long."""

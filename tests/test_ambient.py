@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.engine.laws import SamplingLaw, names
+from specdec.hf.view import ModelView
 from specdec.kernels.attention.masked_attention import masked_attention_cpu
 from specdec.kernels.cpu import address, bind
 from specdec.kernels.linear.skinny_linear import skinny_linear_cpu
 from specdec.kernels.sampling.noise import uniform_cpu
-from specdec.sampling import SamplingLaw, names
-from specdec.view import ModelView
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("specdec", "kernels"), ("specdec", "graphs")
@@ -37,10 +37,10 @@ LINKS = ("specdec", "kernels"), ("specdec", "graphs")
 
 MAKERS = {f"torch.{function.__name__}" for function in _device_constructors()}  # all that torch itself knows of
 THE_USERS_OWN = {  # numbers, whose dtype is looked at
-    "specdec/batching.py": {"torch.as_tensor"}, "specdec/seeds.py": {"torch.as_tensor"},
+    "specdec/batching.py": {"torch.as_tensor"}, "specdec/engine/seeds.py": {"torch.as_tensor"},
 }  # fmt: skip
 # Checks it; makes a table; compare it.
-POINTERS = {"kernels/cpu.py", "kernels/cache/kv_cache.py", "specdec/buffers.py", "specdec/twin.py"}
+POINTERS = {"kernels/cpu.py", "kernels/cache/kv_cache.py", "specdec/engine/memory.py", "specdec/hf/twin.py"}
 
 
 def faults(source: str, users_own: set[str]) -> Iterator[str]:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specdec import attention
-from specdec.attention import masked_attention
+from specdec.engine.packing import Nodes
+from specdec.engine.tree import TokenTree
+from specdec.hf import attention
+from specdec.hf.attention import masked_attention
+from specdec.hf.view import ModelView
 from specdec.kernels.attention.tree_attention import tree_attention_reference
 from specdec.kernels.library import runs_triton
-from specdec.nodes import Nodes
-from specdec.tree import TokenTree
-from specdec.view import ModelView
 
 TREES = {
     "chain": TokenTree.chain(5),

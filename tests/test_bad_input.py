@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec import TokenTree
-from specdec.drafters.base import Draft
 from specdec.drafters.ngram import NgramDrafter
+from specdec.engine.draft import Draft
 
 TREE = TokenTree.from_widths(2, 1)
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from bench import backend, cache_cases, cases, device_time, gpu, gpu_report, padding, tree_cases
 from bench.case import Case
 from bench.device_time import Timing
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 from specdec.graphs.passes import PASSES
 
 

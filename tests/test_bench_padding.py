@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from bench import padded, padding, padding_report
 from bench import padding_simulator as simulator
 from bench.padding_simulator import SIMULATED, Trace
-from specdec.nodes import Nodes
-from specdec.view import ModelView
+from specdec.engine.packing import Nodes
+from specdec.hf.view import ModelView
 
 Tiny = Callable[..., PreTrainedModel]
 LAWS = list(SIMULATED)

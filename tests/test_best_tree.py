@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from specdec.best_tree import StepCost, best_tree, expected_tokens, fastest_tree
-from specdec.tree import TokenTree
+from specdec.engine.tree import TokenTree
+from specdec.tune.best_tree import StepCost, best_tree, expected_tokens, fastest_tree
 
 MOST = 7  # nodes of the trees all of which are tried
 PREFIXES = {k: (0.6, 0.2, 0.1, 0.05)[:k] for k in (1, 2, 3, 4)}  # as without replacement

@@ -14,20 +14,20 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
 
-from specdec.decoder import Decoder
-from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.engine.decoder import Decoder
+from specdec.engine.draft import Drafter
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.slots import Text
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.errors import SpecdecWarning
 from specdec.graphs import compiled
 from specdec.graphs.captured import CapturedSteps, Recording, Upload
 from specdec.graphs.compiled import CompiledSteps
-from specdec.rows import Text
-from specdec.sampling import SamplingLaw
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.view import RECORDED, ModelView
+from specdec.hf.view import RECORDED, ModelView
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
 Tiny = Callable[..., PreTrainedModel]

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import specdec.kernels.cache.kv_cache
 import specdec.kernels.verify.verify_greedy  # noqa: F401
-from specdec import info, measure
-from specdec.cli import app
+from specdec.cli import info, measure
+from specdec.cli.app import app
 
 QUICK = ["demo", "--no-compile", "--max-new-tokens", "12", "--repeats", "1"]
 
@@ -98,7 +98,9 @@ def test_train_shows_the_trainers_own_options() -> None:
 
 
 def test_importing_the_command_line_is_light() -> None:
-    code = "import sys, specdec.cli; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, specdec.cli.app; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

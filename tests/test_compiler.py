@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import SkipFrame
 from torch._inductor.exc import CppCompileError
 
+from specdec.engine.stats import Stats
 from specdec.errors import SpecdecWarning
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
@@ -27,7 +28,6 @@ from specdec.kernels.attention import masked_attention, ragged_attention
 from specdec.kernels.library import OPS
 from specdec.kernels.linear import skinny_linear
 from specdec.kernels.sampling import draw, noise
-from specdec.stats import Stats
 
 CSRC = Path(cpu.__file__).with_name("csrc")
 MISSING = "x.cpp:1:10: fatal error: omp.h: No such file or directory"

@@ -15,15 +15,15 @@ from side_by_side import Tiny
 from torch import device
 from transformers import LogitsProcessorList
 
-from specdec.control import Controller, Habit, Plan, StepTimes
-from specdec.decoder import Decoder
 from specdec.drafters.ngram import NgramDrafter
+from specdec.engine.control import Controller, Habit, Plan, StepTimes
+from specdec.engine.decoder import Decoder
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import CompiledSteps
-from specdec.sampling import SamplingLaw
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.verifiers import VERIFIERS
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
+from specdec.verifiers.base import VERIFIERS
 
 FORWARDS = {
     "bandwidth bound": lambda t: 1 + 0.01 * t,

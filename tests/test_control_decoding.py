@@ -15,16 +15,16 @@ from test_joining import EOS, decode, decoder_of, law_of, random_texts
 from test_verifiers import TREES, check_law
 from transformers import PreTrainedModel
 
-from specdec.control import Controller, Habit, Plan
-from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.engine.control import Controller, Habit, Plan
+from specdec.engine.decoder import Decoder
+from specdec.engine.state import BatchState
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import Mark
 from specdec.graphs.compiled import CompiledSteps
-from specdec.state import BatchState
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
 
 CHAIN, TREE = TokenTree.chain(3), TokenTree.from_widths(3, 2, 1)
 

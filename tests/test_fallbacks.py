@@ -12,7 +12,7 @@ from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from specdec.cache import RaggedCache
+from specdec.hf.cache import RaggedCache
 
 
 def _same_by_falling_back(wrapped: PreTrainedModel, model: PreTrainedModel, reason: str, **arguments: Any) -> Any:

@@ -13,10 +13,11 @@ from side_by_side import Prompts, Tiny, wrap
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec import attention, generate_many, proof
+from specdec import generate_many
 from specdec.errors import Unsupported
-from specdec.view import ModelView
-from specdec.windows import is_window
+from specdec.hf import attention, proof
+from specdec.hf.view import ModelView
+from specdec.hf.windows import is_window
 
 
 @pytest.mark.parametrize("family", DECODED)

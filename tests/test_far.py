@@ -16,10 +16,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from specdec import proof
 from specdec.errors import Unsupported
-from specdec.plain import Plain
-from specdec.view import ModelView
+from specdec.hf import proof
+from specdec.hf.plain import Plain
+from specdec.hf.view import ModelView
 
 Put = Callable[[pytest.MonkeyPatch, PreTrainedModel], None]
 

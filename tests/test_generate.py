@@ -201,4 +201,4 @@ def test_stats_add_up(do_sample: bool, wrapped: PreTrainedModel, prompts: Prompt
     stats.plot(str(tmp_path / "stats.png"))
     assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
     stats.reset()
-    assert stats.to_dict() == specdec.stats.Stats().to_dict()
+    assert stats.to_dict() == specdec.engine.stats.Stats().to_dict()

@@ -15,17 +15,17 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 import specdec
 from bench import tree_cases
-from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
+from specdec.engine.decoder import Decoder
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.slots import Text
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.graphs.backend import specdec as backend
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.view import ModelView
 from specdec.kernels.sampling.row_law import row_law
-from specdec.rows import Text
-from specdec.sampling import SamplingLaw
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.view import ModelView
 
 pytestmark = pytest.mark.gpu
 Tiny = Callable[..., PreTrainedModel]

@@ -12,17 +12,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specdec.decoder import Decoder
-from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.engine.decoder import Decoder
+from specdec.engine.draft import Drafter
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.graphs import compiled
 from specdec.graphs.compiled import CompiledSteps
-from specdec.sampling import SamplingLaw
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
 
 WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)]
 TORCH = ".".join(torch.__version__.split(".")[:2])
@@ -120,7 +120,7 @@ def _take_as_proved(view: ModelView) -> None:
 def models() -> Iterator[dict[str, LlamaForCausalLM]]:
     """A target of Llama 8B's layers and a draft of Llama 1B's, on a GPU that is not there."""
     with no_device.fake_h100(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdec.view.prove", _take_as_proved)
+        patch.setattr("specdec.hf.view.prove", _take_as_proved)
         patch.setattr(compiled, "_has_regions", True)  # put back, whatever becomes of it
         patch.setenv("SPECDEC_STRICT", "1")
         yield {

@@ -12,17 +12,17 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 import specdec
-import specdec.decoder
-from specdec.decoder import Decoder
+import specdec.engine.decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.engine.decoder import Decoder
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.slots import Text
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
-from specdec.rows import Text
-from specdec.sampling import SamplingLaw
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
 
 Tiny = Callable[..., PreTrainedModel]
 SLOTS, LONGEST_PROMPT, MOST_NEW = 5, 90, 40
@@ -68,7 +68,7 @@ def test_joining_texts_compile_nothing_again(
     tiny: Tiny, kind: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hundreds of steps; prompts are written in pieces between them, and greedily the controller changes its mind."""
-    monkeypatch.setattr(specdec.rows, "CHUNK", 32)
+    monkeypatch.setattr(specdec.engine.slots, "CHUNK", 32)
     target, texts, law = tiny("llama"), random_texts(110), law_of(do_sample)
     decoder = decoder_of(tiny, kind, CompiledSteps(True))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -90,8 +90,8 @@ def test_joining_texts_compile_nothing_again(
 
 def test_a_batch_begins_together(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step is taken for a few while the others' prompts wait; only newcomers are written between steps."""
-    monkeypatch.setattr(specdec.rows, "FIRST_CHUNK", 16)
-    monkeypatch.setattr(specdec.rows, "CHUNK", 4)
+    monkeypatch.setattr(specdec.engine.slots, "FIRST_CHUNK", 16)
+    monkeypatch.setattr(specdec.engine.slots, "CHUNK", 4)
     texts = [Text(torch.arange(8, 38), new) for new in (3, 3, 9, 9)]
     decoder = decoder_of(tiny, "ngram", CompiledSteps(False))
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_a_prompt_that_cannot_be_written_loses_no_other(tiny: Tiny, monkeypatch:
     decoder = decoder_of(tiny, "ngram", CompiledSteps(False))
     monkeypatch.setattr(ModelView, "_write", fails)
     texts[4].prompt[-2] = 4  # no other prompt holds it
-    decode_all: Iterator[list[specdec.decoder.Emitted]] = decoder.run(texts, 8, 130, 130, law, EOS)
+    decode_all: Iterator[list[specdec.engine.decoder.Emitted]] = decoder.run(texts, 8, 130, 130, law, EOS)
     with torch.no_grad():
         for _ in decode_all:
             pass

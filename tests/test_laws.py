@@ -23,8 +23,8 @@ from transformers.generation.logits_process import (
 )
 
 import specdec
+from specdec.engine.laws import SamplingLaw
 from specdec.kernels.sampling.row_law import row_law, row_probs
-from specdec.sampling import SamplingLaw
 
 Tiny = Callable[..., PreTrainedModel]
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import specdec
-from specdec import TokenTree, buffers
-from specdec.drafters.base import Draft
+from specdec import TokenTree
 from specdec.drafters.ngram import NgramDrafter
+from specdec.engine import memory as buffers
+from specdec.engine.draft import Draft
 from specdec.graphs.compiled import CompiledSteps
 
 FAR = [{"max_length": 10**30}, {"max_new_tokens": 2**31}, {"max_new_tokens": 10**8}, {"max_length": 2**63 - 1}]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, pipeline
 
 from specdec import Result, generate_many, zoo
-from specdec.decoder import Decoder
+from specdec.engine.decoder import Decoder
 
 LENGTHS = [9, 2, 31, 1, 14, 6, 22, 3, 3, 17, 5, 40]
 TEXTS = list(torch.randint(1, 97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).split(LENGTHS))

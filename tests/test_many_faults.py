@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from specdec import Result, generate_many
-from specdec.cache import RaggedCache
-from specdec.decoder import Decoder
-from specdec.state import BatchState
+from specdec.engine.decoder import Decoder
+from specdec.engine.state import BatchState
+from specdec.hf.cache import RaggedCache
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), [

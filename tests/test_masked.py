@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.attention import masked_attention
-from specdec.cache import RaggedCache, readable
-from specdec.decoder import Decoder
-from specdec.drafters.base import Draft
 from specdec.drafters.ngram import NgramDrafter
-from specdec.tree import TokenTree
+from specdec.engine.decoder import Decoder
+from specdec.engine.draft import Draft
+from specdec.engine.tree import TokenTree
+from specdec.hf.attention import masked_attention
+from specdec.hf.cache import RaggedCache, readable
 
 BAD = 96
 """A token whose embedding is not finite, and which no text holds."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from specdec.drafters.ngram import NgramDrafter
-from specdec.sampling import SamplingLaw
-from specdec.state import BatchState
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.state import BatchState
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
 

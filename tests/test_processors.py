@@ -13,8 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from transformers.generation import logits_process
 
 import specdec
-from specdec import processors, zoo
-from specdec.sampling import _NUMBERS, is_of_a_row
+from specdec import zoo
+from specdec.engine.laws import _NUMBERS, is_of_a_row
+from specdec.hf import processors
 
 GREEDY: dict[str, dict[str, Any]] = {
     "RepetitionPenaltyLogitsProcessor": {"repetition_penalty": 1.7},
@@ -78,7 +79,7 @@ def _asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.extend(type(processor).__name__ for processor in given)
         return original(given, *rest)
 
-    monkeypatch.setattr("specdec.request.process_row", process_row)
+    monkeypatch.setattr("specdec.hf.call.process_row", process_row)
     return names
 
 

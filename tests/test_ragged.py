@@ -16,18 +16,18 @@ from test_trees import near
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-import specdec.decoder
+import specdec.engine.decoder
 from specdec import TokenTree
-from specdec.control import Controller, Habit, Plan
-from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.engine.control import Controller, Habit, Plan
+from specdec.engine.decoder import Decoder
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.slots import Rows, Text
+from specdec.engine.stats import Stats
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf import names
-from specdec.rows import Rows, Text
-from specdec.sampling import SamplingLaw
-from specdec.stats import Stats
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
 
 NEW = 40
 LENGTHS = [60, 1, 23, 2, 7, 41, 1, 12, 3, 55, 30, 5, 2, 17, 48, 9]
@@ -151,7 +151,7 @@ class _SeenRows(Rows):
 
 @pytest.fixture
 def rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specdec.decoder, "Rows", _SeenRows)
+    monkeypatch.setattr(specdec.engine.decoder, "Rows", _SeenRows)
 
 
 def prefilled(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -192,8 +192,8 @@ def test_committed_entries_are_those_of_a_prefill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Texts join and end, and steps draft as it comes: nothing for some, parts of it for others."""
-    monkeypatch.setattr(specdec.decoder, "Controller", _AnyPlan)
-    monkeypatch.setattr(specdec.rows, "CHUNK", 16)
+    monkeypatch.setattr(specdec.engine.decoder, "Controller", _AnyPlan)
+    monkeypatch.setattr(specdec.engine.slots, "CHUNK", 16)
     # All of a chain is right, and the token after it has not been run; of a tree, some path.
     draft = near(model) if tree is TREE else model
     decoder = decoder_of(model, tree, draft)

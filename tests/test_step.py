@@ -17,21 +17,21 @@ from transformers.generation.logits_process import (
 )
 
 import specdec
-from specdec.control import Controller
-from specdec.decoder import Decoder
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.engine.control import Controller
+from specdec.engine.decoder import Decoder
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.slots import Rows, Text
+from specdec.engine.state import BatchState
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.view import ModelView
 from specdec.kernels.verify.verify_greedy import verify_greedy_reference
-from specdec.rows import Rows, Text
-from specdec.sampling import SamplingLaw
-from specdec.state import BatchState
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.verifiers import VERIFIERS
-from specdec.view import ModelView
+from specdec.verifiers.base import VERIFIERS
 
 # Operators that read device memory on the host, or whose output shape depends on values.
 HOST_READS = ("_local_scalar_dense", "item", "nonzero", "tolist", "masked_select", "unique", "cpu", "numpy", "equal")

@@ -26,12 +26,13 @@ from bench import (
     verifiers,
     warmup,
 )  # fmt: skip
-from specdec import handle, measure
-from specdec.cli import app
+from specdec import handle
+from specdec.cli import measure
+from specdec.cli.app import app
+from specdec.engine.slots import Text
+from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs import compiled
-from specdec.rows import Text
-from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from specdec.tree import TokenTree
+from specdec.engine.tree import TokenTree
 
 CPU = torch.device("cpu")
 TREES = {

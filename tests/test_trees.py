@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import specdec
 from specdec import TokenTree
-from specdec.decoder import Decoder
+from specdec.engine.decoder import Decoder
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2"]
 TREES = {
@@ -115,7 +115,7 @@ def test_no_slot_to_spare(
     dense: bool, shape: str, model: PreTrainedModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Caches have room for the next step alone, and grow with every one."""
-    monkeypatch.setattr(specdec.buffers, "SLOT_BUCKET", 1)
+    monkeypatch.setattr(specdec.engine.memory, "SLOT_BUCKET", 1)
     wrapped = wrap(model, model, tree=TREES[shape])
     decoder = decoder_of(wrapped)
     if dense:

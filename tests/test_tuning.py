@@ -14,11 +14,11 @@ from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from transformers import PreTrainedModel
 
 from specdec import TokenTree
-from specdec.best_tree import StepCost, expected_tokens, fastest_tree
 from specdec.handle import Handle
 from specdec.hf.names import LoopCall
-from specdec.tuning import PROBES, Choice, forward_seconds
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
+from specdec.tune.best_tree import StepCost, expected_tokens, fastest_tree
+from specdec.tune.choose import PROBES, Choice, forward_seconds
 
 FREE = StepCost({1: 1.0, 8: 1.0}, 0.0)  # drafts cost nothing
 DEAR = StepCost({1: 1.0, 8: 8.0}, 5.0)
@@ -40,7 +40,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[StepCost], None]:
     """Makes this the cost that is measured: a test's tree must not depend on the machine's mood."""
 
     def fix(cost: StepCost) -> None:
-        monkeypatch.setattr("specdec.tuning.measure_cost", lambda *_: cost)
+        monkeypatch.setattr("specdec.tune.choose.measure_cost", lambda *_: cost)
 
     return fix
 
@@ -150,7 +150,7 @@ def test_what_is_decoded_and_timed(
         return FREE
 
     monkeypatch.setattr(Handle, "generate", record)
-    monkeypatch.setattr("specdec.tuning.measure_cost", cost)
+    monkeypatch.setattr("specdec.tune.choose.measure_cost", cost)
     wrapped = wrap(model, draft, verifier="rrsw")
     wrapped.specdec.tune(**prompts(RAGGED), max_nodes=12, **SETTINGS)
     told = 0.7, 24, "rrsw"

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
 import specdec
-from specdec import proof, twin
-from specdec.twin import Look
-from specdec.view import ModelView
+from specdec.hf import proof, twin
+from specdec.hf.twin import Look
+from specdec.hf.view import ModelView
 
 
 class Strength(enum.Enum):

@@ -22,10 +22,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
-from specdec import suited
-from specdec.decoder import Decoder, Emitted
+from specdec.engine.decoder import Decoder, Emitted
+from specdec.engine.slots import Text
 from specdec.hf import names
-from specdec.rows import Text
+from specdec.hf import support as suited
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -128,8 +128,8 @@ def test_the_models_gpu_is_the_current_one(
     decoder = object.__new__(Decoder)
     decoder.target = SimpleNamespace(cache=None)  # type: ignore[assignment]
     monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: decoder)
-    law = specdec.sampling.SamplingLaw(True)
-    monkeypatch.setattr(specdec.sampling.SamplingLaw, "from_processors", lambda *_: law)
+    law = specdec.engine.laws.SamplingLaw(True)
+    monkeypatch.setattr(specdec.engine.laws.SamplingLaw, "from_processors", lambda *_: law)
     assert wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
     assert ran_on == [1, 1]
     assert [device.index for device in current] == [0]

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 
 import specdec
-from specdec.decoder import Decoder
 from specdec.drafters.vocabulary import ForeignDraft, Overlap
+from specdec.engine.decoder import Decoder
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.slots import Rows, Text
 from specdec.graphs.compiled import _own_code
-from specdec.rows import Rows, Text
-from specdec.sampling import SamplingLaw
 
 N = 97
 SHAPES: dict[str, dict[str, Any]] = {"chain": {"depth": 3}, "tree": {"tree": TREES["ragged"]}}

@@ -14,7 +14,7 @@ from side_by_side import RAGGED, Prompts, same, wrap
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.decoder import Decoder
+from specdec.engine.decoder import Decoder
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -23,7 +23,7 @@ def test_warmup_leaves_no_trace(wrapped: PreTrainedModel, model: PreTrainedModel
     seeds = wrapped.specdec.seeds = torch.arange(len(RAGGED))
     for settings in ({}, {"do_sample": True, "top_p": 0.9}):
         wrapped.specdec.warmup(batch_sizes=(2, 3), max_length=40, **settings)
-    assert wrapped.specdec.stats.to_dict() == specdec.stats.Stats().to_dict()
+    assert wrapped.specdec.stats.to_dict() == specdec.engine.stats.Stats().to_dict()
     assert torch.equal(wrapped.specdec.seeds, seeds)
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
 

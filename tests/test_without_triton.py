@@ -11,7 +11,7 @@ _CODE = """
 import sys
 sys.modules["triton"] = None
 import json, torch
-from specdec.info import ops
+from specdec.cli.info import ops
 from specdec.kernels.library import OPS
 from specdec.kernels.attention.tree_mask import ancestor_words
 

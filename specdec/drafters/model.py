@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.drafters.base import Draft, DraftLaw
 from specdec.drafters.vocabulary import Overlap
+from specdec.engine.draft import Draft, DraftLaw
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.packing import Nodes
+from specdec.engine.state import BatchState
+from specdec.engine.tree import TokenTree
+from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
 from specdec.kernels.sampling.draw_children import draw_children
 from specdec.kernels.sampling.noise import BONUS, DRAFT
-from specdec.nodes import Nodes
-from specdec.sampling import SamplingLaw
-from specdec.state import BatchState
-from specdec.tree import TokenTree
-from specdec.verifiers import AUTO, Verifier
-from specdec.view import ModelView
+from specdec.verifiers.base import AUTO, Verifier
 
 DEPTHS = (1, 2, 3, 5, 8, 13, 21)
 """Levels it can be asked for: deep drafts need not be choosable to the token, and each depth is compiled."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from specdec.arguments import whole
-from specdec.drafters.base import Draft
-from specdec.sampling import SamplingLaw
-from specdec.state import BatchState
-from specdec.tree import TokenTree
+from specdec.engine.draft import Draft
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.state import BatchState
+from specdec.engine.tree import TokenTree
 
 
 class NgramDrafter:

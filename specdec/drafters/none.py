@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import Draft
-from specdec.sampling import SamplingLaw
-from specdec.state import BatchState
-from specdec.tree import TokenTree
+from specdec.engine.draft import Draft
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.state import BatchState
+from specdec.engine.tree import TokenTree
 
 
 class NoDrafter:

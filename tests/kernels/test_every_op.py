@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import specdec.kernels
+from specdec.engine.tree import TokenTree
 from specdec.kernels.cache.kv_cache import cache_table
 from specdec.kernels.library import INTERPRETED, OPS, runs_triton
-from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 

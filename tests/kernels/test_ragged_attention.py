@@ -10,6 +10,8 @@ import torch
 from aot import _compiling, compiles_without_spilling, meta
 from torch import Tensor
 
+from specdec.engine.packing import Nodes
+from specdec.engine.tree import TokenTree
 from specdec.kernels.attention import tree_attention as module
 from specdec.kernels.attention.ragged_attention import (
     ragged_attention,
@@ -20,8 +22,6 @@ from specdec.kernels.attention.ragged_attention import (
 from specdec.kernels.attention.tree_mask import n_words
 from specdec.kernels.cache.kv_cache import cache_table
 from specdec.kernels.library import runs_triton
-from specdec.nodes import Nodes
-from specdec.tree import TokenTree
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned_outputs")]
 

@@ -11,12 +11,12 @@ from rows import OFF, Knobs
 from torch import Tensor
 from trees import RAGGED, RULES, WALKS, TreeCase, bonus_of, check_decisions, tree_case
 
+from specdec.engine.tree import TokenTree
 from specdec.kernels.sampling.draw import draw
 from specdec.kernels.sampling.draw_children import draw_children
 from specdec.kernels.sampling.noise import DRAFT
 from specdec.kernels.sampling.row_law import row_law, row_probs
 from specdec.kernels.sampling.top_support import top_support
-from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 

@@ -8,8 +8,8 @@ from aot import compiles_without_spilling, meta
 from torch import Tensor
 from trees import RAGGED, strided
 
+from specdec.engine.tree import TokenTree
 from specdec.kernels.verify.verify_greedy import verify_greedy, verify_greedy_reference, verify_greedy_triton
-from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 

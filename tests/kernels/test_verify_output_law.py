@@ -16,9 +16,9 @@ from oracle import KINDS, Number, Process, Rule, Text, drafted_trees, random_pro
 from torch import Tensor
 from trees import N_HUBS, WALKS, TreeCase
 
+from specdec.engine.tree import TokenTree
 from specdec.kernels.verify import verify_tree as module
 from specdec.kernels.verify.verify_tree import verify_tree_reference
-from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 

@@ -12,10 +12,10 @@ from aot import compiles_without_spilling, meta
 from rows import OFF, Knobs, far_apart
 from trees import RAGGED, RULES, WALKS, check_decisions, strided, tree_case
 
+from specdec.engine.tree import TokenTree
 from specdec.kernels.library import jit, runs_triton, tl
 from specdec.kernels.verify.tree_rules import weigh_children, weigh_children_reference
 from specdec.kernels.verify.verify_tree import verify_tree, verify_tree_reference, verify_tree_triton
-from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 

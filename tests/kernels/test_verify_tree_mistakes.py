@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from trees import RAGGED, RULES, WALKS, bonus_of, check_decisions, tree_case
 
+from specdec.engine.tree import TokenTree
 from specdec.kernels.sampling.noise import ACCEPT, uniform_reference
 from specdec.kernels.verify import verify_tree as module
 from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT
 from specdec.kernels.verify.verify_tree import verify_tree, verify_tree_reference
-from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.kernels
 

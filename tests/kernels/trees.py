@@ -12,13 +12,13 @@ import torch
 from rows import OFF, Knobs
 from torch import Tensor
 
+from specdec.engine.tree import TokenTree
 from specdec.kernels.sampling.draw_children import draw_children_cpu
 from specdec.kernels.sampling.draw_row import draw_row
 from specdec.kernels.sampling.noise import BONUS, DRAFT
 from specdec.kernels.sampling.row_law import row_law_reference
 from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT
 from specdec.kernels.verify.verify_tree import verify_tree, verify_tree_cpu, verify_tree_reference
-from specdec.tree import TokenTree
 
 Verified = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

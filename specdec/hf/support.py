@@ -15,9 +15,9 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from specdec.errors import Unsupported
 from specdec.hf import names
+from specdec.hf.proof import check_forward
+from specdec.hf.view import learned_positions
 from specdec.kernels.library import triton
-from specdec.proof import check_forward
-from specdec.view import learned_positions
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
 """Choosing the tree: what this machine takes for a step, and what the draft model gets accepted.
 
 Trees of several shapes are decoded with, uncompiled, for how often the path goes on through each child; the target's
-forward is timed, compiled, at several numbers of nodes. `specdec.best_tree` makes the rest of it.
+forward is timed, compiled, at several numbers of nodes. `specdec.tune.best_tree` makes the rest of it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from specdec.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
 from specdec.config import Config
+from specdec.engine.packing import Nodes
+from specdec.engine.stats import Stats
+from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
-from specdec.nodes import Nodes
-from specdec.stats import Stats
-from specdec.tree import TokenTree
-from specdec.view import ModelView
+from specdec.tune.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of nodes at which a forward is timed."""
@@ -44,7 +44,7 @@ class Choice:
 
     Attributes:
         tree: the fastest; chain: the fastest chain.
-        acceptance, cost: what they were chosen by (see `specdec.best_tree`).
+        acceptance, cost: what they were chosen by (see `specdec.tune.best_tree`).
     """
 
     tree: TokenTree

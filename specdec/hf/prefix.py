@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specdec.cache import RaggedCache
 from specdec.errors import Unsupported
 from specdec.hf import names
+from specdec.hf.cache import RaggedCache
 
 if TYPE_CHECKING:
-    from specdec.decoder import Decoder
+    from specdec.engine.decoder import Decoder
 
 
 def is_users(cache: Any) -> bool:

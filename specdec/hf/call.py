@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from specdec import ambient
+from specdec.engine.laws import SamplingLaw, is_of_a_row
+from specdec.engine.slots import Text
 from specdec.errors import Unsupported
-from specdec.hf import names
-from specdec.past import Past, is_users
-from specdec.processors import Process, Record, asks_user, is_pure, process_row
-from specdec.processors import check as check_processors
-from specdec.rows import Text
-from specdec.sampling import SamplingLaw, is_of_a_row
-from specdec.suited import check_context, check_mode
+from specdec.hf import ambient, names
+from specdec.hf.prefix import Past, is_users
+from specdec.hf.processors import Process, Record, asks_user, is_pure, process_row
+from specdec.hf.processors import check as check_processors
+from specdec.hf.support import check_context, check_mode
 
 if TYPE_CHECKING:
-    from specdec.decoder import Decoder
+    from specdec.engine.decoder import Decoder
 
 _UNLIMITED = 2**48  # tokens: more than any text will have, and few enough to count with
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.drafters.base import Draft, Drafter, DraftLaw
+from specdec.engine.draft import Draft, Drafter, DraftLaw
 from specdec.graphs.captured import Upload
 
 

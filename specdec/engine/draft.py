@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from specdec.tree import TokenTree
+from specdec.engine.tree import TokenTree
 
 if TYPE_CHECKING:
-    from specdec.sampling import SamplingLaw
-    from specdec.state import BatchState
+    from specdec.engine.laws import SamplingLaw
+    from specdec.engine.state import BatchState
 
 
 @dataclass

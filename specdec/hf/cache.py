@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.engine.packing import Nodes
 from specdec.hf import names
 from specdec.kernels.cache.kv_cache import cache_table, kv_append_, kv_commit_
 from specdec.kernels.library import runs_triton
-from specdec.nodes import Nodes
 
 
 class RaggedLayer:
@@ -58,7 +58,7 @@ class RaggedCache(names.Cache):
 
     Attributes:
         is_flat: whether the model's own attention runs, over all samples' slots in one row.
-        asked: what each layer asked of its attention, where that is to be noted (see `specdec.proof`).
+        asked: what each layer asked of its attention, where that is to be noted (see `specdec.hf.proof`).
         is_asked_for_length: whether a layer wanted to know its length, which no one number is.
 
     `nodes` is the metadata of the forward in flight: it travels on the cache, which every model passes along,

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import specdec.kernels
-from specdec import measure, zoo
+from specdec import zoo
+from specdec.cli import measure
 from specdec.kernels.cpu import compiler_error, compiler_name
 from specdec.kernels.library import OPS
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.hf import names
-from specdec.tree import TokenTree
 
 TREE = TokenTree((-1, 0, 0, 1))
 PATHS = (0, 1, 3), (0, 2)

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specdec import ambient
 from specdec.errors import Unsupported
-from specdec.hf import names
+from specdec.hf import ambient, names
 
 LARGE, LARGE_BYTES = 2**12, 2**20
 """Elements of a container, and bytes of an array, beyond which it is not looked into at every call."""

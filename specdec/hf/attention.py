@@ -4,7 +4,7 @@ Both read the forward's `Nodes` from the cache that hangs on the (private) confi
 ways to attend: the fused op for a step's tree nodes, wherever it has a kernel; the Triton kernel for a prompt's text,
 wherever Triton runs; dense PyTorch under a mask for the rest (prefill and half precision on a CPU, and layers that ask
 for what the kernels do not know); and, in models that attend by themselves, their own attention under a mask of all
-samples' slots. `specdec.proof` finds out which is right.
+samples' slots. `specdec.hf.proof` finds out which is right.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.cache import RaggedCache, readable
 from specdec.hf import names
+from specdec.hf.cache import RaggedCache, readable
+from specdec.hf.windows import Asked
 from specdec.kernels.attention.ragged_attention import ragged_attention
 from specdec.kernels.attention.tree_attention import tree_attention
-from specdec.windows import Asked
 
 NAME = "specdec"
 

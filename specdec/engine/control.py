@@ -24,7 +24,7 @@ from itertools import accumulate
 from operator import is_not
 from typing import NamedTuple
 
-from specdec.tree import TokenTree
+from specdec.engine.tree import TokenTree
 
 KEEP = 1.015
 """A plan is dropped for one that promises this many times its tokens per second; not drafting counts as so much faster

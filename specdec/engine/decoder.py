@@ -18,24 +18,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.buffers import Buffers
-from specdec.control import Controller, Plan
-from specdec.drafters.base import Drafter, DraftLaw
+from specdec.engine.control import Controller, Plan
+from specdec.engine.draft import Drafter, DraftLaw
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.memory import Buffers
+from specdec.engine.packing import Nodes
+from specdec.engine.slots import Rows, Text
+from specdec.engine.state import BatchState
+from specdec.engine.stats import Stats
 from specdec.graphs.captured import CapturedSteps, Mark, Readback
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.processors import Chosen, walk
+from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
 from specdec.kernels.sampling.draw_row import draw_row
 from specdec.kernels.sampling.noise import BONUS
 from specdec.kernels.verify.verify_greedy import verify_greedy
 from specdec.kernels.verify.verify_tree import verify_tree
-from specdec.nodes import Nodes
-from specdec.processors import Chosen, walk
-from specdec.rows import Rows, Text
-from specdec.sampling import SamplingLaw
-from specdec.state import BatchState
-from specdec.stats import Stats
-from specdec.verifiers import AUTO, Verifier
-from specdec.view import ModelView
+from specdec.verifiers.base import AUTO, Verifier
 
 Steps = CompiledSteps | CapturedSteps
 
@@ -118,8 +118,8 @@ class Decoder:
         return state.report()
 
     def look(self, state: BatchState, law: SamplingLaw, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The first half of `judge`, where the host decides (see `specdec.processors`): logits [T, V], how many nodes
-        of each sample they come after, [B], and where each sample's begin, [B + 1] int64."""
+        """The first half of `judge`, where the host decides (see `specdec.hf.processors`): logits [T, V], how many
+        nodes of each sample they come after, [B], and where each sample's begin, [B + 1] int64."""
         nodes, n_nodes, logits = self._forward(state, token)
         return logits, n_nodes, nodes.starts
 

@@ -67,7 +67,7 @@ def demo(
 
     Exits with 1 if specdec's text differs from transformers', or was not decoded as asked for.
     """
-    from specdec import demo as demo_
+    from specdec.cli import demo as demo_
 
     console = Console()
     text = demo_.PROMPT if prompt is None else prompt
@@ -90,7 +90,7 @@ def demo(
 @app.command()
 def info() -> None:
     """Show versions, device, compiler, the implementation of every op, and the bundled pair's figures."""
-    from specdec import info as info_
+    from specdec.cli import info as info_
 
     info_.show(Console())
 

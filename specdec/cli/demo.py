@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from specdec import measure
+from specdec.cli import measure
 
 PROMPT = '''class LRUCache:
     """A cache that forgets the least recently used entry."""

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import specdec
 from specdec import zoo
-from specdec.stats import Stats
+from specdec.engine.stats import Stats
 
 LOOKUP_TOKENS = 8
 """Tokens that transformers' prompt lookup proposes a step: as many as specdec's n-gram drafter."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specdec.drafters.base import Drafter
+from specdec.engine.draft import Drafter
+from specdec.engine.slots import FIRST_CHUNK
+from specdec.engine.state import BatchState
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
-from specdec.rows import FIRST_CHUNK
-from specdec.state import BatchState
-from specdec.view import ModelView
+from specdec.hf.view import ModelView
 
 SLOT_BUCKET = 256
 """Cache capacity is a multiple of this many slots, and grows with the text."""

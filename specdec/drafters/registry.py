@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.config import Config
-from specdec.drafters.base import Drafter
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.suited import has_own_forward, moving_rope
-from specdec.tree import TokenTree
-from specdec.verifiers import VERIFIERS
+from specdec.engine.draft import Drafter
+from specdec.engine.tree import TokenTree
+from specdec.hf.support import has_own_forward, moving_rope
+from specdec.verifiers.base import VERIFIERS
 
 DraftSource: TypeAlias = PreTrainedModel | ForeignDraft | Drafter | str | None
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from specdec.tree import TokenTree
+from specdec.engine.tree import TokenTree
 
 Acceptance = Mapping[int, Sequence[float]]
 """By number of children k: k probabilities, that a step at such a node goes on through its j-th child."""

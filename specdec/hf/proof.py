@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.engine.packing import Nodes
 from specdec.errors import Unsupported, warn
-from specdec.nodes import Nodes
-from specdec.plain import TREE, Plain, draw_texts, family_of, run_plainly
-from specdec.windows import Asked, is_window, is_within, named_windows
+from specdec.hf.plain import TREE, Plain, draw_texts, family_of, run_plainly
+from specdec.hf.windows import Asked, is_window, is_within, named_windows
 
 if TYPE_CHECKING:
-    from specdec.view import ModelView
+    from specdec.hf.view import ModelView
 
 SHORT, LONG, LONGEST = 7, 64, 1024
 """Tokens of the short text; of the longer one, at least; and the longest window that it goes past."""

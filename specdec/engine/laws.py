@@ -65,8 +65,8 @@ class SamplingLaw:
 
     Attributes:
         greedy: take the argmax.
-        by_text: the law depends on the text, and is asked for on the host (see `specdec.processors`); what is said here
-            is what drafts are drawn from.
+        by_text: the law depends on the text, and is asked for on the host (see `specdec.hf.processors`); what is said
+            here is what drafts are drawn from.
         warpers: transformers' warpers, in their order.
         key: equal for laws that share one compiled step.
         knobs: [3] float32, inverse temperature, top-p and min-p, if these and `top_k` say all that the warpers do.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from specdec.state import BatchState
-    from specdec.tree import TokenTree
+    from specdec.engine.state import BatchState
+    from specdec.engine.tree import TokenTree
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Stats:
             through its 1st, ..., k-th child.
         seconds: wall-clock seconds by phase: "prefill", "decode", and "compile" for steps that compiled.
         tree: how the tree was chosen, if `tune()` has chosen it.
-        control: how much was drafted in the last call's last steps, and why (see `specdec.control`).
+        control: how much was drafted in the last call's last steps, and why (see `specdec.engine.control`).
         undrafted_texts: by reason, how often a step drafted nothing for a text that it drafts for otherwise.
         decoded: `generate()` calls decoded by specdec. fallbacks: those that ran transformers' own loop, by reason.
         dropped_drafts: those decoded by specdec without their draft, which could not be prepared, by reason.

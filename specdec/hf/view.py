@@ -1,7 +1,7 @@
 """ModelView: a private copy of a model's modules over the same weights, set up to run flat ragged tokens.
 
 The user's model is never touched: its configuration, attention implementation, hooks and forwards stay as they are,
-and any number of views of one model can run side by side. Only the module tree is copied (see `specdec.twin`);
+and any number of views of one model can run side by side. Only the module tree is copied (see `specdec.hf.twin`);
 parameters, buffers and all else are shared.
 """
 
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from specdec import attention
-from specdec.cache import RaggedCache
+from specdec.engine.packing import Nodes
+from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import as_region
-from specdec.hf import names
+from specdec.hf import attention, names
+from specdec.hf.cache import RaggedCache
+from specdec.hf.proof import prove
+from specdec.hf.twin import Look
 from specdec.kernels.attention.ragged_attention import can_run
-from specdec.nodes import Nodes
-from specdec.proof import prove
-from specdec.tree import TokenTree
-from specdec.twin import Look
 
 if TYPE_CHECKING:
     from specdec.graphs.captured import CapturedSteps

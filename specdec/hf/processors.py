@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from specdec.engine.laws import SamplingLaw, is_of_a_row
 from specdec.errors import Unsupported
 from specdec.hf import names
 from specdec.kernels.sampling.draw_row import draw_row
 from specdec.kernels.sampling.noise import BONUS
-from specdec.sampling import SamplingLaw, is_of_a_row
 
 if TYPE_CHECKING:
-    from specdec.rows import Text
-    from specdec.state import BatchState
-    from specdec.tree import TokenTree
+    from specdec.engine.slots import Text
+    from specdec.engine.state import BatchState
+    from specdec.engine.tree import TokenTree
 
 Process = Callable[[Tensor, Tensor], Tensor]
 """From a text [1, length] int64, without padding, and its next token's logits [1, V] float32 to scores [1, V]."""

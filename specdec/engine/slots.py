@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.control import Habit
-from specdec.drafters.base import Drafter
-from specdec.past import Past
-from specdec.processors import Process, Record
-from specdec.state import BatchState
-from specdec.view import ModelView
+from specdec.engine.control import Habit
+from specdec.engine.draft import Drafter
+from specdec.engine.state import BatchState
+from specdec.hf.prefix import Past
+from specdec.hf.processors import Process, Record
+from specdec.hf.view import ModelView
 
 CHUNK = 256
 """Tokens of newcomers' prompts that are written between two steps of the others, which are kept waiting."""
