@@ -25,7 +25,7 @@ from specdec.kernels.sampling.draw_row import draw_row, draw_row_reference
 from specdec.kernels.sampling.noise import BONUS, DRAFT
 from specdec.kernels.verify.verify_greedy import verify_greedy, verify_greedy_reference
 from specdec.kernels.verify.verify_tree import verify_tree, verify_tree_reference
-from specdec.verifiers.base import AUTO
+from specdec.verifiers import AUTO
 
 Widths = tuple[int, ...]
 Walked = tuple[Tensor, Tensor, Tensor]

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.arguments import flag, whole
-from specdec.engine.decoder import Emitted
-from specdec.engine.slots import Text
+from specdec.engine.loop import Emitted
+from specdec.engine.text import Text
 from specdec.handle import Call, Handle, decoding
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Any]

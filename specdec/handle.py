@@ -22,11 +22,11 @@ from specdec.arguments import whole
 from specdec.config import Config
 from specdec.drafters.registry import DraftSource, check_draft, draft_model, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
+from specdec.engine.loop import Decoder
 from specdec.engine.seeds import Seeds
-from specdec.engine.slots import Text
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported, warn
 from specdec.graphs.captured import CapturedSteps
@@ -37,7 +37,7 @@ from specdec.hf.prefix import is_users
 from specdec.hf.support import check_model
 from specdec.hf.view import ModelView
 from specdec.tune.choose import Choice, choose
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 N_NAMED = 4
 """Decoders kept of those that calls have named the draft of, `assistant_model=` or a number of words to look up: each
@@ -262,15 +262,17 @@ class Handle:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(call)
             decoder = self.decoder(draft, request.law, config)
+            view = self._target
+            assert view is not None
             if request.past is not None:
-                request.past.check(decoder.target.layer_shapes, decoder.target.module.dtype)
+                request.past.check(view.layer_shapes, view.module.dtype)
             with decoding(model):
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
                 texts = self._run(decoder, request, streamer)
                 self.stats.decoded += 1
-                return request.result(input_ids, texts, decoder)
+                return request.result(input_ids, texts, decoder, view)
         except Unsupported as error:
             why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
         except torch.OutOfMemoryError:

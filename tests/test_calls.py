@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import specdec
-import specdec.engine.decoder
+import specdec.engine.loop
 from specdec import SpecdecWarning, TokenTree, zoo
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.vocabulary import ForeignDraft
@@ -117,7 +117,7 @@ def test_compiled_code_goes_with_its_decoder(tiny: Tiny, prompts: Prompts) -> No
 
     def compiled() -> set[str]:
         gc.collect()
-        return {name for name in vars(specdec.engine.decoder) if name.startswith("__compiled_fn")}
+        return {name for name in vars(specdec.engine.loop) if name.startswith("__compiled_fn")}
 
     before, wrapped = compiled(), specdec.compile(tiny("llama"), draft=None, depth=2, adapt=False)
     wrapped.generate(**prompts([6]), max_new_tokens=2, prompt_lookup_num_tokens=2)

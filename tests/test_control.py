@@ -17,13 +17,13 @@ from transformers import LogitsProcessorList
 
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine.control import Controller, Habit, Plan, StepTimes
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
+from specdec.engine.loop import Decoder
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf.view import ModelView
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 FORWARDS = {
     "bandwidth bound": lambda t: 1 + 0.01 * t,

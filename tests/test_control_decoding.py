@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine.control import Controller, Habit, Plan
-from specdec.engine.decoder import Decoder
+from specdec.engine.loop import Decoder
 from specdec.engine.state import BatchState
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree

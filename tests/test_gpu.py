@@ -16,10 +16,10 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 import specdec
 from bench import tree_cases
 from specdec.drafters.model import ModelDrafter
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Text
+from specdec.engine.loop import Decoder
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs.backend import specdec as backend
 from specdec.graphs.captured import CapturedSteps

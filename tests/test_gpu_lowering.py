@@ -15,9 +15,9 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.engine.decoder import Decoder
-from specdec.engine.draft import Drafter
 from specdec.engine.laws import SamplingLaw
+from specdec.engine.loop import Decoder
+from specdec.engine.roles import Drafter
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs import compiled
@@ -150,10 +150,10 @@ def _generate(case: Case, models: Models) -> no_device.Code:
         write = decoder.steps.get(decoder.target.write_packed, step, n_batch)
         return no_device.generate(write, *(x.to(no_device.DEVICE) for x in given))
     if step == "draft":
-        draft = decoder.steps.get(decoder.draft, step, n_batch)
-        return no_device.generate(draft, state, law, decoder.count(n_batch), decoder.tree.depth)
-    token = decoder.count(n_batch * len(decoder.tree))
-    return no_device.generate(decoder.steps.get(decoder.judge, step, len(token)), state, law, token)
+        draft = decoder.steps.get(decoder.step.draft, step, n_batch)
+        return no_device.generate(draft, state, law, decoder.launcher.count(n_batch), decoder.tree.depth)
+    token = decoder.launcher.count(n_batch * len(decoder.tree))
+    return no_device.generate(decoder.steps.get(decoder.step.judge, step, len(token)), state, law, token)
 
 
 def _marked(case: Case) -> Any:

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 import specdec
-import specdec.engine.decoder
+import specdec.engine.loop
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Text
+from specdec.engine.loop import Decoder
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
@@ -147,7 +147,7 @@ def test_a_prompt_that_cannot_be_written_loses_no_other(tiny: Tiny, monkeypatch:
     decoder = decoder_of(tiny, "ngram", CompiledSteps(False))
     monkeypatch.setattr(ModelView, "_write", fails)
     texts[4].prompt[-2] = 4  # no other prompt holds it
-    decode_all: Iterator[list[specdec.engine.decoder.Emitted]] = decoder.run(texts, 8, 130, 130, law, EOS)
+    decode_all: Iterator[list[specdec.engine.loop.Emitted]] = decoder.run(texts, 8, 130, 130, law, EOS)
     with torch.no_grad():
         for _ in decode_all:
             pass

@@ -16,15 +16,16 @@ from test_trees import near
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-import specdec.engine.decoder
+import specdec.engine.loop
 from specdec import TokenTree
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine.control import Controller, Habit, Plan
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Rows, Text
+from specdec.engine.loop import Decoder
+from specdec.engine.slots import Rows
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf import names
 from specdec.hf.view import ModelView
@@ -151,7 +152,7 @@ class _SeenRows(Rows):
 
 @pytest.fixture
 def rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specdec.engine.decoder, "Rows", _SeenRows)
+    monkeypatch.setattr(specdec.engine.loop, "Rows", _SeenRows)
 
 
 def prefilled(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -192,7 +193,7 @@ def test_committed_entries_are_those_of_a_prefill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Texts join and end, and steps draft as it comes: nothing for some, parts of it for others."""
-    monkeypatch.setattr(specdec.engine.decoder, "Controller", _AnyPlan)
+    monkeypatch.setattr(specdec.engine.loop, "Controller", _AnyPlan)
     monkeypatch.setattr(specdec.engine.slots, "CHUNK", 16)
     # All of a chain is right, and the token after it has not been run; of a tree, some path.
     draft = near(model) if tree is TREE else model
@@ -278,9 +279,9 @@ def test_a_step_of_a_draft_a_root_alone_and_nothing(
     state.stop(0)
     n_drafted = len(decoder.tree) - 1
     state.allowed.copy_(torch.tensor([n_drafted, n_drafted, n_drafted if kind == "ngram" else 0]))
-    decoder.draft(state, law_of(), decoder.count(2 if tree is not None else 3), decoder.tree.depth)
+    decoder.step.draft(state, law_of(), decoder.launcher.count(2 if tree is not None else 3), decoder.tree.depth)
     before = [(layer.keys[:, 0].clone(), layer.values[:, 0].clone()) for layer in decoder.target.cache.layers]
-    report = decoder.judge(state, law_of(), decoder.count(2 + n_drafted + spare)).tolist()
+    report = decoder.step.judge(state, law_of(), decoder.launcher.count(2 + n_drafted + spare)).tolist()
     n_new, n_judged = [row[-5] for row in report], [row[-3] for row in report]
     assert n_judged == [0, n_drafted, 0]
     assert n_new[0] == 0

@@ -21,17 +21,18 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine.control import Controller
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Rows, Text
+from specdec.engine.loop import Decoder
+from specdec.engine.slots import Rows
 from specdec.engine.state import BatchState
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf.view import ModelView
 from specdec.kernels.verify.verify_greedy import verify_greedy_reference
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 # Operators that read device memory on the host, or whose output shape depends on values.
 HOST_READS = ("_local_scalar_dense", "item", "nonzero", "tolist", "masked_select", "unique", "cpu", "numpy", "equal")
@@ -115,16 +116,16 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
     with torch.no_grad():
         reports = {}
         for name, draft_, judge in (
-            ("eager", decoder.draft, decoder.judge),
-            ("traced", *(steps.get(f, f.__name__, 0) for f in (decoder.draft, decoder.judge))),
+            ("eager", decoder.step.draft, decoder.step.judge),
+            ("traced", *(steps.get(f, f.__name__, 0) for f in (decoder.step.draft, decoder.step.judge))),
         ):
             state, rows = filled(decoder, prompts, 8, torch.tensor([3]))
             rows.read(rows.live)
             state.allowed.fill_(len(decoder.tree) - 1)
             reports[name] = []
             for _ in range(3):
-                draft_(state, law, decoder.count(n_batch), decoder.tree.depth)
-                reports[name].append(judge(state, law, decoder.count(n_batch * len(decoder.tree))))
+                draft_(state, law, decoder.launcher.count(n_batch), decoder.tree.depth)
+                reports[name].append(judge(state, law, decoder.launcher.count(n_batch * len(decoder.tree))))
     assert torch.equal(torch.cat(reports["eager"]), torch.cat(reports["traced"]))
     assert len(graphs) == 2
     modules = [m for graph in graphs for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]

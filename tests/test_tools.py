@@ -29,7 +29,7 @@ from bench import (
 from specdec import handle
 from specdec.cli import measure
 from specdec.cli.app import app
-from specdec.engine.slots import Text
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs import compiled

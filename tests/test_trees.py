@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import specdec
 from specdec import TokenTree
-from specdec.engine.decoder import Decoder
+from specdec.engine.loop import Decoder
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2"]
 TREES = {

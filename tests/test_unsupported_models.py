@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
-from specdec.engine.decoder import Decoder, Emitted
-from specdec.engine.slots import Text
+from specdec.engine.loop import Decoder, Emitted
+from specdec.engine.text import Text
 from specdec.hf import names
 from specdec.hf import support as suited
 

@@ -18,9 +18,10 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 import specdec
 from specdec.drafters.vocabulary import ForeignDraft, Overlap
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Rows, Text
+from specdec.engine.loop import Decoder
+from specdec.engine.slots import Rows
+from specdec.engine.text import Text
 from specdec.graphs.compiled import _own_code
 
 N = 97
@@ -261,14 +262,17 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
     prompt = prompts([9])["input_ids"][0]
     drafted = []
     with torch.no_grad():
-        for draft_ in (decoder.draft, torch.compile(_own_code(decoder.draft), backend="eager", fullgraph=True)):
+        for draft_ in (
+            decoder.step.draft,
+            torch.compile(_own_code(decoder.step.draft), backend="eager", fullgraph=True),
+        ):
             state = decoder.buffers.open(1, 20, 9, torch.tensor([3]))
             rows = Rows(iter([Text(prompt, 8)]), state, decoder.target, decoder.drafter, decoder.buffers.grow)
             rows.fill(1)
             rows.write()
             rows.read(rows.live)
             with torch.fx.experimental._config.patch(use_duck_shape=False):  # as steps are compiled
-                draft_(state, law, decoder.count(1), 2)
+                draft_(state, law, decoder.launcher.count(1), 2)
             drafted.append(state.draft.tokens.clone())
     overlap, drawn = overlap_of(wrapped), state.draft.law
     assert overlap is not None

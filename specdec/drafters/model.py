@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.vocabulary import Overlap
-from specdec.engine.draft import Draft, DraftLaw
+from specdec.engine.draft import Draft
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.packing import Nodes
 from specdec.engine.state import BatchState
@@ -18,7 +18,8 @@ from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
 from specdec.kernels.sampling.draw_children import draw_children
 from specdec.kernels.sampling.noise import BONUS, DRAFT
-from specdec.verifiers.base import AUTO, Verifier
+from specdec.verifiers import AUTO
+from specdec.verifiers.base import DraftLaw, Verifier
 
 DEPTHS = (1, 2, 3, 5, 8, 13, 21)
 """Levels it can be asked for: deep drafts need not be choosable to the token, and each depth is compiled."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from specdec.hf import names
 from specdec.kernels.library import runs_triton
 from specdec.kernels.sampling.row_law import row_law
 from specdec.kernels.sampling.top_support import top_support
+from specdec.verifiers.base import RowLaw
 
 TemperatureLogitsWarper = names.processor("TemperatureLogitsWarper")
 TopKLogitsWarper = names.processor("TopKLogitsWarper")
@@ -43,20 +43,6 @@ _CUTS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogits
 def is_of_a_row(processor: object) -> bool:
     """Whether a step can do what the processor does: it looks at nothing but a token's own logits."""
     return type(processor) in _NUMBERS
-
-
-class RowLaw(NamedTuple):
-    """The law of each of T rows of logits, without a copy of the rows (see `specdec.kernels.sampling.row_law`).
-
-    p_i = exp(logits_i * knobs[0] - log_total) where logits_i > threshold, or equal and i >= first; else 0.
-    logits [T, V]; knobs [3] float32; log_total, threshold [T] float32; first [T] int64.
-    """
-
-    logits: Tensor
-    knobs: Tensor
-    log_total: Tensor
-    threshold: Tensor
-    first: Tensor
 
 
 @dataclass(frozen=True)

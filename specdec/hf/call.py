@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from specdec.engine.laws import SamplingLaw, is_of_a_row
-from specdec.engine.slots import Text
+from specdec.engine.text import Process, Record, Text
 from specdec.errors import Unsupported
 from specdec.hf import ambient, names
 from specdec.hf.prefix import Past, is_users
-from specdec.hf.processors import Process, Record, asks_user, is_pure, process_row
+from specdec.hf.processors import asks_user, is_pure, process_row
 from specdec.hf.processors import check as check_processors
 from specdec.hf.support import check_context, check_mode
 
 if TYPE_CHECKING:
-    from specdec.engine.decoder import Decoder
+    from specdec.engine.loop import Decoder
+    from specdec.hf.view import ModelView
 
 _UNLIMITED = 2**48  # tokens: more than any text will have, and few enough to count with
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"
@@ -65,15 +66,15 @@ class Request:
             ends=self.ends[row] if self.ends else None,
             process=self.processes[row] if self.processes else None,
             record=Record() if self.outputs else None,
-            past=self.past if self.past and self.past.n_known else None,
+            prefix=self.past if self.past and self.past.n_known else None,
         )  # fmt: skip
 
-    def result(self, input_ids: Tensor, texts: list[Text], decoder: Decoder) -> Any:
+    def result(self, input_ids: Tensor, texts: list[Text], decoder: Decoder, view: ModelView) -> Any:
         """What `generate()` returns: the prompts followed by the new texts, padded on the right as transformers pads
         finished rows; and what else is wanted.
 
         Args:
-            input_ids: [B, width]. texts: decoded, of all rows. decoder: theirs.
+            input_ids: [B, width]. texts: decoded, of all rows. decoder, view: theirs.
         """
         new = [text.tokens for text in texts]
         out = torch.full((len(new), max(map(len, new))), self.pad, dtype=torch.int64, device=input_ids.device)
@@ -81,7 +82,7 @@ class Request:
             out[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         sequences = torch.cat([input_ids, out], 1)
         if self.past is not None:
-            self.past.extend(decoder, sequences, [*map(len, new)])
+            self.past.extend(decoder, view, sequences, [*map(len, new)])
         if self.outputs is None:
             return sequences
         kept = {
