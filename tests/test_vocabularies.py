@@ -19,9 +19,9 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 import specdec
 from specdec.drafters.vocabulary import ForeignDraft, Overlap
 from specdec.engine.decoder import Decoder
-from specdec.engine.laws import SamplingLaw
 from specdec.engine.slots import Rows, Text
 from specdec.graphs.compiled import _own_code
+from specdec.hf.laws import law_of
 
 N = 97
 SHAPES: dict[str, dict[str, Any]] = {"chain": {"depth": 3}, "tree": {"tree": TREES["ragged"]}}
@@ -257,7 +257,7 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
     draft, tokenizer = partial
     wrapped = wrap(model, draft, depth=2, tokenizer=words(range(N)), draft_tokenizer=tokenizer)
     decoder: Decoder = wrapped.specdec.decoder(wrapped.specdec._draft)
-    law = SamplingLaw.from_processors(LogitsProcessorList(), True, model.device)
+    law = law_of(LogitsProcessorList(), True, model.device)
     prompt = prompts([9])["input_ids"][0]
     drafted = []
     with torch.no_grad():

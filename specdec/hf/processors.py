@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from specdec.engine.laws import SamplingLaw, is_of_a_row
+from specdec.engine.laws import SamplingLaw
 from specdec.errors import Unsupported
 from specdec.hf import names
+from specdec.hf.laws import is_of_a_row
 from specdec.kernels.sampling.draw_row import draw_row
 from specdec.kernels.sampling.noise import BONUS
 
