@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from specdec.arguments import whole
 from specdec.config import Config
 from specdec.drafters.registry import DraftSource, check_draft, draft_model, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
+from specdec.engine.decide import agreed_memory, is_past
 from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.seeds import Seeds
@@ -264,7 +264,7 @@ class Handle:
             decoder = self.decoder(draft, request.law, config)
             if request.past is not None:
                 request.past.check(decoder.target.layer_shapes, decoder.target.module.dtype)
-            with decoding(model):
+            with decoding(model), agreed_memory():
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
@@ -295,7 +295,7 @@ class Handle:
                         streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
                 if piece.text.error is not None:
                     raise piece.text.error
-            if request.deadline is not None and time.time() > request.deadline:
+            if is_past(request.deadline):
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
                 self.stats.tokens -= sum(text.cut(shortest) for text in texts)
                 break
@@ -364,6 +364,7 @@ class Handle:
         self.stats.fallbacks[why.reason] += 1
         return None if self._here.is_warming_up else parents_loop()
 
+    @agreed_memory()
     def decoder(
         self, draft: DraftSource, law: SamplingLaw | None = None, config: Config | None = None
     ) -> Decoder:  # fmt: skip

@@ -18,6 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from specdec.config import Config
+from specdec.engine.decide import decide
 from specdec.engine.packing import Nodes
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
@@ -84,7 +85,8 @@ def choose(
         }
         bar.update(task, description="seconds of a step")
         stats = probe(TokenTree.chain(1), True)
-        cost = measure_cost(target, draft, max_nodes, config.compile, stats.seconds["decode"] / max(stats.steps, 1))
+        step = stats.seconds["decode"] / max(stats.steps, 1)
+        cost = decide("seconds of forwards", measure_cost(target, draft, max_nodes, config.compile, step))
     found = [fastest_tree(shares, cost, max_depth) for shares in (acceptance, {1: acceptance[1]})]
     tree, chain = (tree if tree.depth else TokenTree.chain(1) for tree in found)
     return Choice(tree, chain, acceptance, cost)
