@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.engine.control import Controller, Plan
+from specdec.engine.control import EXPLORE, Plan, Policy, policy_of
 from specdec.engine.draft import Drafter, DraftLaw
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.memory import Buffers
@@ -30,7 +30,6 @@ from specdec.graphs.captured import CapturedSteps, Mark, Readback
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf.processors import Chosen, walk
 from specdec.hf.view import ModelView
-from specdec.kernels.sampling.best_token import best_token
 from specdec.kernels.sampling.draw_row import draw_row
 from specdec.kernels.sampling.noise import BONUS
 from specdec.kernels.verify.verify_greedy import verify_greedy
@@ -86,7 +85,7 @@ class Decoder:
         self.tree, self.adapt = drafter.tree, adapt
         self.buffers = Buffers(target, drafter, steps)
         self._counts: dict[int, Tensor] = {}
-        self._controllers: dict[object, Controller] = {}
+        self._controllers: dict[object, Policy] = {}
         self.bits, self.depths = self.tree.tensors(target.device)
         self.topology = self.tree.topology(target.device)
 
@@ -151,7 +150,7 @@ class Decoder:
         bonus [B], int64 (see the verification kernels); and [B, D + 1] int64, 1 where there was no law on it."""
         draft, tree = state.draft, (self.topology, self.bits, nodes.starts, self.tree.depth)
         if law.greedy:
-            return *verify_greedy(best_token(logits), draft.tokens, n_nodes, *tree), None
+            return *verify_greedy(law.choose(logits), draft.tokens, n_nodes, *tree), None
         laws = law.rows(logits)
         position = state.lengths + 1
         if self.verifier.coupled:
@@ -222,7 +221,7 @@ class Decoder:
                     start = time.perf_counter()  # what the caller does is not decoding
         finally:  # also when the caller has had enough
             self.stats.count_nodes(state, self.tree)
-            self.stats.control = control.why
+            self.stats.decisions = control.decisions
 
     def _step(self, state: BatchState, law: SamplingLaw, plan: Plan, rows: Rows, live: dict[int, Text]) -> Flight:
         """Start a step for the live rows."""
@@ -255,7 +254,7 @@ class Decoder:
         marks = None if compiling else (begin, read, drafted, judged)
         return Flight(plan, live, Readback(report), marks)
 
-    def _landed(self, flight: Flight, control: Controller, start: float) -> list[Emitted]:
+    def _landed(self, flight: Flight, control: Policy, start: float) -> list[Emitted]:
         """What a step's report says of the texts that had not ended."""
         report, emitted = flight.report.wait(), []
         for row, text in flight.live.items():
@@ -301,8 +300,8 @@ class Decoder:
             habits = [text.habit for text in texts[:n]]
             for depth in control.levels:
                 for _ in range(3 if self.steps.keeps_buffers else 2):  # compiled, recorded, timed
-                    step(n, control.uniform(n, depth, trial="look"))
-            while control.adapts and control.turns(n):
+                    step(n, control.uniform(n, depth, trial=EXPLORE))
+            while control.calibrates(n):
                 step(n, control.plan(habits))
 
     def _level_of(self, n_drafted: int) -> int:
@@ -314,11 +313,11 @@ class Decoder:
         depths, key = self.drafter.depths, ("draft", law.key, n_rows == 1)
         return tuple(d for d in depths if d == depths[-1] or self.steps.has((*key, d)))
 
-    def _plan(self, control: Controller, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
-        """What the next step does: what the controller says, but for texts that the drafter cannot read to their ends,
+    def _plan(self, control: Policy, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
+        """What the next step does: what the policy says, but for texts that the drafter cannot read to their ends,
         for which nothing is drafted."""
         root_alone = ("look" if law.by_text else "judge", law.key, True, True)
-        if control.adapts and n_rows == 1 and not self.steps.has(root_alone):
+        if 0 in control.levels and n_rows == 1 and not self.steps.has(root_alone):
             return control.uniform(1, 0)  # a function of its own: compiled at once, not in the middle of a later text
         plan = control.plan([text.habit for text in live.values()])
         context = getattr(self.drafter, "context", None)  # users' drafters need not have one
@@ -333,11 +332,11 @@ class Decoder:
         depth = plan.depth if any(allowed) else 0
         return replace(plan, depth=depth, allowed=allowed, n_tokens=len(fits) + sum(allowed))
 
-    def _controller(self, law: SamplingLaw) -> Controller:
-        """The controller of calls of this law; it remembers what earlier ones took and got accepted."""
+    def _controller(self, law: SamplingLaw) -> Policy:
+        """The policy of calls of this law; it remembers what earlier ones took and got accepted."""
         adapts = (law.greedy or self.verifier.coupled) if self.adapt is None else self.adapt
         if law.key not in self._controllers:
-            self._controllers[law.key] = Controller(self.tree, self.drafter.depths, adapts)
+            self._controllers[law.key] = policy_of(self.tree, self.drafter.depths, adapts)
         return self._controllers[law.key]
 
     def count(self, n: int) -> Tensor:
