@@ -35,6 +35,7 @@ from specdec.hf.call import Request
 from specdec.hf.names import LoopCall
 from specdec.hf.prefix import is_users
 from specdec.hf.support import check_model
+from specdec.hf.twin import is_seen
 from specdec.hf.view import ModelView
 from specdec.tune.choose import Choice, choose
 from specdec.verifiers.base import VERIFIERS
@@ -405,7 +406,7 @@ class Handle:
                 check_draft(draft, self._model, config)
             except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
                 raise Unsupported("it does not fit", str(error)) from None
-            compiled = CompiledSteps(config.compile, self.stats)
+            compiled = CompiledSteps(config.compile, self.stats.eager, is_seen)
             records = config.compile and self._target.device.type == "cuda"
             steps = CapturedSteps(compiled) if records else compiled
             decoder = Decoder(
