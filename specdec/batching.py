@@ -10,7 +10,6 @@ own pace.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.arguments import flag, whole
+from specdec.engine.decide import agreed_memory, is_past
 from specdec.engine.loop import Emitted
 from specdec.engine.text import Text
 from specdec.handle import Call, Handle, decoding
@@ -184,7 +184,7 @@ class _Run:
     def _next(self, run: Iterator[list[Emitted]]) -> list[Emitted] | Exception | None:
         """What happened in a step, None after the last one, or its error: one of all texts under way."""
         try:
-            with decoding(self._model):  # not while the caller has its turn
+            with decoding(self._model), agreed_memory():  # not while the caller has its turn
                 return next(run, None)
         except Exception as error:
             return error
@@ -194,7 +194,7 @@ class _Run:
         n_ended = 0
         for text in texts:
             index, deadline = self._under_way[text]
-            if deadline is not None and time.time() > deadline:
+            if is_past(deadline):
                 text.finished = True
             if text.finished:
                 del self._under_way[text]

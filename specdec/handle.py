@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from specdec.arguments import whole
 from specdec.config import Config
 from specdec.drafters.registry import DraftSource, check_draft, draft_model, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
+from specdec.engine.decide import agreed_memory, is_past
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.seeds import Seeds
@@ -35,6 +35,7 @@ from specdec.hf.call import Request
 from specdec.hf.names import LoopCall
 from specdec.hf.prefix import is_users
 from specdec.hf.support import check_model
+from specdec.hf.twin import is_seen
 from specdec.hf.view import ModelView
 from specdec.tune.choose import Choice, choose
 from specdec.verifiers import VERIFIERS
@@ -266,7 +267,7 @@ class Handle:
             assert view is not None
             if request.past is not None:
                 request.past.check(view.layer_shapes, view.module.dtype)
-            with decoding(model):
+            with decoding(model), agreed_memory():
                 if self._here.is_warming_up:
                     decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
                     return input_ids
@@ -297,7 +298,7 @@ class Handle:
                         streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
                 if piece.text.error is not None:
                     raise piece.text.error
-            if request.deadline is not None and time.time() > request.deadline:
+            if is_past(request.deadline):
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
                 self.stats.tokens -= sum(text.cut(shortest) for text in texts)
                 break
@@ -366,6 +367,7 @@ class Handle:
         self.stats.fallbacks[why.reason] += 1
         return None if self._here.is_warming_up else parents_loop()
 
+    @agreed_memory()
     def decoder(
         self, draft: DraftSource, law: SamplingLaw | None = None, config: Config | None = None
     ) -> Decoder:  # fmt: skip
@@ -406,7 +408,7 @@ class Handle:
                 check_draft(draft, self._model, config)
             except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
                 raise Unsupported("it does not fit", str(error)) from None
-            compiled = CompiledSteps(config.compile, self.stats)
+            compiled = CompiledSteps(config.compile, self.stats.eager, is_seen)
             records = config.compile and self._target.device.type == "cuda"
             steps = CapturedSteps(compiled) if records else compiled
             decoder = Decoder(

@@ -27,6 +27,7 @@ from specdec.errors import SpecdecWarning
 from specdec.graphs import compiled
 from specdec.graphs.captured import CapturedSteps, Recording, Upload
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.laws import law_of
 from specdec.hf.view import RECORDED, ModelView
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
@@ -76,7 +77,7 @@ def decoders(tiny: Tiny) -> Callable[..., tuple[Decoder, Decoder]]:
 
 def _law(temperature: float | None) -> SamplingLaw:
     warpers = [] if temperature is None else [TemperatureLogitsWarper(temperature), TopKLogitsWarper(40)]
-    return SamplingLaw.from_processors(LogitsProcessorList(warpers), temperature is not None, torch.device("cpu"))
+    return law_of(LogitsProcessorList(warpers), temperature is not None, torch.device("cpu"))
 
 
 def _texts(decoder: Decoder, lengths: list[int], law: SamplingLaw, new: int, eos: Tensor, seed: int) -> list[list[int]]:

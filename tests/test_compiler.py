@@ -175,7 +175,7 @@ Backend = Callable[..., Any]
 
 
 def _run(function: Callable[[Tensor], Tensor], stats: Stats, size: int = 3) -> Callable[[], Tensor]:
-    steps = CompiledSteps(True, stats)
+    steps = CompiledSteps(True, stats.eager)
 
     def run(size: int = size) -> Tensor:
         x = torch.zeros(size, dtype=torch.float32)
@@ -210,6 +210,9 @@ def test_what_can_not_be_compiled_runs_once_and_eagerly(
         assert run().tolist() == [1, 1, 1]
     assert dict(stats.eager) == {f"a step could not be compiled ({type(error).__name__})": 2}
     assert stats.to_dict()["eager"] == dict(stats.eager)
+    stats.reset()  # steps go on to count in it
+    assert run().tolist() == [1, 1, 1]
+    assert stats.eager.total() == 1
     assert "ran eagerly" in str(stats)
     monkeypatch.setenv("SPECDEC_STRICT", "1")
     with pytest.raises(RuntimeError, match=f"specdec could not compile a step: .*{words}"):
@@ -250,7 +253,7 @@ def test_a_failure_of_the_step_itself_is_raised_and_not_repeated(monkeypatch: py
     stats = Stats()
     with warnings.catch_warnings(), pytest.raises(OSError, match="in the middle"):
         warnings.simplefilter("error")
-        CompiledSteps(True, stats).get(_Adder().add, "key", 3)(x)
+        CompiledSteps(True, stats.eager).get(_Adder().add, "key", 3)(x)
     assert x.tolist() == [1, 1, 1] and not stats.eager
 
 

@@ -16,7 +16,6 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 import specdec
 from bench import tree_cases
 from specdec.drafters.model import ModelDrafter
-from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.stats import Stats
 from specdec.engine.text import Text
@@ -24,6 +23,7 @@ from specdec.engine.tree import TokenTree
 from specdec.graphs.backend import specdec as backend
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
 from specdec.kernels.sampling.row_law import row_law
 
@@ -74,7 +74,7 @@ def test_decoding_never_waits_for_the_device(steps: str, do_sample: bool, warper
     """But for reports, on an event, once they are there: that holds nobody up."""
     target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), TokenTree.chain(3))
     decoder = Decoder(target, draft, STEPS[steps](), Stats(), adapt=False)
-    law = SamplingLaw.from_processors(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
+    law = law_of(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
     texts = [Text(torch.arange(1, n + 1, device="cuda"), 64, seed) for seed, n in enumerate((9, 4))]
     with torch.no_grad():
         run = decoder.run(texts, 2, 73, 9, law, torch.empty(0, dtype=torch.int64))

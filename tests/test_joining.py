@@ -22,6 +22,7 @@ from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf import laws
 from specdec.hf.view import ModelView
 
 Tiny = Callable[..., PreTrainedModel]
@@ -42,7 +43,7 @@ def random_texts(n: int) -> list[Text]:
 
 
 def law_of(do_sample: bool) -> SamplingLaw:
-    return SamplingLaw.from_processors(LogitsProcessorList(), do_sample, torch.device("cpu"))
+    return laws.law_of(LogitsProcessorList(), do_sample, torch.device("cpu"))
 
 
 def decode(decoder: Decoder, texts: list[Text], n_rows: int, law: SamplingLaw) -> None:

@@ -20,14 +20,15 @@ import specdec.engine.loop
 from specdec import TokenTree
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.control import Controller, Habit, Plan
+from specdec.engine.control import Adaptive, Plan, Track
+from specdec.engine.control.plan import Shape
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.slots import Rows
 from specdec.engine.stats import Stats
 from specdec.engine.text import Text
 from specdec.graphs.compiled import CompiledSteps
-from specdec.hf import names
+from specdec.hf import laws, names
 from specdec.hf.view import ModelView
 
 NEW = 40
@@ -116,17 +117,17 @@ def test_a_seeds_text_is_the_same_in_any_company(
 # What is in the caches.
 
 
-class _AnyPlan(Controller):
+class _AnyPlan(Adaptive):
     """Drafts as much, and lets as much be judged, as chance will have it."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, tree: TokenTree, depths: Sequence[int], adapts: bool) -> None:
+        super().__init__(Shape(tree, depths))
         self.chance = random.Random(0)
 
-    def plan(self, texts: Sequence[Habit]) -> Plan:
-        depth = self.chance.choice((0, *self.depths))
-        allowed = tuple(self.chance.randint(0, self._nodes_to[depth]) for _ in texts)
-        return Plan(depth, allowed, len(texts) + self.chance.randint(0, sum(allowed)))
+    def plan(self, samples: Sequence[Track]) -> Plan:
+        depth = self.chance.choice((0, *self.shape.depths))
+        allowed = tuple(self.chance.randint(0, self.shape.nodes_to[depth]) for _ in samples)
+        return Plan(depth, allowed, len(samples) + self.chance.randint(0, sum(allowed)))
 
 
 class _SeenRows(Rows):
@@ -175,7 +176,7 @@ def texts_of(prompts: Prompts) -> list[Text]:
 
 
 def law_of(do_sample: bool = False) -> SamplingLaw:
-    return SamplingLaw.from_processors(LogitsProcessorList(), do_sample, torch.device("cpu"))
+    return laws.law_of(LogitsProcessorList(), do_sample, torch.device("cpu"))
 
 
 def decoder_of(model: PreTrainedModel, tree: TokenTree | None, draft: PreTrainedModel | None, **more: Any) -> Decoder:
@@ -193,7 +194,7 @@ def test_committed_entries_are_those_of_a_prefill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Texts join and end, and steps draft as it comes: nothing for some, parts of it for others."""
-    monkeypatch.setattr(specdec.engine.loop, "Controller", _AnyPlan)
+    monkeypatch.setattr(specdec.engine.loop, "policy_of", _AnyPlan)
     monkeypatch.setattr(specdec.engine.slots, "CHUNK", 16)
     # All of a chain is right, and the token after it has not been run; of a tree, some path.
     draft = near(model) if tree is TREE else model

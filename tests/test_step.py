@@ -20,8 +20,7 @@ import specdec
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.engine.control import Controller
-from specdec.engine.laws import SamplingLaw
+from specdec.engine.control import Adaptive
 from specdec.engine.loop import Decoder
 from specdec.engine.slots import Rows
 from specdec.engine.state import BatchState
@@ -30,6 +29,7 @@ from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
 from specdec.kernels.verify.verify_greedy import verify_greedy_reference
 from specdec.verifiers import VERIFIERS
@@ -103,7 +103,7 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
     if isinstance(drafter, ModelDrafter):
         drafter.view.cache.can_fuse = fused
     decoder = Decoder(view, drafter, CompiledSteps(False), Stats(), verifier)
-    law = SamplingLaw.from_processors(LogitsProcessorList(WARPERS if do_sample else []), do_sample, view.device)
+    law = law_of(LogitsProcessorList(WARPERS if do_sample else []), do_sample, view.device)
     prompts = random_prompts(*[5, 1, 9][:n_batch])
     graphs: list[torch.fx.GraphModule] = []
 
@@ -183,10 +183,10 @@ def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
 def test_what_the_controller_may_choose_compiles(target, monkeypatch):
     """For one sample, whose undrafted step has shapes of its own, and for several: nothing, a level, everything."""
 
-    def plan(self, texts):
-        return self.uniform(len(texts), next(turns) % (self._levels + 1), self.depths[-1])
+    def plan(self, samples):
+        return self.uniform(len(samples), next(turns) % (self.shape.n_levels + 1), self.shape.depths[-1])
 
-    monkeypatch.setattr(Controller, "plan", plan)
+    monkeypatch.setattr(Adaptive, "plan", plan)
     model = specdec.compile(target, "ngram", depth=2)
     for n_batch in (1, 3):
         turns = itertools.count()

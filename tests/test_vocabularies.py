@@ -18,11 +18,11 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 import specdec
 from specdec.drafters.vocabulary import ForeignDraft, Overlap
-from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.slots import Rows
 from specdec.engine.text import Text
 from specdec.graphs.compiled import _own_code
+from specdec.hf.laws import law_of
 
 N = 97
 SHAPES: dict[str, dict[str, Any]] = {"chain": {"depth": 3}, "tree": {"tree": TREES["ragged"]}}
@@ -258,7 +258,7 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
     draft, tokenizer = partial
     wrapped = wrap(model, draft, depth=2, tokenizer=words(range(N)), draft_tokenizer=tokenizer)
     decoder: Decoder = wrapped.specdec.decoder(wrapped.specdec._draft)
-    law = SamplingLaw.from_processors(LogitsProcessorList(), True, model.device)
+    law = law_of(LogitsProcessorList(), True, model.device)
     prompt = prompts([9])["input_ids"][0]
     drafted = []
     with torch.no_grad():

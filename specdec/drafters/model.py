@@ -15,7 +15,6 @@ from specdec.engine.packing import Nodes
 from specdec.engine.state import BatchState
 from specdec.engine.tree import TokenTree
 from specdec.hf.view import ModelView
-from specdec.kernels.sampling.best_token import best_token
 from specdec.kernels.sampling.draw_children import draw_children
 from specdec.kernels.sampling.noise import BONUS, DRAFT
 from specdec.verifiers import AUTO
@@ -137,7 +136,7 @@ class ModelDrafter:
         n, width = len(sample), len(level.nodes)
         if law.greedy:
             if level.widest == 1:
-                chosen = best_token(logits)[:, None]
+                chosen = law.choose(logits)[:, None]
             else:
                 best = logits.topk(min(level.widest, logits.shape[-1])).indices
                 chosen = torch.cat([best, best[:, :1].expand(-1, level.widest - best.shape[1])], 1)  # few tokens

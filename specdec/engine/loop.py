@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from specdec.engine.control import Controller, Plan
+from specdec.engine.control import EXPLORE, Plan, Policy, policy_of
 from specdec.engine.launch import Flight, Launcher, drafted_for
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.memory import Buffers
@@ -52,7 +52,7 @@ class Decoder:
         self.step = TreeStep(target, drafter, verifier)
         self.launcher = Launcher(self.step, steps)
         self.buffers = Buffers(target, drafter, steps)
-        self._controllers: dict[object, Controller] = {}
+        self._policies: dict[object, Policy] = {}
 
     def run(
         self, texts: Iterable[Text], n_rows: int, longest: int, room: int, law: SamplingLaw, eos_ids: Tensor
@@ -66,8 +66,8 @@ class Decoder:
         """
         state = self.buffers.open(n_rows, longest, room, eos_ids)
         rows = Rows(iter(texts), state, self.target, self.drafter, self.buffers.grow)
-        control = self._controller(law)
-        control.ready = self._ready(law, n_rows)
+        policy = self._policy(law)
+        policy.ready = self._ready(law, n_rows)
         lag = 0 if law.by_text else self.steps.lag  # processors see the text up to here
         flights: deque[Flight] = deque()
         try:
@@ -82,7 +82,7 @@ class Decoder:
                 if not live or (rows.is_writing and not rows.is_under_way):  # the first step is of all
                     continue
                 start = time.perf_counter()
-                plan = self._plan(control, law, live, n_rows)
+                plan = self._plan(policy, law, live, n_rows)
                 # What the drafter has to read must have arrived; and a step of texts that will have ended is wasted.
                 waits = bool(flights) and (
                     any(rows.unread(drafted_for(live, plan)).values()) or _all_end(live, flights)
@@ -93,11 +93,11 @@ class Decoder:
                     flights.append(self.launcher.start(state, law, plan, rows, live))
                 while flights and (waits or len(flights) > lag):
                     # The one host read, between two steps: what was added decides which samples go on.
-                    yield self._take(flights.popleft(), control, start)
+                    yield self._take(flights.popleft(), policy, start)
                     start = time.perf_counter()  # what the caller does is not decoding
         finally:  # also when the caller has had enough
             self.stats.count_nodes(state, self.tree)
-            self.stats.control = control.why
+            self.stats.decisions = policy.decisions
 
     def _schedule(self, rows: Rows, n_rows: int) -> list[Text]:
         """Give free rows to waiting texts and write the next of their prompts; those with which that fails."""
@@ -109,7 +109,7 @@ class Decoder:
         self.stats.seconds["prefill"] += time.perf_counter() - start
         return failed
 
-    def _take(self, flight: Flight, control: Controller, start: float) -> list[Emitted]:
+    def _take(self, flight: Flight, policy: Policy, start: float) -> list[Emitted]:
         """What a step's report says of the texts that had not ended."""
         emitted = []
         for row, text, report in flight.wait():
@@ -125,9 +125,9 @@ class Decoder:
                 judged = self.tree.depths[report.n_judged]  # the deepest level of so many nodes
                 self.stats.uncount(len(taken), min(len(new), self.tree.depth), judged)
             elif flight.plan.depth and not (report.finished or report.broken):
-                control.count(text.habit, report.n_found, report.n_judged, len(new) - 1)
+                policy.count(text.track, report.n_found, report.n_judged, len(new) - 1)
             emitted.append(Emitted(text, taken))
-        control.learn(flight.plan, flight.seconds)
+        policy.learn(flight.plan, flight.seconds)
         n_tokens, seconds = sum(len(piece.tokens) for piece in emitted), time.perf_counter() - start
         self.stats.count_step(n_tokens, len(emitted), sum(flight.plan.allowed), seconds, compiling=flight.marks is None)
         return emitted
@@ -139,7 +139,7 @@ class Decoder:
         if self.steps.keeps_buffers:  # what is recorded first makes the pool: the largest
             n_live |= {self.launcher.bucket(n, len(prompts)) for n in range(1, len(prompts))}
         state = self.buffers.open(len(prompts), longest, room, eos_ids)
-        control = self._controller(law)
+        policy = self._policy(law)
         self.buffers.grow(min(room + self.tree.depth + 1, longest))
         self.buffers.record()
 
@@ -150,27 +150,27 @@ class Decoder:
                 rows.write()
             flight = self.launcher.start(state, law, plan, rows, rows.live)
             flight.wait()
-            control.learn(plan, flight.seconds)
+            policy.learn(plan, flight.seconds)
 
         for n in sorted(n_live, reverse=True):
-            habits = [text.habit for text in texts[:n]]
-            for depth in control.levels:
+            tracks = [text.track for text in texts[:n]]
+            for depth in policy.levels:
                 for _ in range(3 if self.steps.keeps_buffers else 2):  # compiled, recorded, timed
-                    step(n, control.uniform(n, depth, trial="look"))
-            while control.adapts and control.turns(n):
-                step(n, control.plan(habits))
+                    step(n, policy.uniform(n, depth, trial=EXPLORE))
+            while policy.calibrates(n):
+                step(n, policy.plan(tracks))
 
     def _ready(self, law: SamplingLaw, n_rows: int) -> tuple[int, ...]:
         """Depths that can be drafted without compiling in the middle of a text; the whole draft always is one."""
         depths = self.drafter.depths
         return tuple(d for d in depths if d == depths[-1] or self.launcher.is_ready(law, n_rows, d))
 
-    def _plan(self, control: Controller, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
-        """What the next step does: what the controller says, but for texts that the drafter cannot read to their ends,
+    def _plan(self, policy: Policy, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
+        """What the next step does: what the policy says, but for texts that the drafter cannot read to their ends,
         for which nothing is drafted."""
-        if control.adapts and n_rows == 1 and not self.launcher.is_ready(law, 1, 0):
-            return control.uniform(1, 0)  # a function of its own: compiled at once, not in the middle of a later text
-        plan = control.plan([text.habit for text in live.values()])
+        if 0 in policy.levels and n_rows == 1 and not self.launcher.is_ready(law, 1, 0):
+            return policy.uniform(1, 0)  # a function of its own: compiled at once, not in the middle of a later text
+        plan = policy.plan([text.track for text in live.values()])
         context = getattr(self.drafter, "context", None)  # users' drafters need not have one
         if context is None or not plan.depth:
             return plan
@@ -183,12 +183,12 @@ class Decoder:
         depth = plan.depth if any(allowed) else 0
         return replace(plan, depth=depth, allowed=allowed, n_tokens=len(fits) + sum(allowed))
 
-    def _controller(self, law: SamplingLaw) -> Controller:
-        """The controller of calls of this law; it remembers what earlier ones took and got accepted."""
+    def _policy(self, law: SamplingLaw) -> Policy:
+        """The policy of calls of this law; it remembers what earlier ones took and got accepted."""
         adapts = (law.greedy or self.verifier.coupled) if self.adapt is None else self.adapt
-        if law.key not in self._controllers:
-            self._controllers[law.key] = Controller(self.tree, self.drafter.depths, adapts)
-        return self._controllers[law.key]
+        if law.key not in self._policies:
+            self._policies[law.key] = policy_of(self.tree, self.drafter.depths, adapts)
+        return self._policies[law.key]
 
 
 def _all_end(live: dict[int, Text], flights: Iterable[Flight]) -> bool:

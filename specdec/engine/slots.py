@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from specdec.engine.decide import agreed_memory
 from specdec.engine.roles import Drafter, Target
 from specdec.engine.state import BatchState
 from specdec.engine.text import Text
@@ -45,9 +46,10 @@ class Rows:
                 self._clear(row)
             while self._texts[row] is None and (new := next(self._waiting, None)) is not None:
                 try:
-                    self._grow(len(new.prompt) + 1)
-                    self._state.admit(row, new.prompt, new.max_new_tokens, new.seed)
-                    written = new.prefix.write_to(self._target.cache, row) if new.prefix else 0
+                    with agreed_memory():
+                        self._grow(len(new.prompt) + 1)
+                        self._state.admit(row, new.prompt, new.max_new_tokens, new.seed)
+                        written = new.prefix.write_to(self._target.cache, row) if new.prefix else 0
                     self._texts[row], self._unwritten[row], self._unread[row] = new, (written, new.prompt[:-1]), 0
                 except Exception as error:
                     new.fail(error)
@@ -68,13 +70,16 @@ class Rows:
         """Write the next tokens of prompts; texts with which that fails come back."""
         n_tokens = CHUNK if self.is_under_way else FIRST_CHUNK
         try:
-            self._wrote(self._target.write(self._unwritten, n_tokens))
+            with agreed_memory():
+                left = self._target.write(self._unwritten, n_tokens)
+            self._wrote(left)
             return []
         except Exception:  # find out with whom
             failed = []
             for row, rest in list(self._unwritten.items()):
                 try:
-                    left = self._target.write({row: rest}, n_tokens)
+                    with agreed_memory():
+                        left = self._target.write({row: rest}, n_tokens)
                 except Exception as error:
                     text = self._texts[row]
                     assert text is not None

@@ -19,7 +19,6 @@ from specdec.engine.laws import SamplingLaw
 from specdec.engine.packing import Nodes
 from specdec.engine.roles import Drafter, Target
 from specdec.engine.state import BatchState
-from specdec.kernels.sampling.best_token import best_token
 from specdec.verifiers.base import Candidates, Verdict, Verifier
 from specdec.verifiers.greedy import follow
 
@@ -94,7 +93,7 @@ class TreeStep:
             nodes.sample, nodes.node, state.seeds, state.lengths + 1,
         )  # fmt: skip
         if law.greedy:
-            return follow(best_token(logits), candidates), None
+            return follow(law.choose(logits), candidates), None
         laws = law.rows(logits)
         drawn = state.draft.law or without_chance(state.draft.tokens, self.tree)
         verdict = self.verifier.judge(laws, candidates, drawn)

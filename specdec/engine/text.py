@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.engine.control import Habit
+from specdec.engine.control import Track
 from specdec.engine.roles import Prefix
 
 Process = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +38,7 @@ class Text:
         process: what the logits processors that look at the text make of scores. record: where scores are to be kept.
         prefix: keys and values of its first tokens. is_over: whether the user's criteria end it, as last asked.
         tokens: what has been added. finished: whether the text has ended; whoever sets it ends the text.
-        error: what kept it from being decoded. habit: what it made of its drafts.
+        error: what kept it from being decoded. track: what it made of its drafts.
     """
 
     prompt: Tensor
@@ -52,7 +52,7 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     error: Exception | None = None
-    habit: Habit = field(default_factory=Habit)
+    track: Track = field(default_factory=Track)
 
     def take(self, new: list[int], finished: bool) -> list[int]:
         """Add tokens, after which the text has ended or not, and return them; the user's criteria may end it sooner."""

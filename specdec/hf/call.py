@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from specdec.engine.laws import SamplingLaw, is_of_a_row
+from specdec.engine.laws import SamplingLaw
 from specdec.engine.text import Process, Record, Text
 from specdec.errors import Unsupported
 from specdec.hf import ambient, names
+from specdec.hf.laws import is_of_a_row, law_of
 from specdec.hf.prefix import Past, is_users
 from specdec.hf.processors import asks_user, is_pure, process_row
 from specdec.hf.processors import check as check_processors
@@ -131,7 +132,7 @@ class Request:
             raise Unsupported("an empty prompt")
         _check_positions(prompts, input_ids.shape[1], model_kwargs.get("position_ids"))
         check_processors(processors, len(input_ids))
-        law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
+        law = law_of(processors, generation_config.do_sample, model.device, bool(outputs))
         n_rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
         n_tokens = max(model.config.get_text_config().vocab_size, n_rows)
         max_length, eos_ids, deadline, others = _read_criteria(criteria, n_tokens)

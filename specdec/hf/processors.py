@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from specdec.engine.laws import is_of_a_row
 from specdec.engine.text import Process
 from specdec.errors import Unsupported
 from specdec.hf import names
+from specdec.hf.laws import is_of_a_row
 
 # Functions of one text and its scores.
 _PURE: tuple[type, ...] = tuple(

@@ -18,10 +18,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from specdec.config import Config
+from specdec.engine.decide import decide
 from specdec.engine.packing import Nodes
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.twin import is_seen
 from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
 from specdec.tune.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
@@ -84,7 +86,8 @@ def choose(
         }
         bar.update(task, description="seconds of a step")
         stats = probe(TokenTree.chain(1), True)
-        cost = measure_cost(target, draft, max_nodes, config.compile, stats.seconds["decode"] / max(stats.steps, 1))
+        step = stats.seconds["decode"] / max(stats.steps, 1)
+        cost = decide("seconds of forwards", measure_cost(target, draft, max_nodes, config.compile, step))
     found = [fastest_tree(shares, cost, max_depth) for shares in (acceptance, {1: acceptance[1]})]
     tree, chain = (tree if tree.depth else TokenTree.chain(1) for tree in found)
     return Choice(tree, chain, acceptance, cost)
@@ -134,7 +137,7 @@ def forward_seconds(
     view.allocate(1, _COMMITTED + n_nodes + 1)  # the last slot is scratch
     forward = _Forward(view, n_nodes, times)
     counts = sorted({n for n in COUNTS if n < n_nodes} | {n_nodes})
-    run = CompiledSteps(compiled).get(forward.run, None, 0)
+    run = CompiledSteps(compiled, is_seen=is_seen).get(forward.run, None, 0)
     tokens = {n: torch.arange(n, device=view.device, dtype=torch.int64) for n in counts}
     seconds: dict[int, list[float]] = {n: [] for n in counts}
     for turn in range(repeats + 2):  # the first two compile
