@@ -24,7 +24,7 @@ from typer import Option
 from bench import report
 from specdec import measure, zoo
 
-SIZES = ("bundled", "25m", "100m", "300m")
+SIZES = ("bundled", *zoo.SIZES)
 
 
 def decode(path: measure.Path, batches: list[Tensor], new_tokens: int) -> Tensor:
