@@ -103,9 +103,11 @@ class Run:
         return gpu_report.is_done(row)
 
     def put(self, section: str, row: dict[str, Any]) -> None:
-        """A row of a section, in place of an older one of its name."""
+        """A row of a section, in place of an older one of its name; figures stay where there was no time for more."""
         rows: list[dict[str, Any]] = self.result["sections"].setdefault(section, [])
         place = next((i for i, old in enumerate(rows) if old["name"] == row["name"]), len(rows))
+        if "missing" in row and any(map(gpu_report.is_done, rows[place : place + 1])):
+            return
         rows[place : place + 1] = [row]
         self.write()
         if time.monotonic() > self._plotted + PLOT_SECONDS:

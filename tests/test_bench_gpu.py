@@ -247,6 +247,15 @@ def test_a_row_is_stopped_when_the_time_is_up(run: Run) -> None:
     assert not run.faults
 
 
+def test_figures_stay_where_there_is_no_time_for_more(run: Run) -> None:
+    name = "one"
+    for row in {"seconds": 1}, {"missing": gpu_report.OUT_OF_TIME}:
+        run.put("correctness", {"name": name, **row})
+    assert run.result["sections"]["correctness"] == [{"name": name, "seconds": 1}]
+    run.put("correctness", {"name": name, "error": "it compiled"})  # what is wrong with them counts
+    assert run.result["sections"]["correctness"] == [{"name": name, "error": "it compiled"}]
+
+
 def test_a_clock_has_parts() -> None:
     clock = Clock(50)
     assert clock.part(10).left == pytest.approx(10, abs=1)
