@@ -1,6 +1,7 @@
 """Padded and ragged batches, on one recorded trace: what not padding the cache, the forwards, or both is worth.
 
     python -m bench.padding --sizes 25m,100m --batches 2,4,8,16
+    python -m bench.padding --sizes 8b --device cuda --dtype bfloat16
 
 First the padding of simulated batches (`bench.padding_simulator`). Then vanilla batches of held-out prompts are decoded
 by transformers with n-gram drafts (`bench.padded`), on the bundled target; targets that compute the same function
@@ -211,6 +212,8 @@ def main(
     prompt_tokens: Annotated[int, Option(min=1)] = 64,
     new_tokens: Annotated[int, Option(min=2)] = 128,
     repeats: Annotated[int, Option(help="Timed rounds.", min=1)] = 3,
+    device: Annotated[str, Option(help="Where the cells run; traces are recorded on the CPU.")] = "cpu",
+    dtype: Annotated[str, Option(help="Of the cells' weights.")] = "float32",
     compile: Annotated[bool, Option(help="Without it the forwards run eagerly.")] = True,
     runs: Annotated[int, Option(help="Simulated batches of each kind.", min=2)] = 1000,
     out: Annotated[Path, Option(help="Folder of padding.json, .md and .png, padding_simulated.md and .png.")] = Path(
@@ -234,14 +237,14 @@ def main(
         **facts,
         "settings": {
             "prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats,
-            "dtype": "float32", "depth": padded.DEPTH, "compiled": compile,
+            "dtype": dtype, "depth": padded.DEPTH, "compiled": compile,
         },
         "executions": [execution(n, decoded) for n, decoded in recorded.items()],
         "faults": faults,
         "results": [],
     }  # fmt: skip
     for size in chosen:
-        target, _, _ = measure.load_pair(size)
+        target, _, _ = measure.load_pair(size, getattr(torch, dtype), device)
         for n in batch_sizes:
             with faults.of(f"{size}, batch {n}"):
                 rows = timed(f"{size}, batch {n}", target, recorded[n], result["settings"], console)

@@ -17,6 +17,7 @@ import torch
 from side_by_side import PAST, RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor, nn
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -255,8 +256,12 @@ def test_what_generate_notes_on_a_model_is_no_change_of_it(fresh: Tiny, prompts:
     for n_new in (4, 8, 12):
         wrapped.generate(**prompts([6]), max_new_tokens=n_new, cache_implementation="static")
         decoders.add(wrapped.specdec.decoder("ngram"))
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True  # transformers compiles by itself on GPUs only
+    model.generate(**prompts([6]), max_new_tokens=4, cache_implementation="static", compile_config=config)
+    decoders.add(wrapped.specdec.decoder("ngram"))
     assert len(decoders) == 1
-    assert hasattr(model, "_previous_max_cache_length")
+    assert hasattr(model, "_previous_max_cache_length") and hasattr(model, "_compiled_call")
 
 
 def test_what_a_wrapped_model_holds_may_know_it(fresh: Tiny, prompts: Prompts) -> None:
