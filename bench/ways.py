@@ -157,5 +157,5 @@ def adapting(way: Way) -> Way:
     assert way.model is not None
     for decoder in way.model.specdec._decoders.values():
         decoder.adapt = None
-        decoder._controllers.clear()
+        decoder.policies.clear()
     return Way(f"{way.label}, adaptive", way.call, way.read_bytes, way.model)

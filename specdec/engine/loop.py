@@ -52,7 +52,7 @@ class Decoder:
         self.step = TreeStep(target, drafter, verifier)
         self.launcher = Launcher(self.step, steps)
         self.buffers = Buffers(target, drafter, steps)
-        self._policies: dict[object, Policy] = {}
+        self.policies: dict[object, Policy] = {}
 
     def run(
         self, texts: Iterable[Text], n_rows: int, longest: int, room: int, law: SamplingLaw, eos_ids: Tensor
@@ -186,9 +186,9 @@ class Decoder:
     def _policy(self, law: SamplingLaw) -> Policy:
         """The policy of calls of this law; it remembers what earlier ones took and got accepted."""
         adapts = (law.greedy or self.verifier.coupled) if self.adapt is None else self.adapt
-        if law.key not in self._policies:
-            self._policies[law.key] = policy_of(self.tree, self.drafter.depths, adapts)
-        return self._policies[law.key]
+        if law.key not in self.policies:
+            self.policies[law.key] = policy_of(self.tree, self.drafter.depths, adapts)
+        return self.policies[law.key]
 
 
 def _all_end(live: dict[int, Text], flights: Iterable[Flight]) -> bool:
