@@ -127,7 +127,7 @@ def test_a_seeds_text_beside_what_steps_take(
 def test_what_a_forward_has_room_for(data: st.DataObject) -> None:
     """All roots; then first come, first served, as many nodes as were found and are allowed."""
     n = data.draw(st.integers(1, 6))
-    state = BatchState(n, 8, 1, NgramDrafter(5), torch.device("cpu"))
+    state = BatchState(n, 8, 1, NgramDrafter(5).tree, 0, torch.device("cpu"))
     counts, allowed = (data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)) for _ in range(2))
     finished = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
     n_tokens = data.draw(st.integers(finished.count(False), 6 * n))
