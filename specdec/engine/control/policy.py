@@ -4,8 +4,8 @@ A policy decides before each step how deep to draft, how many nodes of each samp
 drafting. `Fixed` always takes the whole draft. `Adaptive` takes what brings the most tokens a second, by what steps
 cost and bring (`estimate.py`), and now and then something else, to know that (`explore.py`).
 
-A policy adapts only where a text does not depend on its drafts: greedily, and with coupled sampling. Otherwise a text's noise
-would be read differently from run to run.
+A policy adapts only where a text does not depend on its drafts: greedily, and with coupled sampling. Otherwise a text's
+noise would be read differently from run to run.
 
 Source: goodput of speculation, SmartSpec, arXiv 2406.14066; per sample and with measured times here.
 Letters: n unfinished samples, d levels, T tokens of the target's forward.
