@@ -135,3 +135,14 @@ def test_nodes_spread_are_nodes_packed_anew(own: list[int]) -> None:
         assert found.is_contiguous()  # C++ kernels read on from the first
         assert torch.equal(found[: 3 * width], getattr(again, name)[: 3 * width]), name
     assert (nodes.slot[3 * width :] % 32 == 31).all()
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = ModelView(fresh("llama"))
+    view.allocate(1, 16)
+    tokens, count = torch.tensor([3, 4]), torch.tensor([2])
+    nodes = Nodes.packed(torch.zeros(1, dtype=torch.int64), count, torch.arange(2), 2, 16)
+    monkeypatch.setattr(view.module, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        view.forward(tokens, nodes)
+    assert view.cache.nodes is view.cache.now is None

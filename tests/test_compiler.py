@@ -23,6 +23,7 @@ from specdec.engine.stats import Stats
 from specdec.errors import SpecdecWarning
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.cache import Way
 from specdec.kernels import cpu
 from specdec.kernels.attention import masked_attention, ragged_attention
 from specdec.kernels.library import OPS
@@ -309,4 +310,4 @@ def test_a_model_whose_attention_is_not_built_decodes_the_same(
     model = tiny("llama")
     wrapped = wrap(model)
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=6)
-    assert not wrapped.specdec.decoder("ngram").target.cache.can_fuse
+    assert wrapped.specdec.decoder("ngram").target.cache.way is not Way.FUSED

@@ -23,6 +23,7 @@ from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf import laws
+from specdec.hf.cache import Way
 from specdec.hf.view import ModelView
 
 Tiny = Callable[..., PreTrainedModel]
@@ -179,7 +180,7 @@ def test_what_a_broken_text_left_behind_does_not_spread(tiny: Tiny, fused: bool)
     decoder, law = decoder_of(tiny, "model", CompiledSteps(False)), law_of(False)
     views = [decoder.target, decoder.drafter.view]
     for view in views:
-        view.cache.can_fuse = fused
+        view.cache.way = Way.FUSED if fused else Way.MASKED
     text, first = random_texts(2)
     expected = alone(decoder, text, law)
 

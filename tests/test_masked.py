@@ -17,7 +17,7 @@ from specdec.engine.draft import Draft
 from specdec.engine.loop import Decoder
 from specdec.engine.tree import TokenTree
 from specdec.hf.attention import masked_attention
-from specdec.hf.cache import RaggedCache, readable
+from specdec.hf.cache import RaggedCache, Way, readable
 
 BAD = 96
 """A token whose embedding is not finite, and which no text holds."""
@@ -57,8 +57,8 @@ def poisoned_caches(monkeypatch: pytest.MonkeyPatch) -> None:
         for layer in cache.layers:
             unused = slot >= lengths[:, None] if len(lengths) else torch.ones(cache.n_batch, cache.n_slots).bool()
             # What is never written is not there either: see `RaggedCache`.
-            layer.keys[:, unused] = 1e30 if cache.is_flat else torch.nan
-            layer.values[:, unused] = torch.nan if cache.can_fuse else 1e30
+            layer.keys[:, unused] = 1e30 if cache.way is Way.OWN else torch.nan
+            layer.values[:, unused] = torch.nan if cache.way is Way.FUSED else 1e30
             if layer.lost is not None:
                 layer.lost[unused] = True
 
@@ -69,8 +69,8 @@ def poisoned_caches(monkeypatch: pytest.MonkeyPatch) -> None:
             poison(self, torch.empty(0))
         elif layers:
             for layer in self.layers:
-                layer.keys[:, :, known:] = 1e30 if self.is_flat else torch.nan
-                layer.values[:, :, known:] = torch.nan if self.can_fuse else 1e30
+                layer.keys[:, :, known:] = 1e30 if self.way is Way.OWN else torch.nan
+                layer.values[:, :, known:] = torch.nan if self.way is Way.FUSED else 1e30
         self.n_slots_known = self.n_slots if layers else 0
 
     def _take(self: Decoder, *args: Any) -> Any:

@@ -29,6 +29,7 @@ from specdec.engine.stats import Stats
 from specdec.engine.text import Text
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf import laws, names
+from specdec.hf.cache import Way
 from specdec.hf.view import ModelView
 
 NEW = 40
@@ -201,7 +202,7 @@ def test_committed_entries_are_those_of_a_prefill(
     decoder = decoder_of(model, tree, draft)
     views = [decoder.target] if tree is None else [decoder.target, decoder.drafter.view]
     for view in views:
-        view.cache.can_fuse = view.cache.can_fuse and fused
+        view.cache.way = view.cache.way if fused else Way.MASKED
     n_looks = n_behind = 0
     law, eos = law_of(do_sample), torch.tensor([5, 6])
     for emitted in decoder.run(texts_of(prompts), 5, 100, 100, law, eos):

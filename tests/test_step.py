@@ -29,6 +29,7 @@ from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.cache import Way
 from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
 from specdec.kernels.verify.verify_greedy import verify_greedy_reference
@@ -99,9 +100,9 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
     tree = TokenTree.from_widths(2, 2, 1) if "tree" in kind else TokenTree.chain(3)
     drafter = {"none": NoDrafter, "ngram": NgramDrafter}.get(kind, lambda: ModelDrafter(draft, tree, verifier))()
     view = ModelView(target)
-    view.cache.can_fuse = fused
+    view.cache.way = Way.FUSED if fused else Way.MASKED
     if isinstance(drafter, ModelDrafter):
-        drafter.view.cache.can_fuse = fused
+        drafter.view.cache.way = Way.FUSED if fused else Way.MASKED
     decoder = Decoder(view, drafter, CompiledSteps(False), Stats(), verifier)
     law = law_of(LogitsProcessorList(WARPERS if do_sample else []), do_sample, view.device)
     prompts = random_prompts(*[5, 1, 9][:n_batch])

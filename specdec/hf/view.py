@@ -24,7 +24,7 @@ from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import as_region
 from specdec.hf import attention, names
-from specdec.hf.cache import RaggedCache
+from specdec.hf.cache import RaggedCache, Way
 from specdec.hf.proof import prove
 from specdec.hf.twin import Look
 from specdec.kernels.attention.ragged_attention import can_run
@@ -74,7 +74,7 @@ class ModelView:
         for layer in regions:
             vars(layer)["forward"] = types.MethodType(as_region(type(layer).forward), layer)
         weight = next(model.parameters())
-        self.cache = RaggedCache(can_run(weight))
+        self.cache = RaggedCache(Way.FUSED if can_run(weight) else Way.MASKED)
         self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = self.cache
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
@@ -129,7 +129,7 @@ class ModelView:
         config, size = self.module.config.get_text_config(), self.module.dtype.itemsize
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         mlp = n_tokens * (4 * config.hidden_size + 3 * inner) * size
-        has_scores = self.device.type != "cuda" or not self.cache.can_fuse
+        has_scores = self.device.type != "cuda" or self.cache.way is not Way.FUSED
         dense = n_tokens * reach * config.num_attention_heads * 3 * 4 if has_scores else 0
         return max(mlp, dense, n_logits * config.vocab_size * (size + 4))
 
@@ -148,19 +148,13 @@ class ModelView:
         Returns:
             [T or M, V] in the model's dtype.
         """
-        self.cache.nodes = nodes
-        out = self.module(
-            input_ids=tokens[None],
-            position_ids=self._positions(nodes),
-            use_cache=True,
-            logits_to_keep=rows,
-            **{self._cache_argument: self.cache},
-        )
+        given = {"use_cache": True, "logits_to_keep": rows, self._cache_argument: self.cache}
+        with self.cache.forward(nodes):
+            out = self.module(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         logits = out.logits[0]
-        if self.cache.is_flat:  # the model's own attention knows nothing of lost slots
+        if self.cache.way is Way.OWN:  # the model's own attention knows nothing of lost slots
             lost = self.cache.sees_lost(nodes)
             logits = torch.where(lost[:, None] if isinstance(rows, int) else lost[rows, None], torch.nan, logits)
-        self.cache.nodes = None
         return logits
 
     def _positions(self, nodes: Nodes) -> Tensor:
@@ -200,7 +194,7 @@ class ModelView:
         tokens = torch.cat([piece for _, piece in pieces.values()]).to(self.device, non_blocking=True)
         n_written = self._sent(done), self._sent(counts)
         size = min((size for size in RECORDED if size >= len(tokens)), default=None)
-        if self.recorder is not None and self.cache.can_fuse and size is not None:
+        if self.recorder is not None and self.cache.way is Way.FUSED and size is not None:
             self._write_recorded(self.recorder, F.pad(tokens, (0, size - len(tokens))), *n_written)
             return
         token = torch.arange(len(tokens), device=self.device, dtype=torch.int64)
@@ -210,7 +204,7 @@ class ModelView:
 
     def record(self) -> None:
         """Compile and record all that is recorded of `write`, with texts of no tokens."""
-        if self.recorder is None or not self.cache.can_fuse:
+        if self.recorder is None or self.cache.way is not Way.FUSED:
             return
         for size in RECORDED:
             for _ in range(2):
@@ -244,10 +238,9 @@ class ModelView:
         return self._fill(tokens, nodes)
 
     def _fill(self, tokens: Tensor, nodes: Nodes) -> Tensor:
-        self.cache.nodes = nodes
         given = {"use_cache": True, self._decoders_cache_argument: self.cache}
-        out = self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
-        self.cache.nodes = None
+        with self.cache.forward(nodes):
+            out = self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         return out[0]
 
     def _sent(self, numbers: list[int]) -> Tensor:
