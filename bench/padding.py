@@ -91,7 +91,7 @@ class Replay:
         """
         n_slots = self.view.cache.n_slots
         nodes = Nodes.packed(lengths, counts, token, self.n_rows, n_slots, self.bits, self.depths)
-        return self.view.forward(token, nodes).argmax(-1), lengths + slots
+        return self.view.forward(token, nodes).logits.argmax(-1), lengths + slots
 
     def token(self, n: int) -> Tensor:
         """[n] int64: 0, 1, ...; compiled functions take them for any number from 2 on."""

@@ -263,8 +263,7 @@ class Handle:
                 raise Unsupported("a streamer with a batch of several samples")
             request = Request.parse(call)
             decoder = self.decoder(draft, request.law, config)
-            view = self._target
-            assert view is not None
+            view: Any = self._target
             if request.past is not None:
                 request.past.check(view.layer_shapes, view.module.dtype)
             with decoding(model), agreed_memory():

@@ -99,7 +99,7 @@ class ModelDrafter:
 
     def _forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
         """As the view's forward, in the target's tokens."""
-        logits = self.view.forward(self._read_as(tokens), nodes, rows)
+        logits = self.view.forward(self._read_as(tokens), nodes, rows).logits
         return logits if self._overlap is None else self._overlap.logits(logits)
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:

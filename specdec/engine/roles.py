@@ -7,7 +7,7 @@ logits that are wanted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ class Cache(Protocol):
         """Make room for `n_slots` entries a sample; what is there stays."""
 
 
+class Output(NamedTuple):
+    """What a model says of flat tokens: logits [T or M, V] after them, in its dtype; and features [L, T, H], what came
+    out of L of its layers, or None where nobody asked for any."""
+
+    logits: Tensor
+    features: Tensor | None = None
+
+
 class Target(Protocol):
     """The model whose law is kept, or one that drafts, over a cache of its own."""
 
@@ -97,8 +105,8 @@ class Target(Protocol):
         """About what a forward takes beside weights and cache: of `n_tokens` tokens in all that see `reach` each, or of
         one that makes `n_logits` rows of logits."""
 
-    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
-        """Logits [T or M, V] after flat tokens [T] int64, whose keys and values are written to the cache.
+    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Output:
+        """What it says of flat tokens [T] int64, whose keys and values are written to the cache.
 
         Args:
             rows: [M] int64, the tokens whose logits are wanted, or 0 for all.

@@ -82,7 +82,8 @@ class TreeStep:
         state.check_rows()
         n_nodes, n_slots = state.n_nodes(token.shape[0]), self.target.cache.n_slots
         nodes = Nodes.packed(state.lengths, n_nodes, token, len(self.tree), n_slots, self.bits, self.depths)
-        return nodes, n_nodes, self.target.forward(state.tree_tokens[nodes.sample, nodes.node], nodes)
+        out = self.target.forward(state.tree_tokens[nodes.sample, nodes.node], nodes)
+        return nodes, n_nodes, out.logits
 
     def _verify(
         self, state: BatchState, law: SamplingLaw, nodes: Nodes, n_nodes: Tensor, logits: Tensor

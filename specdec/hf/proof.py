@@ -188,7 +188,7 @@ def _difference_of(view: ModelView, plain: Plain) -> Unsupported | None:
         # The last is nobody's, and far beyond: a rope that moves with the farthest position would move the others.
         nodes.position[-1] = _context(view.source)
         tokens = torch.cat([*(text[-n_nodes:] for text in plain.texts), plain.texts[0][:1]])
-        logits = view.forward(tokens, nodes)[:-1]
+        logits = view.forward(tokens, nodes).logits[:-1]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ parameters, buffers and all else are shared.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from specdec.engine.packing import Nodes
+from specdec.engine.roles import Output
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import as_region
@@ -46,6 +47,17 @@ def learned_positions(config: Any) -> int | None:
     """How many positions a model has a table for; None with a rope, which goes on."""
     config = config.get_text_config()
     return None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+
+
+def _noting(forward: Callable[..., Any], features: dict[int, Tensor], index: int) -> Callable[..., Any]:
+    """A layer's forward that also puts what comes out, [1, T, H], among the features."""
+
+    def layer_forward(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        features[index] = out[0] if isinstance(out, tuple) else out
+        return out
+
+    return layer_forward
 
 
 class ModelView:
@@ -79,6 +91,8 @@ class ModelView:
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         self.recorder: CapturedSteps | None = None
+        self._features: dict[int, Tensor] = {}  # of the forward in flight
+        self._layers_kept: tuple[int, ...] = ()
         self._chain = TokenTree.chain(max(RECORDED) - 1).tensors(model.device)
         prove(self)
         self._look = Look(model)  # again: a model may count how often it is run
@@ -114,6 +128,20 @@ class ModelView:
             self.written = written
             raise Unsupported(f"a forward that writes to {self._look.name_of(min(written), self.source)}")
 
+    def keep_features(self, layers: Sequence[int]) -> None:
+        """From now on forwards also give what comes out of these of the decoder's layers, counted from 0, before the
+        final norm.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        own = _decoder_layers(self.module)
+        if wrong := [layer for layer in layers if not 0 <= layer < len(own)]:
+            raise ValueError(f"no layer {wrong[0]}: the model has {len(own)} layers, counted from 0")
+        for index in set(layers) - set(self._layers_kept):
+            vars(own[index])["forward"] = _noting(own[index].forward, self._features, index)
+        self._layers_kept = tuple(layers)
+
     @property
     def device(self) -> torch.device:
         return self.module.device
@@ -138,15 +166,12 @@ class ModelView:
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
         self.cache.allocate(self.layer_shapes, n_batch, n_slots, like)
 
-    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
-        """Logits of the flat tokens; their keys and values are written to the cache.
+    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Output:
+        """What the model says of the flat tokens; their keys and values are written to the cache.
 
         Args:
             tokens: [T] int64. nodes: where they belong. rows: [M] int64, the tokens whose logits are wanted, or 0
                 for all.
-
-        Returns:
-            [T or M, V] in the model's dtype.
         """
         given = {"use_cache": True, "logits_to_keep": rows, self._cache_argument: self.cache}
         with self.cache.forward(nodes):
@@ -155,7 +180,11 @@ class ModelView:
         if self.cache.way is Way.OWN:  # the model's own attention knows nothing of lost slots
             lost = self.cache.sees_lost(nodes)
             logits = torch.where(lost[:, None] if isinstance(rows, int) else lost[rows, None], torch.nan, logits)
-        return logits
+        if not self._layers_kept:
+            return Output(logits)
+        features = torch.stack([self._features[layer][0] for layer in self._layers_kept])
+        self._features.clear()
+        return Output(logits, features)
 
     def _positions(self, nodes: Nodes) -> Tensor:
         # Drafts may reach past a table of positions near the end of a text; they are never accepted there.

@@ -122,7 +122,7 @@ class _Forward:
         nodes = Nodes.packed(self.lengths, count, token, self.n_nodes, n_slots, self.bits, self.depths)
         tokens = torch.zeros_like(token)
         for _ in range(self.times):
-            tokens = best_token(self.view.forward(tokens, nodes))
+            tokens = best_token(self.view.forward(tokens, nodes).logits)
         return tokens
 
 
