@@ -37,6 +37,7 @@ from bench.padding_simulator import SIMULATED, Trace, asymptote, draw, limit
 from specdec import zoo
 from specdec.cli import measure
 from specdec.engine.packing import Nodes
+from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import CompiledSteps
@@ -79,7 +80,8 @@ class Replay:
     def __init__(self, view: ModelView, n_rows: int, compiled: bool) -> None:
         self.view, self.n_rows = view, n_rows
         self.bits, self.depths = TokenTree.chain(n_rows - 1).tensors(view.device)
-        self.steps = CompiledSteps(compiled)
+        self.stats = Stats()
+        self.steps = CompiledSteps(compiled, self.stats.eager)
         self.tokens: dict[int, Tensor] = {}
 
     def step(self, lengths: Tensor, counts: Tensor, slots: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +150,7 @@ def padding_cells(
     measure.compare(runs, 1, after_each)
     with torch.compiler.set_stance("fail_on_recompile"):  # nothing that is timed compiles
         seconds = measure.compare(runs, repeats, after_each)
-    measure.check("the forward", replay.steps.stats)
+    measure.check("the forward", replay.stats)
     n_tokens = sum(int(trace.added.sum()) for trace in traces)
     return [
         {

@@ -17,16 +17,16 @@ from traceback import clear_frames
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from specdec import progress as bars
 from specdec.arguments import flag, whole
+from specdec.decoders import decoding
 from specdec.engine.decide import agreed_memory, is_past
 from specdec.engine.loop import Emitted
 from specdec.engine.text import Text
-from specdec.handle import Call, Handle, decoding
+from specdec.handle import Call, Handle
+from specdec.hf.names import PreTrainedModel
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Any]
 
@@ -123,12 +123,7 @@ class _Run:
         """All results; see `generate_many`."""
         waiting: dict[int, Result] = {}
         following, work = 0, self._work()
-        console = Console(stderr=True)
-        columns = (TextColumn("specdec"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # Drawn when something has been done: a bar that refreshes itself takes time from decoding.
-        hidden = not (progress and console.is_terminal)
-        with Progress(*columns, console=console, disable=hidden, auto_refresh=False) as bar:
-            task = bar.add_task("", total=self._total)
+        with bars.counter(self._total, shown=progress) as bar:
             has_ended = False
             while not has_ended:
                 try:
@@ -136,7 +131,7 @@ class _Run:
                 except BaseException as error:
                     has_ended, self._interruption = True, error
                     self._done += [Result(i, text.ids.cpu(), error) for text, (i, _) in self._under_way.items()]
-                bar.update(task, advance=len(self._done), refresh=bool(self._done))
+                bar.advance(len(self._done))
                 waiting |= {result.index: result for result in self._done}
                 self._done = []
                 while following in waiting or (waiting and (has_ended or not in_order)):
@@ -163,7 +158,7 @@ class _Run:
             n_ended = -1
             while n_ended:
                 n_ended = 0
-                decoder = self._handle.decoder(self._call.draft, request.law, self._call.config)
+                decoder = self._handle.decoders.get(self._call.draft, request.law, self._call.config)
                 run = decoder.run(queue, self._n_rows, longest, room, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])

@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from specdec import progress
 from specdec.arguments import whole
 from specdec.config import Config
-from specdec.drafters.registry import DraftSource, check_draft, draft_model, make_drafter
-from specdec.drafters.vocabulary import ForeignDraft
+from specdec.decoders import Decoders, decoding
+from specdec.drafters.registry import DraftSource, draft_model
 from specdec.engine.decide import agreed_memory, is_past
-from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.seeds import Seeds
 from specdec.engine.stats import Stats
 from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported, warn
-from specdec.graphs.captured import CapturedSteps
-from specdec.graphs.compiled import CompiledSteps
 from specdec.hf.call import Request
-from specdec.hf.names import LoopCall
-from specdec.hf.prefix import is_users
+from specdec.hf.names import LoopCall, PreTrainedModel
 from specdec.hf.support import check_model
-from specdec.hf.twin import is_seen
 from specdec.hf.view import ModelView
 from specdec.tune.choose import Choice, choose
-from specdec.verifiers import VERIFIERS
 
-N_NAMED = 4
-"""Decoders kept of those that calls have named the draft of, `assistant_model=` or a number of words to look up: each
-holds a model, and the memory of its last batch."""
+
+class Purpose(Enum):
+    """What a thread's calls of `generate()` are for."""
+
+    DECODE = auto()
+    WARM_UP = auto()
+    ASK = auto()
+    """For the call as it would be decoded."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +58,32 @@ class Call:
 
 
 class _Here(threading.local):
-    """What this thread's calls of `generate()` are for, if not for decoding."""
+    """This thread's calls of `generate()`.
 
-    is_warming_up = False
-    asks = False  # for the call as it would be decoded
-    knows_model = False  # and of this model, which has been looked at
-    is_called = False  # one is running
-    has_come = False  # and has come to a decoding loop
+    Attributes:
+        purpose: what they are for. knows_model: whether the model has been looked at already.
+        is_called: whether one is running. has_come: whether it has come to a decoding loop.
+    """
+
+    purpose = Purpose.DECODE
+    knows_model = False
+    is_called = False
+    has_come = False
 
 
 class Handle:
     """What hangs at `model.specdec`.
 
     Attributes:
+        model, draft: given to `compile`.
         stats: what happened so far (`specdec.engine.stats.Stats`).
-        config: the options given to `compile`, with the tree that `tune()` chose.
+        decoders: what decodes, by draft and options.
     """
 
     def __init__(self, model: PreTrainedModel, draft: DraftSource, config: Config) -> None:
-        self.config, self.stats = config, Stats()
+        self.model, self.draft, self.stats = model, draft, Stats()
+        self.decoders = Decoders(model, draft, config, self.stats)
         self._seeds = Seeds()
-        self._model, self._draft = model, draft
-        self._target: ModelView | None = None
-        self._decoders: dict[tuple[object, Config], Decoder] = {}
         self._running = threading.Lock()
         self._here = _Here()
         self._ignored: set[str] = set()  # what has been warned of
@@ -93,18 +93,23 @@ class Handle:
         is set on one of the two, a mode or a configuration, is set on both."""
         self._wrapper = wrapper
         wrapped = object.__new__(wrapper)
-        wrapped.__dict__ = self._model.__dict__
+        wrapped.__dict__ = self.model.__dict__
         object.__setattr__(wrapped, "specdec", self)
         return wrapped
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Handle, (self._model, self._draft, self.config)
+        return Handle, (self.model, self.draft, self.config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        model = copy.deepcopy(self._model, memo)
+        model = copy.deepcopy(self.model, memo)
         # A copy of the model alone may come here, under way and empty, by something it holds that knows its wrapping.
-        draft = copy.deepcopy(self._draft, memo) if vars(model) else self._draft
+        draft = copy.deepcopy(self.draft, memo) if vars(model) else self.draft
         return Handle(model, draft, self.config)
+
+    @property
+    def config(self) -> Config:
+        """The options given to `compile`, with the tree that `tune()` chose."""
+        return self.decoders.config
 
     @property
     def seeds(self) -> Tensor | None:
@@ -137,18 +142,12 @@ class Handle:
             raise ValueError(f"warmup() takes max_length for the longest text, and no {lengths.pop()}")
         model = self.attach(self._wrapper)
         max_length = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", max_length))
-        columns = (SpinnerColumn(), TextColumn("specdec warm-up, batch size {task.description}"), TimeElapsedColumn())
         # The largest first: buffers that the smaller ones' recordings know then stay where they are.
         for size in sorted(sizes, reverse=True):
             ids = torch.zeros(size, min(64, max_length // 2), dtype=torch.int64, device=model.device)
             length = {"max_new_tokens": max_length - ids.shape[1]}
-            with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-                bar.add_task(str(size), total=None)
-                self._here.is_warming_up = True
-                try:
-                    model.generate(ids, attention_mask=torch.ones_like(ids), **length, **settings)
-                finally:
-                    self._here.is_warming_up = False
+            with progress.spinner(f"warm-up, batch size {size}"), self._calls_are_for(Purpose.WARM_UP):
+                model.generate(ids, attention_mask=torch.ones_like(ids), **length, **settings)
 
     def tune(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_nodes: int = 16, max_depth: int = 8,
@@ -167,8 +166,8 @@ class Handle:
         Raises:
             TypeError, ValueError: there is no draft model, no prompts, or too few nodes or levels for a draft.
         """
-        if (draft := draft_model(self._draft)) is None:
-            raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self._draft!r}")
+        if (draft := draft_model(self.draft)) is None:
+            raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self.draft!r}")
         max_nodes, max_depth = whole("max_nodes", max_nodes, least=2), whole("max_depth", max_depth)
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else repr(input_ids)
@@ -176,13 +175,13 @@ class Handle:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
         try:
-            with decoding(self._model):
-                views = ModelView(self._model), ModelView(draft)
+            with decoding(self.model):
+                views = ModelView(self.model), ModelView(draft)
         except Unsupported as reason:
             raise ValueError(f"these calls run transformers' own loop: {reason}") from None
         with self._running, torch.random.fork_rng(devices=[]):
             choice = choose(probe, *views, max_nodes, max_depth, self.config)
-            self.config = replace(self.config, tree=choice.tree, depth=None)
+            self.decoders.config = replace(self.config, tree=choice.tree, depth=None)
             self.stats.tree = str(choice)
             self.free()
         return choice
@@ -191,7 +190,7 @@ class Handle:
         """What happens when prompts are decoded with this tree; or, timed, the first of them twice, compiled."""
         ids, mask = (ids[:1], mask[:1]) if timed else (ids, mask)
         config = replace(self.config, tree=tree, depth=None, compile=timed and self.config.compile, adapt=False)
-        model = Handle(self._model, self._draft, config).attach(self._wrapper)
+        model = Handle(self.model, self.draft, config).attach(self._wrapper)
         for _ in range(1 + timed):
             model.specdec.stats.reset()
             model.generate(ids, attention_mask=mask, **settings)
@@ -209,7 +208,7 @@ class Handle:
         if here.is_called:  # one within another
             return call()
         here.is_called, here.has_come = True, False
-        is_part = here.asks or here.is_warming_up  # of another call, whose seeds they are
+        is_part = here.purpose is not Purpose.DECODE  # of another call, whose seeds they are
         try:
             with nullcontext() if is_part else self.one_call():
                 out = call()
@@ -217,7 +216,15 @@ class Handle:
             here.is_called = False
         if here.has_come:
             return out
-        return self._fall_back(Unsupported("a way to decode that is none of transformers' own loops"), lambda: out)
+        return self.fall_back(Unsupported("a way to decode that is none of transformers' own loops"), lambda: out)
+
+    @contextmanager
+    def _calls_are_for(self, purpose: Purpose) -> Generator[None]:
+        self._here.purpose = purpose
+        try:
+            yield
+        finally:
+            self._here.purpose = Purpose.DECODE
 
     def generate(
         self,
@@ -226,64 +233,93 @@ class Handle:
         draft: DraftSource = None,
         config: Config | None = None,
     ) -> Any:
-        """Decode one `generate()` call, or run the parent's loop and say why.
+        """Serve one `generate()` call, or run the parent's loop and say why.
 
         Args:
             parents_loop: runs it. draft, config: what drafts for this call, and the options; the handle's own by
                 default.
+
+        Returns:
+            What `generate()` returns; the `Call` where calls are only asked about.
         """
         self._here.has_come = True
-        model, input_ids, streamer = call.self, call.input_ids, call.streamer
-        draft, config = self._draft if draft is None else draft, config or self.config
-        if self._here.asks:
-            try:
-                if not self._here.knows_model:
-                    check_model(model)
-                request = Request.parse(call)
-                if len(request.prompts) > 1:
-                    raise Unsupported("num_return_sequences in generate_many()")
-                if request.outputs or (request.past and is_users(request.past.cache)):
-                    raise Unsupported("scores, logits and past_key_values in generate_many()")
-                if request.has_own_processors:  # texts would take turns
-                    raise Unsupported("logits processors of one's own in generate_many()")
-                if not self._here.knows_model:
-                    self.decoder(draft, request.law, config)
-            except Unsupported as error:
-                return self._fall_back(error, parents_loop)
-            return Call(request, draft, config, call.generation_config.max_new_tokens is None)
-        if not self._running.acquire(blocking=self._here.is_warming_up):
-            return self._fall_back(Unsupported("another generate() of this model is running"), parents_loop)
-        decoder = None
-        tokens_before = self.stats.tokens
+        serve = {Purpose.DECODE: self._decode, Purpose.WARM_UP: self._warm_up, Purpose.ASK: self._describe}
         try:
-            check_model(model)
-            if call.synced_gpus:
-                raise Unsupported("synced_gpus")
-            if streamer is not None and input_ids.shape[0] > 1:
-                raise Unsupported("a streamer with a batch of several samples")
-            request = Request.parse(call)
-            decoder = self.decoder(draft, request.law, config)
-            view: Any = self._target
-            if request.past is not None:
-                request.past.check(view.layer_shapes, view.module.dtype)
-            with decoding(model), agreed_memory():
-                if self._here.is_warming_up:
-                    decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
-                    return input_ids
-                texts = self._run(decoder, request, streamer)
-                self.stats.decoded += 1
-                return request.result(input_ids, texts, decoder, view)
+            return serve[self._here.purpose](call, self.draft if draft is None else draft, config or self.config)
         except Unsupported as error:
             why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
-        except torch.OutOfMemoryError:
-            if streamer is not None and self.stats.tokens > tokens_before:  # another loop would hand them out again
-                raise
-            decoder = None
-            self.free()
-            why = Unsupported("out of memory", f"a batch of {len(input_ids)}")
+        return self.fall_back(why, parents_loop)
+
+    def _describe(self, call: LoopCall, draft: DraftSource, config: Config) -> Call:
+        """The call as it would be decoded among others."""
+        if not self._here.knows_model:
+            check_model(call.self)
+        request = Request.parse(call)
+        request.check_among_others()
+        if not self._here.knows_model:
+            self.decoders.get(draft, request.law, config)
+        return Call(request, draft, config, call.generation_config.max_new_tokens is None)
+
+    def _prepared(self, call: LoopCall, draft: DraftSource, config: Config) -> tuple[Request, Decoder]:
+        """A call's request, and who decodes it."""
+        check_model(call.self)
+        request = Request.parse(call)
+        decoder = self.decoders.get(draft, request.law, config)
+        if request.past is not None:
+            request.past.check(self.decoders.target.layer_shapes, self.decoders.target.module.dtype)
+        return request, decoder
+
+    def _warm_up(self, call: LoopCall, draft: DraftSource, config: Config) -> Tensor:
+        with self._running, self._memory_for(call):
+            request, decoder = self._prepared(call, draft, config)
+            with decoding(call.self), agreed_memory():
+                decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
+        return call.input_ids
+
+    def _decode(self, call: LoopCall, draft: DraftSource, config: Config) -> Any:
+        with self._alone(), self._memory_for(call):
+            request, decoder = self._prepared(call, draft, config)
+            with decoding(call.self), agreed_memory():
+                texts = self._run(decoder, request, call.streamer)
+                self.stats.decoded += 1
+                sequences = request.sequences(call.input_ids, texts)
+                if request.past is not None:
+                    request.past.extend(decoder, self.decoders.target, sequences, [len(text.tokens) for text in texts])
+                return request.result(sequences, texts)
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """No other call is decoded meanwhile.
+
+        Raises:
+            Unsupported: another one is.
+        """
+        if not self._running.acquire(blocking=False):
+            raise Unsupported("another generate() of this model is running")
+        try:
+            yield
         finally:
             self._running.release()
-        return self._fall_back(why, parents_loop)
+
+    @contextmanager
+    def _memory_for(self, call: LoopCall) -> Generator[None]:
+        """Where memory may lack.
+
+        Raises:
+            Unsupported: it did, and was given back.
+        """
+        tokens_before = self.stats.tokens
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if call.streamer is not None and self.stats.tokens > tokens_before:  # another loop would say it all again
+                raise
+            is_lacking = True
+        else:
+            is_lacking = False
+        if is_lacking:  # no longer within the exception, which holds on to buffers
+            self.free()
+            raise Unsupported("out of memory", f"a batch of {len(call.input_ids)}")
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
@@ -316,11 +352,9 @@ class Handle:
         Args:
             knows_model: whether a prompt of this run has been asked for: looking at all modules takes milliseconds.
         """
-        self._here.asks, self._here.knows_model = True, knows_model
-        try:
+        self._here.knows_model = knows_model
+        with self._calls_are_for(Purpose.ASK):
             return model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
-        finally:
-            self._here.asks = False
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -329,17 +363,15 @@ class Handle:
         Raises:
             RuntimeError: another one is.
         """
-        if not self._running.acquire(blocking=False):
-            raise RuntimeError("another generate() of this model is running")
         try:
-            yield
-        finally:
-            self._running.release()
+            with self._alone():
+                yield
+        except Unsupported as why:
+            raise RuntimeError(str(why)) from None
 
     def free(self) -> None:
         """Give back the memory of all batches."""
-        self._decoders, self._target = {}, None
-        gc.collect()  # copies of models and compiled steps know themselves
+        self.decoders.free()
 
     def memory(self, batch_size: int, max_length: int) -> int:
         """Bytes that decoding takes beside the weights, for texts of up to `max_length` tokens, prompt and new ones.
@@ -349,7 +381,7 @@ class Handle:
         """
         batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
         try:
-            return self.decoder(self._draft).buffers.memory(batch_size, max_length)
+            return self.decoders.get(self.draft).buffers.memory(batch_size, max_length)
         except Unsupported as reason:
             raise ValueError(f"calls of this model run transformers' own loop: {reason}") from None
 
@@ -359,84 +391,9 @@ class Handle:
             self._ignored.add(setting)
             warn(f"specdec ignores {setting}: how much is drafted follows what is accepted; the tokens are the same")
 
-    def _fall_back(self, why: Unsupported, parents_loop: Callable[[], Any]) -> Any:
+    def fall_back(self, why: Unsupported, parents_loop: Callable[[], Any]) -> Any:
         self._here.has_come = True
         if why.reason not in self.stats.fallbacks:
             warn(f"specdec runs transformers' own loop: {why}")
         self.stats.fallbacks[why.reason] += 1
-        return None if self._here.is_warming_up else parents_loop()
-
-    @agreed_memory()
-    def decoder(
-        self, draft: DraftSource, law: SamplingLaw | None = None, config: Config | None = None
-    ) -> Decoder:  # fmt: skip
-        """The decoder for this draft and these options, and for laws like this one; made anew when the user's model is
-        not what it was. A draft that cannot be prepared is said, counted, and done without.
-
-        Raises:
-            Unsupported: the model cannot be decoded with.
-        """
-        with decoding(self._model):  # models are run to prove that they can be
-            is_current = self._target is not None and self._target.is_current
-            if not (is_current and all(decoder.steps.is_current for decoder in self._decoders.values())):
-                if self._target is not None:
-                    self.free()
-                self._target = ModelView(self._model)
-            config = config or self.config
-            if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
-                config = replace(config, verifier="coupled")
-            try:
-                return self._decoder_with(draft, config)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # the law is the same without it
-                why = error if isinstance(error, Unsupported) else Unsupported(type(error).__name__, str(error))
-            if why.reason not in self.stats.dropped_drafts:
-                warn(f"specdec decodes without the draft: {why}")
-            self.stats.dropped_drafts[why.reason] += 1
-            return self._decoder_with(None, config)
-
-    def _decoder_with(self, draft: DraftSource, config: Config) -> Decoder:
-        """The decoder for this draft; raises whatever keeps it from being prepared."""
-        assert self._target is not None
-        key = _name(draft), config
-        decoder = self._decoders.pop(key, None)
-        if decoder is None or not decoder.drafter.is_current:
-            decoder = None  # its memory may be needed
-            try:
-                check_draft(draft, self._model, config)
-            except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
-                raise Unsupported("it does not fit", str(error)) from None
-            compiled = CompiledSteps(config.compile, self.stats.eager, is_seen)
-            records = config.compile and self._target.device.type == "cuda"
-            steps = CapturedSteps(compiled) if records else compiled
-            decoder = Decoder(
-                self._target, make_drafter(draft, self._model, config), steps, self.stats,
-                VERIFIERS[config.verifier], config.adapt,
-            )  # fmt: skip
-        self._decoders[key] = decoder  # the last used comes last
-        named = [key for key in self._decoders if not self._is_own(key)]
-        if len(named) > N_NAMED:
-            del self._decoders[named[0]]
-            gc.collect()  # its memory is wanted now
-        return decoder
-
-    def _is_own(self, key: tuple[object, Config]) -> bool:
-        """Whether a decoder is of the draft and the options given to `compile`, or chosen since."""
-        draft, config = key
-        return draft == _name(self._draft) and replace(config, verifier=self.config.verifier) == self.config
-
-
-def _name(draft: DraftSource) -> object:
-    """What tells a draft from others for as long as it lives: who holds this must hold that."""
-    return draft if isinstance(draft, str | ForeignDraft) else id(draft)
-
-
-@contextmanager
-def decoding(model: PreTrainedModel) -> Generator[None]:
-    """Where to decode: without gradients and autocast, and with a model's GPU the current one, on which kernels are
-    started and graphs recorded."""
-    kind = model.device.type
-    current = torch.cuda.device(model.device) if kind == "cuda" else nullcontext()
-    with current, torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
-        yield
+        return None if self._here.purpose is Purpose.WARM_UP else parents_loop()

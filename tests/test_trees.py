@@ -46,7 +46,7 @@ def opposite(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def decoder_of(wrapped: PreTrainedModel) -> Decoder:
-    return wrapped.specdec.decoder(wrapped.specdec._draft)
+    return wrapped.specdec.decoders.get(wrapped.specdec.draft)
 
 
 @pytest.mark.parametrize("shape", TREES)

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
+from specdec.decoders import Decoders
 from specdec.engine.loop import Decoder, Emitted
 from specdec.engine.text import Text
 from specdec.hf import names
@@ -127,7 +128,7 @@ def test_the_models_gpu_is_the_current_one(
     monkeypatch.setattr(Decoder, "run", run)
     decoder = object.__new__(Decoder)
     decoder.target = SimpleNamespace(cache=None)  # type: ignore[assignment]
-    monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: decoder)
+    monkeypatch.setattr(Decoders, "get", lambda *_: decoder)
     law = specdec.engine.laws.SamplingLaw(True)
     monkeypatch.setattr(specdec.hf.call, "law_of", lambda *_: law)
     assert wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]

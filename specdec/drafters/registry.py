@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedModel
 
 from specdec.config import Config
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
@@ -14,6 +13,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.roles import Drafter
 from specdec.engine.tree import TokenTree
+from specdec.hf.names import PreTrainedModel
 from specdec.hf.support import has_own_forward, moving_rope
 from specdec.verifiers import VERIFIERS
 

@@ -23,8 +23,7 @@ from specdec.hf.processors import check as check_processors
 from specdec.hf.support import check_context, check_mode
 
 if TYPE_CHECKING:
-    from specdec.engine.loop import Decoder
-    from specdec.hf.view import ModelView
+    pass
 
 _UNLIMITED = 2**48  # tokens: more than any text will have, and few enough to count with
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"
@@ -70,20 +69,17 @@ class Request:
             prefix=self.past if self.past and self.past.n_known else None,
         )  # fmt: skip
 
-    def result(self, input_ids: Tensor, texts: list[Text], decoder: Decoder, view: ModelView) -> Any:
-        """What `generate()` returns: the prompts followed by the new texts, padded on the right as transformers pads
-        finished rows; and what else is wanted.
-
-        Args:
-            input_ids: [B, width]. texts: decoded, of all rows. decoder, view: theirs.
-        """
+    def sequences(self, input_ids: Tensor, texts: list[Text]) -> Tensor:
+        """[B, length]: the prompts [B, width] followed by the new texts, padded on the right as transformers pads
+        finished rows."""
         new = [text.tokens for text in texts]
         out = torch.full((len(new), max(map(len, new))), self.pad, dtype=torch.int64, device=input_ids.device)
         for row, tokens in enumerate(new):
             out[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
-        sequences = torch.cat([input_ids, out], 1)
-        if self.past is not None:
-            self.past.extend(decoder, view, sequences, [*map(len, new)])
+        return torch.cat([input_ids, out], 1)
+
+    def result(self, sequences: Tensor, texts: list[Text]) -> Any:
+        """What `generate()` returns: the sequences [B, length], and what else is wanted of the texts, of all rows."""
         if self.outputs is None:
             return sequences
         kept = {
@@ -92,6 +88,19 @@ class Request:
         }
         past = None if self.past is None else self.past.cache
         return names.output(sequences, past, **kept)
+
+    def check_among_others(self) -> None:
+        """Whether it can be decoded in a batch of other calls.
+
+        Raises:
+            Unsupported: it cannot.
+        """
+        if len(self.prompts) > 1:
+            raise Unsupported("num_return_sequences in generate_many()")
+        if self.outputs or (self.past and is_users(self.past.cache)):
+            raise Unsupported("scores, logits and past_key_values in generate_many()")
+        if self.has_own_processors:  # texts would take turns
+            raise Unsupported("logits processors of one's own in generate_many()")
 
     @property
     def longest(self) -> int:
@@ -111,6 +120,10 @@ class Request:
         model, input_ids, model_kwargs = call.self, call.input_ids, call.model_kwargs
         processors, criteria = call.logits_processor, call.stopping_criteria
         generation_config = call.generation_config
+        if call.synced_gpus:
+            raise Unsupported("synced_gpus")
+        if call.streamer is not None and len(input_ids) > 1:
+            raise Unsupported("a streamer with a batch of several samples")
         outputs = None
         if generation_config.return_dict_in_generate:  # without it nothing else comes out
             if inner := [name for name in _INNER_OUTPUTS if getattr(generation_config, name)]:

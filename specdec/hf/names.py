@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
 from specdec.errors import Unsupported
 
