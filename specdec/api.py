@@ -11,8 +11,9 @@ from specdec.engine.roles import Drafter
 from specdec.errors import Unsupported, warn
 from specdec.handle import Handle
 from specdec.hf import names
+from specdec.hf.adapters import replaced, unwrapped, within_adapters
 from specdec.hf.names import PreTrainedModel, PreTrainedTokenizerBase
-from specdec.wrapping import plain, replaced, within_adapters, wrapping
+from specdec.hf.wrap import wrapping
 
 
 def compile(  # the name is the point: specdec.compile
@@ -42,7 +43,7 @@ def compile(  # the name is the point: specdec.compile
     """
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
-    draft = plain(draft)
+    draft = unwrapped(draft)
     if isinstance(inner := within_adapters(model), PreTrainedModel) and inner is not model:
         return replaced(
             model, inner, compile(inner, draft, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, **options)

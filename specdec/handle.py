@@ -30,6 +30,7 @@ from specdec.hf.call import Request
 from specdec.hf.names import LoopCall, PreTrainedModel
 from specdec.hf.support import check_model
 from specdec.hf.view import ModelView
+from specdec.hf.wrap import wrapping
 from specdec.tune.choose import Choice, choose
 
 
@@ -88,15 +89,6 @@ class Handle:
         self._here = _Here()
         self._ignored: set[str] = set()  # what has been warned of
 
-    def attach(self, wrapper: type[PreTrainedModel]) -> PreTrainedModel:
-        """The user's model as an object of this class, with this handle. All else it holds is one and the same: what
-        is set on one of the two, a mode or a configuration, is set on both."""
-        self._wrapper = wrapper
-        wrapped = object.__new__(wrapper)
-        wrapped.__dict__ = self.model.__dict__
-        object.__setattr__(wrapped, "specdec", self)
-        return wrapped
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Handle, (self.model, self.draft, self.config)
 
@@ -140,7 +132,7 @@ class Handle:
             raise ValueError(f"batch_sizes must be at least one size, got {batch_sizes!r}")
         if lengths := {"max_length", "max_new_tokens", "min_length", "min_new_tokens"} & set(settings):
             raise ValueError(f"warmup() takes max_length for the longest text, and no {lengths.pop()}")
-        model = self.attach(self._wrapper)
+        model = wrapping(self)
         max_length = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", max_length))
         # The largest first: buffers that the smaller ones' recordings know then stay where they are.
         for size in sorted(sizes, reverse=True):
@@ -190,7 +182,7 @@ class Handle:
         """What happens when prompts are decoded with this tree; or, timed, the first of them twice, compiled."""
         ids, mask = (ids[:1], mask[:1]) if timed else (ids, mask)
         config = replace(self.config, tree=tree, depth=None, compile=timed and self.config.compile, adapt=False)
-        model = Handle(self.model, self.draft, config).attach(self._wrapper)
+        model = wrapping(Handle(self.model, self.draft, config))
         for _ in range(1 + timed):
             model.specdec.stats.reset()
             model.generate(ids, attention_mask=mask, **settings)

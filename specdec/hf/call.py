@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from specdec.hf.prefix import Past, is_users
 from specdec.hf.processors import asks_user, is_pure, process_row
 from specdec.hf.processors import check as check_processors
 from specdec.hf.support import check_context, check_mode
-
-if TYPE_CHECKING:
-    pass
 
 _UNLIMITED = 2**48  # tokens: more than any text will have, and few enough to count with
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"
@@ -108,10 +105,7 @@ class Request:
         return max(len(prompt) for prompt in self.prompts) + self.max_new_tokens
 
     @classmethod
-    def parse(
-        cls,
-        call: names.LoopCall,
-    ) -> Request:
+    def parse(cls, call: names.LoopCall) -> Request:
         """Read the arguments of transformers' decoding loop.
 
         Raises:
