@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from specdec.arguments import whole
 from specdec.config import Config
-from specdec.drafters.registry import DraftSource, check_draft, make_drafter
+from specdec.drafters.registry import DraftSource, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.decide import agreed_memory
 from specdec.engine.laws import SamplingLaw
@@ -60,11 +61,7 @@ class Decoders:
             Unsupported: the model cannot be decoded with.
         """
         with decoding(self.model):  # models are run to prove that they can be
-            is_current = self._target is not None and self._target.is_current
-            if not (is_current and all(decoder.steps.is_current for decoder in self.kept.values())):
-                if self._target is not None:
-                    self.free()
-                self._target = ModelView(self.model)
+            self._look()
             config = config or self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
@@ -73,11 +70,32 @@ class Decoders:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # the law is the same without it
-                why = error if isinstance(error, Unsupported) else Unsupported(type(error).__name__, str(error))
+                why = Unsupported.of(error)
             if why.reason not in self._stats.dropped_drafts:
                 warn(f"specdec decodes without the draft: {why}")
             self._stats.dropped_drafts[why.reason] += 1
             return self._with(None, config)
+
+    def free(self) -> None:
+        """Give back the memory of all batches."""
+        self.kept, self._target = {}, None
+        gc.collect()  # copies of models and compiled steps know themselves
+
+    def memory(self, batch_size: int, max_length: int) -> int:
+        """Bytes that the decoder of calls that name none takes; see `specdec.handle.Handle.memory`."""
+        batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
+        try:
+            return self.get(self.draft).buffers.memory(batch_size, max_length)
+        except Unsupported as reason:
+            raise ValueError(f"calls of this model run transformers' own loop: {reason}") from None
+
+    def _look(self) -> None:
+        """View the model as it is now, without any decoder where it is not what it was."""
+        if self._target is not None:
+            if self._target.is_current and all(decoder.steps.is_current for decoder in self.kept.values()):
+                return
+            self.free()
+        self._target = ModelView(self.model)
 
     def _with(self, draft: DraftSource, config: Config) -> Decoder:
         """The decoder for this draft; raises whatever keeps it from being prepared."""
@@ -85,10 +103,6 @@ class Decoders:
         decoder = self.kept.pop(key, None)
         if decoder is None or not decoder.drafter.is_current:
             decoder = None  # its memory may be needed
-            try:
-                check_draft(draft, self.model, config)
-            except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
-                raise Unsupported("it does not fit", str(error)) from None
             compiled = CompiledSteps(config.compile, self._stats.eager, is_seen)
             records = config.compile and self.target.device.type == "cuda"
             decoder = Decoder(
@@ -106,11 +120,6 @@ class Decoders:
         """Whether a decoder is of the draft and the options given to `compile`, or chosen since."""
         draft, config = key
         return draft == _name(self.draft) and replace(config, verifier=self.config.verifier) == self.config
-
-    def free(self) -> None:
-        """Give back the memory of all batches."""
-        self.kept, self._target = {}, None
-        gc.collect()  # copies of models and compiled steps know themselves
 
 
 def _name(draft: DraftSource) -> object:

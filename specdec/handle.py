@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,14 @@ from specdec.engine.stats import Stats
 from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported, warn
-from specdec.hf.call import Request
+from specdec.hf.call import Request, alone, out_of_memory
 from specdec.hf.names import LoopCall, PreTrainedModel
 from specdec.hf.support import check_model
 from specdec.hf.view import ModelView
 from specdec.hf.wrap import wrapping
 from specdec.tune.choose import Choice, choose
+
+T = TypeVar("T")
 
 
 class Purpose(Enum):
@@ -194,8 +196,8 @@ class Handle:
         """A call, whatever becomes of it: seeds that were set serve it, and none after it."""
         return self._seeds.one_call()
 
-    def count(self, call: Callable[[], Any]) -> Any:
-        """What the user has called, which comes to a decoding loop, or says that it does not."""
+    def count(self, call: Callable[[], Any], otherwise: Unsupported) -> Any:
+        """What the user has called, which comes to a decoding loop, or `otherwise` is why not."""
         here = self._here
         if here.is_called:  # one within another
             return call()
@@ -208,15 +210,17 @@ class Handle:
             here.is_called = False
         if here.has_come:
             return out
-        return self.fall_back(Unsupported("a way to decode that is none of transformers' own loops"), lambda: out)
+        return self.fall_back(otherwise, lambda: out)
 
     @contextmanager
-    def _calls_are_for(self, purpose: Purpose) -> Generator[None]:
-        self._here.purpose = purpose
+    def _calls_are_for(self, purpose: Purpose, knows_model: bool = False) -> Generator[None]:
+        here = self._here
+        before = here.purpose, here.knows_model
+        here.purpose, here.knows_model = purpose, knows_model
         try:
             yield
         finally:
-            self._here.purpose = Purpose.DECODE
+            here.purpose, here.knows_model = before
 
     def generate(
         self,
@@ -239,7 +243,7 @@ class Handle:
         try:
             return serve[self._here.purpose](call, self.draft if draft is None else draft, config or self.config)
         except Unsupported as error:
-            why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
+            why = copy.copy(error)  # an exception caught holds on to buffers
         return self.fall_back(why, parents_loop)
 
     def _describe(self, call: LoopCall, draft: DraftSource, config: Config) -> Call:
@@ -262,14 +266,17 @@ class Handle:
         return request, decoder
 
     def _warm_up(self, call: LoopCall, draft: DraftSource, config: Config) -> Tensor:
-        with self._running, self._memory_for(call):
+        def warm_up() -> Tensor:
             request, decoder = self._prepared(call, draft, config)
             with decoding(call.self), agreed_memory():
                 decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
-        return call.input_ids
+            return call.input_ids
+
+        with self._running:
+            return self._within_memory(call, warm_up)
 
     def _decode(self, call: LoopCall, draft: DraftSource, config: Config) -> Any:
-        with self._alone(), self._memory_for(call):
+        def decode() -> Any:
             request, decoder = self._prepared(call, draft, config)
             with decoding(call.self), agreed_memory():
                 texts = self._run(decoder, request, call.streamer)
@@ -279,39 +286,23 @@ class Handle:
                     request.past.extend(decoder, self.decoders.target, sequences, [len(text.tokens) for text in texts])
                 return request.result(sequences, texts)
 
-    @contextmanager
-    def _alone(self) -> Generator[None]:
-        """No other call is decoded meanwhile.
+        with alone(self._running):
+            return self._within_memory(call, decode)
+
+    def _within_memory(self, call: LoopCall, serve: Callable[[], T]) -> T:
+        """What a call comes to.
 
         Raises:
-            Unsupported: another one is.
-        """
-        if not self._running.acquire(blocking=False):
-            raise Unsupported("another generate() of this model is running")
-        try:
-            yield
-        finally:
-            self._running.release()
-
-    @contextmanager
-    def _memory_for(self, call: LoopCall) -> Generator[None]:
-        """Where memory may lack.
-
-        Raises:
-            Unsupported: it did, and was given back.
+            Unsupported: memory was lacking, and was given back.
         """
         tokens_before = self.stats.tokens
         try:
-            yield
+            return serve()
         except torch.OutOfMemoryError:
             if call.streamer is not None and self.stats.tokens > tokens_before:  # another loop would say it all again
                 raise
-            is_lacking = True
-        else:
-            is_lacking = False
-        if is_lacking:  # no longer within the exception, which holds on to buffers
-            self.free()
-            raise Unsupported("out of memory", f"a batch of {len(call.input_ids)}")
+        self.free()  # no longer within the exception, which holds on to buffers
+        raise out_of_memory(call)
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
@@ -344,8 +335,7 @@ class Handle:
         Args:
             knows_model: whether a prompt of this run has been asked for: looking at all modules takes milliseconds.
         """
-        self._here.knows_model = knows_model
-        with self._calls_are_for(Purpose.ASK):
+        with self._calls_are_for(Purpose.ASK, knows_model):
             return model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **settings)
 
     @contextmanager
@@ -356,7 +346,7 @@ class Handle:
             RuntimeError: another one is.
         """
         try:
-            with self._alone():
+            with alone(self._running):
                 yield
         except Unsupported as why:
             raise RuntimeError(str(why)) from None
@@ -371,11 +361,7 @@ class Handle:
         Raises:
             TypeError, ValueError: a size that cannot be, or calls of this model run transformers' own loop.
         """
-        batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
-        try:
-            return self.decoders.get(self.draft).buffers.memory(batch_size, max_length)
-        except Unsupported as reason:
-            raise ValueError(f"calls of this model run transformers' own loop: {reason}") from None
+        return self.decoders.memory(batch_size, max_length)
 
     def ignore(self, setting: str) -> None:
         """Say once that a call's setting is not followed, where that changes nothing but speed."""
@@ -384,6 +370,7 @@ class Handle:
             warn(f"specdec ignores {setting}: how much is drafted follows what is accepted; the tokens are the same")
 
     def fall_back(self, why: Unsupported, parents_loop: Callable[[], Any]) -> Any:
+        """What the parent's loop makes of a call that is not decoded here, after saying why not; counted."""
         self._here.has_come = True
         if why.reason not in self.stats.fallbacks:
             warn(f"specdec runs transformers' own loop: {why}")

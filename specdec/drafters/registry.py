@@ -13,6 +13,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.roles import Drafter
 from specdec.engine.tree import TokenTree
+from specdec.errors import Unsupported
 from specdec.hf.names import PreTrainedModel
 from specdec.hf.support import has_own_forward, moving_rope
 from specdec.verifiers import VERIFIERS
@@ -70,8 +71,12 @@ def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) ->
     """The drafter that the user means, for a target.
 
     Raises:
-        Unsupported: the draft model cannot run raggedly.
+        Unsupported: it does not fit, though it did when it was given, or the draft model cannot run raggedly.
     """
+    try:
+        check_draft(draft, target, config)
+    except (TypeError, ValueError) as error:
+        raise Unsupported("it does not fit", str(error)) from None
     depth = config.depth
     if draft is None:
         return NoDrafter()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -170,6 +172,26 @@ class Request:
             processes = [process_row(processors, row, padding[row]) for row in rows]
         pad, most = names.pad_token(generation_config), min(max_length - width, _UNLIMITED)
         return cls(prompts, law, most, eos_ids, deadline, ends, processes, outputs, past, bool(own), pad)
+
+
+@contextmanager
+def alone(lock: Lock) -> Generator[None]:
+    """No other call of a model is decoded meanwhile: that which holds its lock.
+
+    Raises:
+        Unsupported: another one is.
+    """
+    if not lock.acquire(blocking=False):
+        raise Unsupported("another generate() of this model is running")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def out_of_memory(call: names.LoopCall) -> Unsupported:
+    """Why a call was given up that memory was lacking for."""
+    return Unsupported("out of memory", f"a batch of {len(call.input_ids)}")
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:

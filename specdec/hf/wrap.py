@@ -46,8 +46,7 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             draft, config = draft_of_call(call, self.specdec)
             check_draft(draft, self.specdec.model, config)
         except (Unsupported, TypeError, ValueError) as error:
-            why = error if isinstance(error, Unsupported) else Unsupported("a draft that does not fit", str(error))
-            return self.specdec.fall_back(why, parents_loop)
+            return self.specdec.fall_back(Unsupported.of(error, "a draft that does not fit"), parents_loop)
         return self.specdec.generate(parents_loop, call, draft, config)
 
     def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +61,8 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.specdec.count(partial(method, self, *args, **kwargs))
+            otherwise = Unsupported("a way to decode that is none of transformers' own loops")
+            return self.specdec.count(partial(method, self, *args, **kwargs), otherwise)
 
         return call
 
