@@ -46,12 +46,6 @@ class Decoders:
         self._target: ModelView | None = None
         self.kept: dict[tuple[object, Config], Decoder] = {}
 
-    @property
-    def target(self) -> ModelView:
-        """The view that decodes; there is one once a decoder was asked for."""
-        assert self._target is not None
-        return self._target
-
     @agreed_memory()
     def get(self, draft: DraftSource, law: SamplingLaw | None = None, config: Config | None = None) -> Decoder:
         """The decoder for this draft and these options, and for laws like this one; made anew when the user's model is
@@ -61,12 +55,11 @@ class Decoders:
             Unsupported: the model cannot be decoded with.
         """
         with decoding(self.model):  # models are run to prove that they can be
-            self._look()
-            config = config or self.config
+            target, config = self._current_target(), config or self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
             try:
-                return self._with(draft, config)
+                return self._with(target, draft, config)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # the law is the same without it
@@ -74,7 +67,7 @@ class Decoders:
             if why.reason not in self._stats.dropped_drafts:
                 warn(f"specdec decodes without the draft: {why}")
             self._stats.dropped_drafts[why.reason] += 1
-            return self._with(None, config)
+            return self._with(target, None, config)
 
     def free(self) -> None:
         """Give back the memory of all batches."""
@@ -89,24 +82,25 @@ class Decoders:
         except Unsupported as reason:
             raise ValueError(f"calls of this model run transformers' own loop: {reason}") from None
 
-    def _look(self) -> None:
-        """View the model as it is now, without any decoder where it is not what it was."""
+    def _current_target(self) -> ModelView:
+        """The view of the model as it is now: another one, without any decoder, where it is not what it was."""
         if self._target is not None:
             if self._target.is_current and all(decoder.steps.is_current for decoder in self.kept.values()):
-                return
+                return self._target
             self.free()
         self._target = ModelView(self.model)
+        return self._target
 
-    def _with(self, draft: DraftSource, config: Config) -> Decoder:
+    def _with(self, target: ModelView, draft: DraftSource, config: Config) -> Decoder:
         """The decoder for this draft; raises whatever keeps it from being prepared."""
         key = _name(draft), config
         decoder = self.kept.pop(key, None)
         if decoder is None or not decoder.drafter.is_current:
             decoder = None  # its memory may be needed
             compiled = CompiledSteps(config.compile, self._stats.eager, is_seen)
-            records = config.compile and self.target.device.type == "cuda"
+            records = config.compile and target.device.type == "cuda"
             decoder = Decoder(
-                self.target, make_drafter(draft, self.model, config), CapturedSteps(compiled) if records else compiled,
+                target, make_drafter(draft, self.model, config), CapturedSteps(compiled) if records else compiled,
                 self._stats, VERIFIERS[config.verifier], config.adapt,
             )  # fmt: skip
         self.kept[key] = decoder

@@ -262,7 +262,7 @@ class Handle:
         request = Request.parse(call)
         decoder = self.decoders.get(draft, request.law, config)
         if request.past is not None:
-            request.past.check(self.decoders.target.layer_shapes, self.decoders.target.module.dtype)
+            request.past.check(decoder)
         return request, decoder
 
     def _warm_up(self, call: LoopCall, draft: DraftSource, config: Config) -> Tensor:
@@ -283,7 +283,7 @@ class Handle:
                 self.stats.decoded += 1
                 sequences = request.sequences(call.input_ids, texts)
                 if request.past is not None:
-                    request.past.extend(decoder, self.decoders.target, sequences, [len(text.tokens) for text in texts])
+                    request.past.extend(decoder, sequences, [len(text.tokens) for text in texts])
                 return request.result(sequences, texts)
 
         with alone(self._running):
