@@ -6,8 +6,8 @@ where `need` is top_p times the mass that top-k keeps, but no less than the best
 pivots puts each of the two between two of them, and the next pass spreads its pivots between those. Top-p's `need` is
 known as well as the mass that top-k keeps, so that both are searched for at the same time.
 
-The first pass' pivots are evenly spread in what a logit weighs, where almost all cuts are; all others are evenly spread
-among the numbers the logits' dtype has. Each pass has the ends of its brackets among its pivots, so that it needs
+The first pass' pivots are evenly spread in what a logit weighs, where almost all cuts are, and later ones among the
+numbers that the logits' dtype has. Each pass has the ends of its brackets among its pivots, so that it needs
 nothing of the one before, and so do the answers. The sums are made in a fixed order: the same row gives the same law.
 
 Pivot 0 is min-p's: its cut is known beforehand, and only the mass above it is not.
@@ -44,14 +44,28 @@ def value(k, SHIFT: tl.constexpr):
 def first_pivots(best, slope, min_p, V, SHIFT: tl.constexpr, P: tl.constexpr):
     """Min-p's cut, -inf, steps up to the best logit, and what is above it: float32 [P].
 
-    The lowest step weighs 1 / (128 V) of the best: with a top_p up to 0.99, all below that could be cut.
+    Most steps go evenly to where a logit weighs 1 / (128 V) of the best: with a top_p up to 0.99, what is below may be
+    cut. The others go twice as far every time, for a top-k of rows that are that wide.
     """
+    EVEN: tl.constexpr = P - 10
     j = tl.arange(0, P)
-    steps = (tl.log2(tl.cast(V, tl.float32)) + 7) * (P - 2 - j) / (P - 4)
-    pivots = tl.where(j == 1, -float("inf"), best - steps / slope)
+    step = (P - 2 - j).to(tl.float32)
+    far = (tl.log2(tl.cast(V, tl.float32)) + 7) * tl.where(step <= EVEN, step / EVEN, tl.exp2(step - EVEN))
+    pivots = tl.where(j == 1, -float("inf"), best - far / slope)
     least = tl.where(min_p < 1, best + tl.log2(tl.maximum(min_p, 0.0)) / slope, best)
     keys = key(tl.where(j == 0, least, pivots), SHIFT)
     return value(tl.where(j == P - 1, key(best, SHIFT) + 1, keys), SHIFT)
+
+
+@jit
+def _spread(low, high, i, n, SHIFT: tl.constexpr):
+    """Keys i = 0 ... n - 1 from `low` to `high`. Half of all numbers are less than 1: where the two are of different
+    sign or magnitude, every other key is instead of values evenly spread."""
+    keys = low + (high - low) * i // (n - 1)
+    part = i / (n - 1)
+    values = tl.maximum(value(low, SHIFT), -3e38) * (1 - part) + tl.minimum(value(high, SHIFT), 3e38) * part
+    is_of_value = (high - low > 1 << (23 - SHIFT)) & (i % 2 == 1) & (i < n - 1)
+    return tl.where(is_of_value, tl.minimum(tl.maximum(key(values, SHIFT), low), high), keys)
 
 
 @jit
@@ -111,8 +125,9 @@ def narrowed(pivots, all_counts, all_masses, k, top_p, SHIFT: tl.constexpr, P: t
     high = tl.min(tl.where(maybe, NONE, keys), 0)
     between = tl.min(tl.where(surely, counts, float("inf")), 0) - tl.max(tl.where(maybe, 0.0, counts), 0)
     is_done = has_k & ((top_p >= 1) | (between <= 1) | (high - low <= 1))
-    n_k = tl.where(has_k, 1, P // 2 - 1)
-    of_k = low_k + (high_k - low_k) * (j - 1) // tl.maximum(n_k - 1, 1)
-    of_p = low + (high - low) * (j - 1 - n_k) // (P - 2 - n_k)
+    # Half of the next pivots go from `low_k` to `high_k`, or only two, and the others from `low` to `high`.
+    n_k = tl.where(has_k, 2, P // 2 - 1)
+    of_k = _spread(low_k, high_k, j - 1, n_k, SHIFT)
+    of_p = _spread(low, high, j - 1 - n_k, P - 1 - n_k, SHIFT)
     following = tl.where(j == 0, pivots, value(tl.where(j <= n_k, of_k, of_p), SHIFT))
     return following, low, high, need, is_done

@@ -247,10 +247,10 @@ def row_law_triton(logits: Tensor, knobs: Tensor, top_k: int) -> tuple[Tensor, T
     n_searches = 4 if logits.dtype == torch.float32 else 3
     size = {"P": PIVOTS, "SPLITS": triton.next_power_of_2(n_splits), "num_warps": 4, "maxnreg": 255}
     size["SHIFT"] = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)  # bits that a float32 has more
-    options = {"dtype": torch.float32, "device": logits.device}
-    parts = torch.empty((n_rows, n_splits, 2), **options)
-    pivots = torch.empty((n_searches, n_rows, PIVOTS), **options)
-    sums = torch.empty((n_searches, n_rows, n_splits, 2, PIVOTS), **options)
+    device = logits.device
+    parts = torch.empty((n_rows, n_splits, 2), dtype=torch.float32, device=device)
+    pivots = torch.empty((n_searches, n_rows, PIVOTS), dtype=torch.float32, device=device)
+    sums = torch.empty((n_searches, n_rows, n_splits, 2, PIVOTS), dtype=torch.float32, device=device)
     _sums_kernel[(n_rows, n_splits)](
         logits, knobs, parts, vocab, share, *logits.stride(),
         ROWS=_ROWS, COLUMNS=_COLUMNS, STAGES=3, num_warps=4,
