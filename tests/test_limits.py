@@ -209,7 +209,7 @@ def test_what_exploring_needs_is_compiled_in_the_first_call(
         def has(self, key: Any) -> bool:
             return key in made
 
-    monkeypatch.setattr("specdec.handle.CompiledSteps", Counted)
+    monkeypatch.setattr("specdec.decoders.CompiledSteps", Counted)
     wrapped = specdec.compile(model, tiny("llama", seed=7), depth=8)
     lengths = [4] * n_prompts
     wrapped.generate(**prompts(lengths), max_new_tokens=12)
