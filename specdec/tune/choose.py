@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from specdec.config import Config
@@ -24,6 +22,7 @@ from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
+from specdec.progress import spinner
 from specdec.tune.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -71,18 +70,16 @@ def choose(
         probe: decodes with a tree, and says what happened; with True, compiled and timed.
     """
     slots: Counter[tuple[int, int]] = Counter()
-    columns = (SpinnerColumn(), TextColumn("specdec tunes: {task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
+    with spinner("specdec tunes:") as say:
         for tree in PROBES:
             if tree.is_chain or config.verifier != "block":
-                bar.update(task, description=f"acceptance with {len(tree) - 1} drafted nodes")
+                say(f"acceptance with {len(tree) - 1} drafted nodes")
                 for k, counts in probe(tree, False).slots.items():
                     slots.update({(k, i): count for i, count in enumerate(counts)})
         acceptance = {
             k: [slots[k, i] / slots[k, 0] for i in range(1, k + 1)] for k, i in slots if i == 0 and slots[k, i]
         }
-        bar.update(task, description="seconds of a step")
+        say("seconds of a step")
         stats = probe(TokenTree.chain(1), True)
         cost = measure_cost(target, draft, max_nodes, config.compile, stats.seconds["decode"] / max(stats.steps, 1))
     found = [fastest_tree(shares, cost, max_depth) for shares in (acceptance, {1: acceptance[1]})]
