@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.drafters.vocabulary import Overlap
 from specdec.engine.draft import Draft, DraftLaw
@@ -14,6 +13,7 @@ from specdec.engine.laws import SamplingLaw
 from specdec.engine.packing import Nodes
 from specdec.engine.state import BatchState
 from specdec.engine.tree import TokenTree
+from specdec.hf.names import PreTrainedModel
 from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
 from specdec.kernels.sampling.draw_children import draw_children
