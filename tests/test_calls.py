@@ -30,9 +30,9 @@ from transformers import (
 import specdec
 import specdec.engine.decoder
 from specdec import SpecdecWarning, TokenTree, zoo
+from specdec.decoders import N_NAMED
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.handle import N_NAMED
 from specdec.hf import names
 
 NEW = 6
@@ -63,7 +63,7 @@ def without_collector() -> Iterator[None]:
 def _named(wrapped: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, Tensor], **given: Any) -> list[Any]:
     """Weak references to all that a call with a draft of its own has made."""
     same(wrapped, model, **inputs, max_new_tokens=NEW, **given)
-    decoder = [*wrapped.specdec._decoders.values()][-1]
+    decoder = [*wrapped.specdec.decoders.kept.values()][-1]
     parts = [decoder, decoder.drafter, decoder.steps, decoder.buffers, decoder.buffers.state]
     if view := getattr(decoder.drafter, "view", None):
         parts += [given["assistant_model"], view, view.module, view.cache, *view.cache.layers]
@@ -78,7 +78,7 @@ def test_few_drafts_that_calls_name_are_kept(
     model, inputs = tiny("llama"), prompts([6])
     wrapped = wrap(model, tiny("llama", seed=7, num_hidden_layers=1))
     wrapped.generate(**inputs, max_new_tokens=NEW)
-    own, parts = wrapped.specdec.decoder(wrapped.specdec._draft), []
+    own, parts = wrapped.specdec.decoder(), []
     for i in range(N_NAMED + 5):
         given = {"prompt_lookup_num_tokens": 2 + i}
         if draft == "assistant":
@@ -86,7 +86,7 @@ def test_few_drafts_that_calls_name_are_kept(
         parts.append(_named(wrapped, model, inputs, **given))
         del given
     assert [any(part() is not None for part in made) for made in parts] == [False] * 5 + [True] * N_NAMED
-    assert wrapped.specdec.decoder(wrapped.specdec._draft) is own
+    assert wrapped.specdec.decoder() is own
     del own
     wrapped.specdec.free()
     assert not any(part() is not None for made in parts for part in made)
@@ -403,7 +403,7 @@ def test_warnings_are_at_the_users_line(model: PreTrainedModel, prompts: Prompts
 
 def _drafting(wrapped: PreTrainedModel) -> tuple[int, bool | None]:
     """How deep the last call drafted, and whether it was to adapt."""
-    decoder = [*wrapped.specdec._decoders.values()][-1]
+    decoder = [*wrapped.specdec.decoders.kept.values()][-1]
     return decoder.tree.depth, decoder.adapt
 
 

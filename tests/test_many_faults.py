@@ -157,7 +157,7 @@ def test_no_memory_in_a_step(
 ) -> None:  # fmt: skip
     """Texts under way are lost, the others decoded, with new buffers: no error may keep the old ones alive."""
     expected = [generated(model, ids, max_length=45, pad_token_id=0) for ids in TEXTS]
-    decoder = weakref.ref(wrapped.specdec.decoder(wrapped.specdec._draft))
+    decoder = weakref.ref(wrapped.specdec.decoder())
     _raise_once(monkeypatch, Decoder, "_step", torch.OutOfMemoryError("no memory"), 80)
     results = list(generate_many(wrapped, TEXTS, max_batch_size=3, max_length=45, pad_token_id=0))
     assert [result.index for result in results] == list(range(len(TEXTS)))
@@ -172,7 +172,7 @@ def test_no_memory_for_the_rows(
     wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    wrapped.specdec.decoder(wrapped.specdec._draft)  # models are proved
+    wrapped.specdec.decoder()  # models are proved
     _raise_once(monkeypatch, RaggedCache, "allocate", torch.OutOfMemoryError("no memory"), 1)
     results = generate_many(wrapped, TEXTS, max_batch_size=3, **SETTINGS)
     first = next(results)

@@ -270,7 +270,7 @@ def test_out_of_time_when_some_have_reached_their_limit(
     whole = model.generate(**prompts([6] * 8), max_new_tokens=12)
     for n_looks in range(5, 12):
         looks = iter([0.0] * n_looks)
-        monkeypatch.setattr("specdec.handle.time", SimpleNamespace(time=lambda looks=looks: next(looks, 1e18)))
+        monkeypatch.setattr("specdec.calls.time", SimpleNamespace(time=lambda looks=looks: next(looks, 1e18)))
         out = wrapped.generate(**asked, max_time=1e6)
         out = out.sequences if scores else out
         assert torch.equal(out, whole[:, : out.shape[1]])

@@ -45,7 +45,7 @@ def opposite(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def decoder_of(wrapped: PreTrainedModel) -> Decoder:
-    return wrapped.specdec.decoder(wrapped.specdec._draft)
+    return wrapped.specdec.decoder()
 
 
 @pytest.mark.parametrize("shape", TREES)
