@@ -7,7 +7,7 @@ from typing import Any
 from specdec.config import Config
 from specdec.drafters.registry import check_draft, draft_model
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.engine.draft import Drafter
+from specdec.engine.roles import Drafter
 from specdec.errors import Unsupported, warn
 from specdec.handle import Handle
 from specdec.hf import names

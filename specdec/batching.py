@@ -10,7 +10,6 @@ own pace.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
@@ -20,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec import progress as bars
 from specdec.arguments import flag, whole
 from specdec.calls import Call, Purpose
-from specdec.engine.decoder import Emitted
-from specdec.engine.slots import Text
+from specdec.decoders import decoding
+from specdec.engine.decide import agreed_memory, is_past
+from specdec.engine.loop import Emitted
+from specdec.engine.text import Text
 from specdec.handle import Handle
-from specdec.hf.ambient import decoding
 from specdec.hf.names import PreTrainedModel
-from specdec.progress import bar
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Any]
 
@@ -125,7 +125,7 @@ class _Run:
         """All results; see `generate_many`."""
         waiting: dict[int, Result] = {}
         following, work = 0, self._work()
-        with bar("specdec", self._total, progress) as advance:
+        with bars.counter(self._total, shown=progress) as bar:
             has_ended = False
             while not has_ended:
                 try:
@@ -133,7 +133,7 @@ class _Run:
                 except BaseException as error:
                     has_ended, self._interruption = True, error
                     self._done += [Result(i, text.ids.cpu(), error) for text, (i, _) in self._under_way.items()]
-                advance(len(self._done))
+                bar.advance(len(self._done))
                 waiting |= {result.index: result for result in self._done}
                 self._done = []
                 while following in waiting or (waiting and (has_ended or not in_order)):
@@ -160,7 +160,7 @@ class _Run:
             n_ended = -1
             while n_ended:
                 n_ended = 0
-                decoder = self._handle.decoders.get(self._call.draft, self._call.config, request.law)
+                decoder = self._handle.decoders.get(self._call.draft, request.law, self._call.config)
                 run = decoder.run(queue, self._n_rows, longest, room, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
@@ -181,7 +181,7 @@ class _Run:
     def _next(self, run: Iterator[list[Emitted]]) -> list[Emitted] | Exception | None:
         """What happened in a step, None after the last one, or its error: one of all texts under way."""
         try:
-            with decoding(self._model.device):  # not while the caller has its turn
+            with decoding(self._model), agreed_memory():  # not while the caller has its turn
                 return next(run, None)
         except Exception as error:
             return error
@@ -191,7 +191,7 @@ class _Run:
         n_ended = 0
         for text in texts:
             index, deadline = self._under_way[text]
-            if deadline is not None and time.time() > deadline:
+            if is_past(deadline):
                 text.finished = True
             if text.finished:
                 del self._under_way[text]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ import torch
 from torch import Tensor
 
 from specdec.config import Config
-from specdec.decoders import Decoders
+from specdec.decoders import Decoders, decoding
 from specdec.drafters.registry import DraftSource, check_draft, named_draft
-from specdec.engine.decoder import Decoder
+from specdec.engine.decide import agreed_memory, is_past
+from specdec.engine.loop import Decoder
 from specdec.engine.seeds import Seeds
-from specdec.engine.slots import Text
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.errors import Unsupported, warn
 from specdec.hf import names
-from specdec.hf.ambient import decoding
 from specdec.hf.call import Assistance, Request
 from specdec.hf.names import LoopCall, PreTrainedModel
 
@@ -167,7 +166,7 @@ class Calls:
         try:
             request = Request.parse_one_of_many(task.call, self._here.knows_model)
             if not self._here.knows_model:
-                self._decoders.get(task.draft, task.config, request.law)
+                self._decoders.get(task.draft, request.law, task.config)
         except Unsupported as error:
             return self.fall_back(error, task.loop)
         limits_whole_text = task.call.generation_config.max_new_tokens is None
@@ -188,48 +187,55 @@ class Calls:
         for setting in assistance.ignored:
             if setting not in self._ignored:
                 self._ignored.add(setting)
-                warn(
-                    f"specdec ignores {setting}: how much is drafted follows what is accepted; the tokens are the same"
-                )
+                much = "how much is drafted follows what is accepted; the tokens are the same"
+                warn(f"specdec ignores {setting}: {much}")
         check_draft(draft, self._model, assistance.config)
         return draft, assistance.config
 
-    def _attempt(self, task: Task, use: Callable[[LoopCall, Request, Decoder], Any], waits: bool = False) -> Any:
-        """What `use` makes of a call with its decoder, while no other is decoded; or transformers' own loop, where that
-        cannot be."""
+    def _attempt(self, task: Task, serve: Callable[[Task], Any], waits: bool = False) -> Any:
+        """What a call comes to while no other is decoded; or what transformers' own loop returns, if it has to run."""
         if not self._running.acquire(blocking=waits):
             return self.fall_back(Unsupported("another generate() of this model is running"), task.loop)
-        call, decoder, tokens_before = task.call, None, self._stats.tokens
+        tokens_before, lacks_memory = self._stats.tokens, False
         try:
-            request = Request.parse(call)
-            decoder = self._decoders.get(task.draft, task.config, request.law)
-            if request.past is not None:
-                request.past.check(decoder.target.layer_shapes, decoder.target.module.dtype)
-            with decoding(call.self.device):
-                return use(call, request, decoder)
+            return serve(task)
         except Unsupported as error:
             why = Unsupported(error.reason, error.detail)  # an exception caught holds on to buffers
         except torch.OutOfMemoryError:
-            if call.streamer is not None and self._stats.tokens > tokens_before:  # another would hand them out again
+            if task.call.streamer is not None and self._stats.tokens > tokens_before:  # another would say it all again
                 raise
-            decoder = None
-            self._decoders.free()
-            why = Unsupported("out of memory", f"a batch of {len(call.input_ids)}")
+            why, lacks_memory = Unsupported("out of memory", f"a batch of {len(task.call.input_ids)}"), True
         finally:
+            if lacks_memory:  # no longer within the exception
+                self._decoders.free()
             self._running.release()
         return self.fall_back(why, task.loop)
 
-    def _warmed_up(self, call: LoopCall, request: Request, decoder: Decoder) -> Tensor:
-        decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
-        return call.input_ids
+    def _decoded(self, task: Task) -> Any:
+        request, decoder = self._prepared(task)
+        with decoding(task.call.self), agreed_memory():
+            texts = self._run(decoder, request, task.call.streamer)
+            self._stats.decoded += 1
+            sequences = request.sequences(task.call.input_ids, texts)
+            if request.past is not None:  # the caller's cache grows by what was decoded
+                n_new = [len(text.tokens) for text in texts]
+                request.past.extend(decoder, self._decoders.target, sequences, n_new)
+            return request.output(sequences, texts)
 
-    def _decoded(self, call: LoopCall, request: Request, decoder: Decoder) -> Any:
-        texts = self._run(decoder, request, call.streamer)
-        self._stats.decoded += 1
-        sequences = request.sequences(call.input_ids, texts)
-        if request.past is not None:  # the caller's cache grows by what was decoded
-            request.past.extend(decoder, sequences, [len(text.tokens) for text in texts])
-        return request.output(sequences, texts)
+    def _warmed_up(self, task: Task) -> Tensor:
+        request, decoder = self._prepared(task)
+        with decoding(task.call.self), agreed_memory():
+            decoder.warm_up(request.prompts, request.law, request.longest, request.eos_ids)
+        return task.call.input_ids
+
+    def _prepared(self, task: Task) -> tuple[Request, Decoder]:
+        """A call's request, and who decodes it."""
+        request = Request.parse(task.call)
+        decoder = self._decoders.get(task.draft, request.law, task.config)
+        if request.past is not None:
+            target = self._decoders.target
+            request.past.check(target.layer_shapes, target.module.dtype)
+        return request, decoder
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:
         n_batch = len(request.prompts)
@@ -243,7 +249,7 @@ class Calls:
                         streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
                 if piece.text.error is not None:
                     raise piece.text.error
-            if request.deadline is not None and time.time() > request.deadline:
+            if is_past(request.deadline):
                 shortest = min((len(t.tokens) for t in texts if not t.finished), default=None)
                 self._stats.tokens -= sum(text.cut(shortest) for text in texts)
                 break

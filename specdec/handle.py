@@ -14,13 +14,11 @@ from torch import Tensor
 from specdec.arguments import whole
 from specdec.calls import Calls, Purpose
 from specdec.config import Config
-from specdec.decoders import Decoders
+from specdec.decoders import Decoders, decoding
 from specdec.drafters.registry import DraftSource, draft_model
-from specdec.engine.decoder import Decoder
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
-from specdec.hf.ambient import decoding
 from specdec.hf.names import PreTrainedModel
 from specdec.hf.view import ModelView
 from specdec.hf.wrap import wrap
@@ -95,7 +93,7 @@ class Handle:
         for size in sorted(sizes, reverse=True):
             ids = torch.zeros(size, min(64, max_length // 2), dtype=torch.int64, device=model.device)
             length = {"max_new_tokens": max_length - ids.shape[1]}
-            with spinner(f"specdec warm-up, batch size {size}"), self.calls.serving(Purpose.WARM_UP):
+            with spinner(f"warm-up, batch size {size}"), self.calls.serving(Purpose.WARM_UP):
                 model.generate(ids, attention_mask=torch.ones_like(ids), **length, **settings)
 
     def tune(
@@ -124,7 +122,7 @@ class Handle:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         probe = partial(self._probe, input_ids, mask, settings)
         try:
-            with decoding(self.model.device):
+            with decoding(self.model):
                 views = ModelView(self.model), ModelView(draft)
         except Unsupported as reason:
             raise ValueError(f"these calls run transformers' own loop: {reason}") from None
@@ -147,14 +145,6 @@ class Handle:
             raise ValueError(f"these calls run transformers' own loop: {', '.join(model.specdec.stats.fallbacks)}")
         return model.specdec.stats
 
-    def decoder(self, draft: DraftSource = None) -> Decoder:
-        """The decoder for this draft, or for the one given to `compile`.
-
-        Raises:
-            Unsupported: the model cannot be decoded with.
-        """
-        return self.decoders.get(self.draft if draft is None else draft, self.config)
-
     def memory(self, batch_size: int, max_length: int) -> int:
         """Bytes that decoding takes beside the weights, for texts of up to `max_length` tokens, prompt and new ones.
 
@@ -163,7 +153,7 @@ class Handle:
         """
         batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
         try:
-            return self.decoder().buffers.memory(batch_size, max_length)
+            return self.decoders.get(self.draft).buffers.memory(batch_size, max_length)
         except Unsupported as reason:
             raise ValueError(f"calls of this model run transformers' own loop: {reason}") from None
 

@@ -25,8 +25,8 @@ import specdec
 from specdec.calls import Task
 from specdec.config import Config
 from specdec.decoders import Decoders
-from specdec.engine.decoder import Decoder, Emitted
-from specdec.engine.slots import Text
+from specdec.engine.loop import Decoder, Emitted
+from specdec.engine.text import Text
 from specdec.hf import names
 from specdec.hf import support as suited
 
@@ -132,7 +132,7 @@ def test_the_models_gpu_is_the_current_one(
     decoder.target = SimpleNamespace(cache=None)  # type: ignore[assignment]
     monkeypatch.setattr(Decoders, "get", lambda *_: decoder)
     law = specdec.engine.laws.SamplingLaw(True)
-    monkeypatch.setattr(specdec.engine.laws.SamplingLaw, "from_processors", lambda *_: law)
+    monkeypatch.setattr(specdec.hf.call, "law_of", lambda *_: law)
     assert wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
     assert ran_on == [1, 1]
     assert [device.index for device in current] == [0]

@@ -15,7 +15,7 @@ from side_by_side import RAGGED, Prompts, same, wrap
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.engine.decoder import Decoder
+from specdec.engine.loop import Decoder
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 

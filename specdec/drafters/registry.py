@@ -11,12 +11,12 @@ from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.engine.draft import Drafter
+from specdec.engine.roles import Drafter
 from specdec.engine.tree import TokenTree
 from specdec.hf.call import Assistance
 from specdec.hf.names import PreTrainedModel
 from specdec.hf.support import has_own_forward, moving_rope
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 DraftSource: TypeAlias = PreTrainedModel | ForeignDraft | Drafter | str | None
 

@@ -2,14 +2,11 @@
 
 No tensor of ours is made with torch's defaults, but the user's model may make some: a proof, and steps once compiled,
 hold for the settings they were made under. (Dynamo would compile anew where one changes, but is not asked each time.)
-Gradients, inference mode and autocast are turned off where we decode. The number of threads only decides how fast it
-goes.
+Gradients, inference mode and autocast are turned off where we decode (see `specdec.handle`). The number of threads only
+decides how fast it goes.
 """
 
 from __future__ import annotations
-
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
@@ -43,12 +40,3 @@ def check(device: torch.device) -> None:
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     if others := [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]:
         raise Unsupported("a mode that sees, or changes, every operation of torch's", ", ".join(others))
-
-
-@contextmanager
-def decoding(device: torch.device) -> Generator[None]:
-    """Where to decode: without gradients and autocast, and with a model's GPU the current one, on which kernels are
-    started and graphs recorded."""
-    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with current, torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

@@ -14,12 +14,13 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from specdec.arguments import whole
 from specdec.config import Config
-from specdec.engine.laws import SamplingLaw, is_of_a_row
-from specdec.engine.slots import Text
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.text import Process, Record, Text
 from specdec.errors import Unsupported
 from specdec.hf import ambient, names
+from specdec.hf.laws import is_of_a_row, law_of
 from specdec.hf.prefix import Past, is_users
-from specdec.hf.processors import Process, Record, asks_user, is_pure, process_row
+from specdec.hf.processors import asks_user, is_pure, process_row
 from specdec.hf.processors import check as check_processors
 from specdec.hf.support import check_context, check_mode, check_model
 from specdec.hf.wrap import unwrapped
@@ -65,7 +66,7 @@ class Request:
             ends=self.ends[row] if self.ends else None,
             process=self.processes[row] if self.processes else None,
             record=Record() if self.outputs else None,
-            past=self.past if self.past and self.past.n_known else None,
+            prefix=self.past if self.past and self.past.n_known else None,
         )  # fmt: skip
 
     def sequences(self, input_ids: Tensor, texts: list[Text]) -> Tensor:
@@ -147,7 +148,7 @@ class Request:
             raise Unsupported("an empty prompt")
         _check_positions(prompts, width, call.model_kwargs.get("position_ids"))
         check_processors(processors, n_batch)
-        law = SamplingLaw.from_processors(processors, call.generation_config.do_sample, model.device, bool(outputs))
+        law = law_of(processors, call.generation_config.do_sample, model.device, bool(outputs))
         n_rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
         n_tokens = max(model.config.get_text_config().vocab_size, n_rows)
         max_length, eos_ids, deadline, others = _read_criteria(call.stopping_criteria, n_tokens)
