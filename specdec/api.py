@@ -12,7 +12,7 @@ from specdec.errors import Unsupported, warn
 from specdec.handle import Handle
 from specdec.hf import names
 from specdec.hf.names import PreTrainedModel, PreTrainedTokenizerBase
-from specdec.wrapping import plain, replaced, within_adapters, wrapping
+from specdec.hf.wrap import unwrapped, with_replaced, within_adapters, wrap
 
 
 def compile(  # the name is the point: specdec.compile
@@ -42,9 +42,9 @@ def compile(  # the name is the point: specdec.compile
     """
     if hasattr(model, "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
-    draft = plain(draft)
+    draft = unwrapped(draft)
     if isinstance(inner := within_adapters(model), PreTrainedModel) and inner is not model:
-        return replaced(
+        return with_replaced(
             model, inner, compile(inner, draft, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, **options)
         )
     if not isinstance(model, PreTrainedModel):
@@ -66,4 +66,4 @@ def compile(  # the name is the point: specdec.compile
             f"tree={config.tree.parents} is what a draft model drafts, and the draft is {draft!r}; n-grams are chains, "
             "and a Drafter brings its own"
         )
-    return wrapping(Handle(model, source, config))
+    return wrap(Handle(model, source, config))

@@ -29,6 +29,10 @@ N_NAMED = 4
 holds a model, and the memory of its last batch."""
 
 
+class _Misfit(Exception):
+    """A draft fitted when it was given, and does not now: something has changed since."""
+
+
 class Decoders:
     """What decodes with a model.
 
@@ -72,6 +76,8 @@ class Decoders:
                 return self._with(draft, config)
             except torch.OutOfMemoryError:
                 raise
+            except _Misfit as error:
+                why = Unsupported("it does not fit", str(error))
             except Exception as error:  # the law is the same without it
                 why = error if isinstance(error, Unsupported) else Unsupported(type(error).__name__, str(error))
             if why.reason not in self._stats.dropped_drafts:
@@ -87,8 +93,8 @@ class Decoders:
             decoder = None  # its memory may be needed
             try:
                 check_draft(draft, self.model, config)
-            except (TypeError, ValueError) as error:  # it did, when it was given: something has changed since
-                raise Unsupported("it does not fit", str(error)) from None
+            except (TypeError, ValueError) as error:
+                raise _Misfit(str(error)) from None
             compiled = CompiledSteps(config.compile, self._stats.eager, is_seen)
             records = config.compile and self.target.device.type == "cuda"
             decoder = Decoder(
