@@ -11,9 +11,8 @@ from specdec.engine.roles import Drafter
 from specdec.errors import Unsupported, warn
 from specdec.handle import Handle
 from specdec.hf import names
-from specdec.hf.adapters import replaced, unwrapped, within_adapters
 from specdec.hf.names import PreTrainedModel, PreTrainedTokenizerBase
-from specdec.hf.wrap import wrapping
+from specdec.hf.wrap import unwrapped, with_replaced, within_adapters, wrap
 
 
 def compile(  # the name is the point: specdec.compile
@@ -45,7 +44,7 @@ def compile(  # the name is the point: specdec.compile
         raise ValueError("this model is already compiled with specdec; compile the original instead")
     draft = unwrapped(draft)
     if isinstance(inner := within_adapters(model), PreTrainedModel) and inner is not model:
-        return replaced(
+        return with_replaced(
             model, inner, compile(inner, draft, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, **options)
         )
     if not isinstance(model, PreTrainedModel):
@@ -67,4 +66,4 @@ def compile(  # the name is the point: specdec.compile
             f"tree={config.tree.parents} is what a draft model drafts, and the draft is {draft!r}; n-grams are chains, "
             "and a Drafter brings its own"
         )
-    return wrapping(Handle(model, source, config))
+    return wrap(Handle(model, source, config))

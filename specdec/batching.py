@@ -21,11 +21,12 @@ from torch import Tensor
 
 from specdec import progress as bars
 from specdec.arguments import flag, whole
+from specdec.calls import Call, Purpose
 from specdec.decoders import decoding
 from specdec.engine.decide import agreed_memory, is_past
 from specdec.engine.loop import Emitted
 from specdec.engine.text import Text
-from specdec.handle import Call, Handle
+from specdec.handle import Handle
 from specdec.hf.names import PreTrainedModel
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Any]
@@ -87,7 +88,7 @@ def generate_many(
     """
     if not isinstance(getattr(model, "specdec", None), Handle):
         raise ValueError("generate_many() takes a model from specdec.compile()")
-    with model.specdec.one_call():  # seeds that were set are this one's, also where it goes no further
+    with model.specdec.calls.seeds.one_call():  # seeds that were set are this one's, also where it goes no further
         max_batch_size = whole("max_batch_size", max_batch_size)
         if max_prompt_length is not None:
             max_prompt_length = whole("max_prompt_length", max_prompt_length)
@@ -109,11 +110,12 @@ class _Run:
     def __init__(
         self, model: PreTrainedModel, prompts: Iterable[Prompt], n_rows: int, longest: int, settings: dict[str, Any]
     ) -> None:
-        self._model, self._handle, self._settings = model, model.specdec, settings
+        self._model, self._settings = model, settings
+        self._handle: Handle = model.specdec
         self._total = len(prompts) if isinstance(prompts, Sized) else None
         self._n_rows, self._longest = n_rows if self._total is None else min(n_rows, max(self._total, 1)), longest
         self._prompts = prompts
-        self._seeds = self._handle.next_seeds(self._total)
+        self._seeds = self._handle.calls.seeds.take(self._total)
         self._done: list[Result] = []
         self._under_way: dict[Text, tuple[int, float | None]] = {}  # which prompt's, and its deadline
         self._call: Call | None = None  # the first prompt's, which all others resemble
@@ -154,7 +156,7 @@ class _Run:
         # Memory for all of it at once, where texts may come to that: limits can be beyond any model's positions.
         config = self._model.config.get_text_config()
         room = max(self._longest, min(longest, getattr(config, "max_position_embeddings", longest)))
-        with self._handle.running():
+        with self._handle.calls.alone():
             n_ended = -1
             while n_ended:
                 n_ended = 0
@@ -208,7 +210,8 @@ class _Run:
                     raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:  # others would fail with it, in a step
                     raise ValueError(f"tokens {ids.min()} to {ids.max()}, of a model that has {vocabulary}")
-                call = self._handle.ask(self._model, ids, self._settings, knows_model=self._call is not None)
+                with self._handle.calls.serving(Purpose.ASK, knows_model=self._call is not None):
+                    call = self._model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **self._settings)
                 if not isinstance(call, Call):  # transformers' own result
                     out = getattr(call, "sequences", call)  # with return_dict_in_generate
                     self._done.append(Result(index, out[0].cpu() if len(out) == 1 else out.cpu()))

@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from specdec.arguments import whole
 from specdec.config import Config
-from specdec.drafters.registry import DraftSource, make_drafter
+from specdec.drafters.registry import DraftSource, check_draft, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.decide import agreed_memory
 from specdec.engine.laws import SamplingLaw
@@ -30,6 +29,10 @@ N_NAMED = 4
 holds a model, and the memory of its last batch."""
 
 
+class _Misfit(Exception):
+    """A draft fitted when it was given, and does not now: something has changed since."""
+
+
 class Decoders:
     """What decodes with a model.
 
@@ -46,6 +49,12 @@ class Decoders:
         self._target: ModelView | None = None
         self.kept: dict[tuple[object, Config], Decoder] = {}
 
+    @property
+    def target(self) -> ModelView:
+        """The view that decodes; there is one once a decoder was asked for."""
+        assert self._target is not None
+        return self._target
+
     @agreed_memory()
     def get(self, draft: DraftSource, law: SamplingLaw | None = None, config: Config | None = None) -> Decoder:
         """The decoder for this draft and these options, and for laws like this one; made anew when the user's model is
@@ -55,52 +64,41 @@ class Decoders:
             Unsupported: the model cannot be decoded with.
         """
         with decoding(self.model):  # models are run to prove that they can be
-            target, config = self._current_target(), config or self.config
+            is_current = self._target is not None and self._target.is_current
+            if not (is_current and all(decoder.steps.is_current for decoder in self.kept.values())):
+                if self._target is not None:
+                    self.free()
+                self._target = ModelView(self.model)
+            config = config or self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
             try:
-                return self._with(target, draft, config)
+                return self._with(draft, config)
             except torch.OutOfMemoryError:
                 raise
+            except _Misfit as error:
+                why = Unsupported("it does not fit", str(error))
             except Exception as error:  # the law is the same without it
-                why = Unsupported.of(error)
+                why = error if isinstance(error, Unsupported) else Unsupported(type(error).__name__, str(error))
             if why.reason not in self._stats.dropped_drafts:
                 warn(f"specdec decodes without the draft: {why}")
             self._stats.dropped_drafts[why.reason] += 1
-            return self._with(target, None, config)
+            return self._with(None, config)
 
-    def free(self) -> None:
-        """Give back the memory of all batches."""
-        self.kept, self._target = {}, None
-        gc.collect()  # copies of models and compiled steps know themselves
-
-    def memory(self, batch_size: int, max_length: int) -> int:
-        """Bytes that the decoder of calls that name none takes; see `specdec.handle.Handle.memory`."""
-        batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
-        try:
-            return self.get(self.draft).buffers.memory(batch_size, max_length)
-        except Unsupported as reason:
-            raise ValueError(f"calls of this model run transformers' own loop: {reason}") from None
-
-    def _current_target(self) -> ModelView:
-        """The view of the model as it is now: another one, without any decoder, where it is not what it was."""
-        if self._target is not None:
-            if self._target.is_current and all(decoder.steps.is_current for decoder in self.kept.values()):
-                return self._target
-            self.free()
-        self._target = ModelView(self.model)
-        return self._target
-
-    def _with(self, target: ModelView, draft: DraftSource, config: Config) -> Decoder:
+    def _with(self, draft: DraftSource, config: Config) -> Decoder:
         """The decoder for this draft; raises whatever keeps it from being prepared."""
         key = _name(draft), config
         decoder = self.kept.pop(key, None)
         if decoder is None or not decoder.drafter.is_current:
             decoder = None  # its memory may be needed
+            try:
+                check_draft(draft, self.model, config)
+            except (TypeError, ValueError) as error:
+                raise _Misfit(str(error)) from None
             compiled = CompiledSteps(config.compile, self._stats.eager, is_seen)
-            records = config.compile and target.device.type == "cuda"
+            records = config.compile and self.target.device.type == "cuda"
             decoder = Decoder(
-                target, make_drafter(draft, self.model, config), CapturedSteps(compiled) if records else compiled,
+                self.target, make_drafter(draft, self.model, config), CapturedSteps(compiled) if records else compiled,
                 self._stats, VERIFIERS[config.verifier], config.adapt,
             )  # fmt: skip
         self.kept[key] = decoder
@@ -114,6 +112,11 @@ class Decoders:
         """Whether a decoder is of the draft and the options given to `compile`, or chosen since."""
         draft, config = key
         return draft == _name(self.draft) and replace(config, verifier=self.config.verifier) == self.config
+
+    def free(self) -> None:
+        """Give back the memory of all batches."""
+        self.kept, self._target = {}, None
+        gc.collect()  # copies of models and compiled steps know themselves
 
 
 def _name(draft: DraftSource) -> object:

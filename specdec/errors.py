@@ -24,11 +24,6 @@ class Unsupported(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
-    @classmethod
-    def of(cls, error: Exception, reason: str = "") -> Unsupported:
-        """An error as why not: itself, if it says so; or for this reason, by default what kind of error it is."""
-        return error if isinstance(error, cls) else cls(reason or type(error).__name__, str(error))
-
 
 _OURS = ("specdec", "torch", "transformers", "peft", "contextlib")
 

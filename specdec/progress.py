@@ -11,22 +11,22 @@ class _Silent:
     """A bar that nobody sees."""
 
     def advance(self, n: int = 1) -> None:
-        """So much more is done."""
+        pass
 
     def say(self, text: str) -> None:
-        """What is being done."""
+        pass
 
 
 class _Drawn(_Silent):
-    """A bar of rich's."""
-
     def __init__(self, bar: Any, task: Any) -> None:
         self._bar, self._task = bar, task
 
     def advance(self, n: int = 1) -> None:
+        """So much more is done."""
         self._bar.update(self._task, advance=n, refresh=bool(n))
 
     def say(self, text: str) -> None:
+        """What is being done."""
         self._bar.update(self._task, description=text)
 
 

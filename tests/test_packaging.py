@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from specdec import progress
-
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = [name for name in ("kernels", "graphs") if list((ROOT / name).glob("*.py"))]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -60,14 +58,6 @@ def test_transformers_imports_from_the_repository_root():
 def test_importing_specdec_is_light():
     heavy = ["triton", "torch._inductor", "torch._dynamo", "matplotlib", "transformers.modeling_utils"]
     assert run(f"import sys, specdec; print([m for m in {heavy} if m in sys.modules])") == "[]"
-
-
-def test_progress_is_silent_without_rich(monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    with progress.spinner("waits") as spinner, progress.counter(3, shown=True) as bar:
-        spinner.say("waits on")
-        bar.advance(3)
-    assert capfd.readouterr() == ("", "")
 
 
 def test_importing_every_module_does_no_work():

@@ -22,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
+from specdec.calls import Task
+from specdec.config import Config
 from specdec.decoders import Decoders
 from specdec.engine.loop import Decoder, Emitted
 from specdec.engine.text import Text
@@ -73,7 +75,7 @@ def test_models_that_are_somewhere_else_run_transformers_own_loop(
         wrapped, IDS, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig(), False, None, {}
     )
     with pytest.warns(UserWarning, match=f"transformers' own loop: .*{reason}"):
-        out = wrapped.specdec.generate(lambda: "theirs", call)
+        out = wrapped.specdec.calls.decode(Task(call, None, Config(), lambda: "theirs"))
     assert out == "theirs"
     assert list(wrapped.specdec.stats.fallbacks.values()) == [1]
 

@@ -13,7 +13,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.roles import Drafter
 from specdec.engine.tree import TokenTree
-from specdec.errors import Unsupported
+from specdec.hf.call import Assistance
 from specdec.hf.names import PreTrainedModel
 from specdec.hf.support import has_own_forward, moving_rope
 from specdec.verifiers import VERIFIERS
@@ -25,6 +25,13 @@ def draft_model(draft: DraftSource) -> PreTrainedModel | None:
     """The model that drafts, if one does."""
     draft = draft.model if isinstance(draft, ForeignDraft) else draft
     return draft if isinstance(draft, PreTrainedModel) else None
+
+
+def named_draft(assistance: Assistance) -> DraftSource:
+    """What drafts for a call that names it."""
+    if assistance.model is None:
+        return "ngram"
+    return ForeignDraft(assistance.model, *assistance.tokenizers) if assistance.tokenizers else assistance.model
 
 
 def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
@@ -71,12 +78,8 @@ def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) ->
     """The drafter that the user means, for a target.
 
     Raises:
-        Unsupported: it does not fit, though it did when it was given, or the draft model cannot run raggedly.
+        Unsupported: the draft model cannot run raggedly.
     """
-    try:
-        check_draft(draft, target, config)
-    except (TypeError, ValueError) as error:
-        raise Unsupported("it does not fit", str(error)) from None
     depth = config.depth
     if draft is None:
         return NoDrafter()

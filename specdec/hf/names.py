@@ -23,9 +23,9 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
 from specdec.errors import Unsupported
 
@@ -90,8 +90,8 @@ class LoopCall:
     model_kwargs: dict[str, Any]
     inputs_tensor: Tensor | None = None
     assistant_model: PreTrainedModel | None = None
-    assistant_tokenizer: Any = None
-    tokenizer: Any = None
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod
     def read(cls, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> LoopCall:
