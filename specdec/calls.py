@@ -219,7 +219,7 @@ class Calls:
             sequences = request.sequences(task.call.input_ids, texts)
             if request.past is not None:  # the caller's cache grows by what was decoded
                 n_new = [len(text.tokens) for text in texts]
-                request.past.extend(decoder, self._decoders.target, sequences, n_new)
+                request.past.extend(decoder, sequences, n_new)
             return request.output(sequences, texts)
 
     def _warmed_up(self, task: Task) -> Tensor:
@@ -233,8 +233,7 @@ class Calls:
         request = Request.parse(task.call)
         decoder = self._decoders.get(task.draft, request.law, task.config)
         if request.past is not None:
-            target = self._decoders.target
-            request.past.check(target.layer_shapes, target.module.dtype)
+            request.past.check(decoder)
         return request, decoder
 
     def _run(self, decoder: Decoder, request: Request, streamer: Any) -> list[Text]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from specdec.calls import Calls
+from specdec.engine.loop import Decoder
+from specdec.errors import Unsupported
 from specdec.hf.cache import RaggedCache
 
 
@@ -108,6 +112,32 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
     del decoder
     assert gone() is None
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
+
+
+def test_memory_that_lacked_is_free_again_when_transformers_loop_starts(
+    tiny: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = wrap(tiny("llama"), "ngram")
+    wrapped.generate(**prompts(RAGGED), max_new_tokens=5)
+    gone, are_gone = [weakref.ref(part) for part in _parts(wrapped.specdec.decoders.get("ngram"))], []
+
+    def full(self: RaggedCache, *_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    def fall_back(self: Calls, why: Unsupported, parents_loop: Callable[[], Any]) -> Any:
+        are_gone.extend(part() is None for part in gone)
+        return parents_loop()
+
+    monkeypatch.setattr(RaggedCache, "allocate", full)
+    monkeypatch.setattr(Calls, "fall_back", fall_back)
+    wrapped.generate(**prompts(RAGGED), max_new_tokens=300)
+    assert are_gone == [True] * len(gone)
+
+
+def _parts(decoder: Decoder) -> tuple[Any, ...]:
+    """What holds memory: a decoder's buffers and its view's."""
+    view: Any = decoder.target
+    return decoder, decoder.buffers, decoder.buffers.state, view, view.cache
 
 
 def test_out_of_memory_after_tokens_were_streamed_is_raised(

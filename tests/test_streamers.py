@@ -67,6 +67,19 @@ def test_one_generate_inside_another(tiny: Tiny, prompts: Prompts) -> None:
     assert torch.equal(out, model.generate(**prompts([7]), max_new_tokens=8))
 
 
+def test_memory_given_back_while_a_call_runs(
+    wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts
+) -> None:
+    class Freeing(_Recorder):
+        def put(self, value: Tensor) -> None:
+            wrapped.specdec.free()
+
+    settings = {**prompts([7]), "max_new_tokens": 8, "return_dict_in_generate": True}
+    out = wrapped.generate(**settings, streamer=Freeing())
+    assert torch.equal(out.sequences, model.generate(**settings).sequences)
+    assert not wrapped.specdec.stats.fallbacks
+
+
 def test_a_streamer_with_a_batch_fails_as_it_does_in_transformers(
     wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts, tokenizer: PreTrainedTokenizerFast
 ) -> None:

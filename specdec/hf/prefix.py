@@ -6,11 +6,9 @@ its own, without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from specdec.errors import Unsupported
@@ -25,6 +23,11 @@ if TYPE_CHECKING:
 def is_users(cache: Any) -> bool:
     """Whether the cache is one that the caller handed in, and goes on using."""
     return getattr(cache, "_is_user_defined", False)
+
+
+def _view(decoder: Decoder) -> ModelView:
+    """What a decoder decodes with, a model of transformers'."""
+    return cast("ModelView", decoder.target)
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ class Past:
             cache.put(index, row, first - padding, *given)
         return self.n_known - padding
 
-    def extend(self, decoder: Decoder, view: ModelView, sequences: Tensor, n_new: list[int]) -> None:
+    def extend(self, decoder: Decoder, sequences: Tensor, n_new: list[int]) -> None:
         """Add what the cache lacks of sequences [B, length], all but their last column, of whose rows `n_new` tokens
         each were decoded."""
+        view = _view(decoder)
         texts = [row[padding:-1] for row, padding in zip(sequences, self.padding, strict=True)]
         written = [self.width - padding + n - 1 for padding, n in zip(self.padding, n_new, strict=True)]
         # Transformers' loop goes on with filler where a text has ended, as if it were text.
@@ -99,13 +103,14 @@ class Past:
                     whole[row, :, first - self.n_known :] = part
             self.cache.update(*new, index)
 
-    def check(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
-        """Whether what is known is of a model with layers of `shapes`, (G, D, Dv) each, and this dtype.
+    def check(self, decoder: Decoder) -> None:
+        """Whether what is known is of the model that decodes, by its layers' shapes and dtype.
 
         Raises:
             Unsupported: it is not.
         """
+        view = _view(decoder)
         layers = [(x.keys, x.values) for x in self.cache.layers if x.keys is not None]
         held = [(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype) for keys, values in layers]
-        if self.n_known and held != [(*shape, dtype) for shape in shapes]:
+        if self.n_known and held != [(*shape, view.module.dtype) for shape in view.layer_shapes]:
             raise Unsupported("past_key_values of another model")
