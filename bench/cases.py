@@ -230,7 +230,7 @@ def gpu_cases() -> Iterator[Case]:
         yield _best_token(rows, vocabulary, bf16)
     for rows in (1, 16, 256):
         yield _top_support(rows, vocabulary, bf16)
-    for rows in (16, 256, 512):
+    for rows in (6, 16, 256, 512):
         yield _row_law(rows, vocabulary, bf16)
         yield _row_law(rows, vocabulary, bf16, 50, 0.9)
     for rows in (1, 32, 256, 512):
