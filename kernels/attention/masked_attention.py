@@ -131,11 +131,12 @@ def _masked_attention_kernel(
     if IS_SPLIT:
         o_block = tl.arange(0, BLOCKS)
         p_seen = seen_ptr + (tl.program_id(0).to(tl.int64) * n_seen + i_group % n_seen) * end
-        # How many blocks are seen up to each. A share ends before the first block of the next one.
+        # How many blocks are seen up to each: a share begins and ends with blocks that are.
         seen = tl.cumsum(tl.load(p_seen + o_block, mask=o_block < end, other=0).to(tl.int32), 0)
-        share = tl.cdiv(tl.max(seen, 0), tl.num_programs(2))
+        n_all = tl.max(seen, 0)
+        share = tl.cdiv(n_all, tl.num_programs(2))
         begin = tl.sum((seen <= i_split * share).to(tl.int32), 0)
-        end = tl.minimum(tl.sum((seen <= (i_split + 1) * share).to(tl.int32), 0), end)
+        end = tl.sum((seen < tl.minimum((i_split + 1) * share, n_all)).to(tl.int32), 0) + 1
     for i_block in range(begin, end):
         o_key = (i_block * BLOCK_N + o_in_block).to(tl.int64)
         is_there = own[:, None] & (o_key < n_slots)[None, :]

@@ -21,7 +21,7 @@ from __future__ import annotations
 from specdec.kernels.library import jit, tl
 
 PIVOTS = 32
-"""P. A pass reads so little that 32 comparisons a logit take no longer; they stay in a thread's registers."""
+"""P. A comparison and its two sums take three instructions, and all P of them stay in a thread's registers."""
 
 
 @jit

@@ -49,6 +49,9 @@ def _holes(shape: tuple[int, ...]) -> Tensor:
 MASKS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "holes": _holes,
     "a mask a head": lambda s: torch.rand(s[0], s[1], s[3], s[4]) > torch.linspace(-0.1, 0.7, s[1])[:, None, None],
+    "a range a head": lambda s: (torch.arange(s[4]) * s[1] // s[4] == torch.arange(s[1])[:, None, None]).expand(
+        s[0], -1, s[3], -1
+    ),
     "one row for all": lambda s: (torch.arange(s[4])[None, None, None] <= s[4] // 2).expand(s[0], -1, s[3], -1),
     "added": lambda s: torch.where(_holes(s), torch.randn(s[0], 1, s[3], s[4]), -torch.inf),
     "added, a head": lambda s: torch.randn(1, s[1], 1, s[4]),

@@ -206,8 +206,7 @@ def test_logits_of_any_size(scale: float, device: torch.device) -> None:
         assert (_law(logits.to(device), setting) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("vocab", [8191, 12_289])
+@pytest.mark.parametrize(("vocab", "dtype"), [(12_289, torch.bfloat16), (8191, torch.float16), (8191, torch.float32)])
 def test_rows_in_several_slices(vocab: int, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
     """Slices of 4096 logits: of values all different or few, the best of them in the last slice, or none but -inf."""
     logits = _logits(4, vocab, torch.float32)
@@ -240,7 +239,7 @@ def test_one_slice_spoils_its_row(bad: float, setting: Knobs, device: torch.devi
 
 def test_the_same_row_has_the_same_law(device: torch.device) -> None:
     """Beside how many others it may be, where it does not change the slices."""
-    logits, knobs = _logits(33, 9000).to(device), torch.tensor([1.2, 0.8, 0.01], device=device)
+    logits, knobs = _logits(5, 5000).to(device), torch.tensor([1.2, 0.8, 0.01], device=device)
     logits[1:] = logits[0]
     for few, many in zip(row_law(logits[:1], knobs, 40), row_law(logits, knobs, 40), strict=True):
         assert (many == few).all()
@@ -260,12 +259,10 @@ def test_few_passes(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPat
         return reaching(p_row, stride, begin, *args)
 
     monkeypatch.setattr(module, "reaching", spy)
-    for scale, top_k, top_p in product([1.0, 3.0, 30.0], [0, 50], [1.0, 0.9, 0.5]):
-        for seed in range(3):
-            n_passes = 0
-            logits = _logits(1, 10_000, dtype, seed, scale)
-            _law(logits, (1.4, top_p, 0.0, top_k))
-            assert n_passes <= most * (top_k > 0 or top_p < 1)
+    for scale, top_k, top_p, seed in product([1.0, 3.0, 30.0], [0, 50], [1.0, 0.9], range(2)):
+        n_passes = 0
+        _law(_logits(1, 5000, dtype, seed, scale), (1.4, top_p, 0.0, top_k))
+        assert n_passes <= most * (top_k > 0 or top_p < 1)
 
 
 def test_strides_do_not_matter(device: torch.device, poisoned: None) -> None:
