@@ -1,10 +1,10 @@
 # Everyday commands. The first one run makes .venv: it needs Python 3.10 or newer, a C++ compiler and a network. What is
 # installed stands in constraints.txt, so that a commit does next month what it does today.
 #
-#   PYTHON           the interpreter .venv is made from; for `make gpu`, the one it runs with
+#   PYTHON           the interpreter .venv is made from; for `make gpu` and `make gpu-test`, the one they run with
 #   TORCH_INDEX_URL  where torch comes from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
 #   SIZES, PROMPTS   for `make bench`: targets of bundled,25m,100m,300m, and prompts decoded with each
-#   OUT, SECTIONS    for `make gpu`: folder of the results, and which of tests,kernels,decode,steps,backend,padding to run
+#   OUT, SECTIONS    for `make gpu`: folder of the results, and which of its sections to run
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,13 +15,13 @@ PIN := -c constraints.txt
 SIZES ?= bundled,100m
 PROMPTS ?= 4
 OUT ?= bench/results/gpu
-SECTIONS ?= tests,kernels,decode,steps,backend,padding
+SECTIONS ?= correctness,roofs,decode,profile,products,batches,draft_1b
 
 SHARED := -q -n logical --maxprocesses 8 --dist loadfile
 
 INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 
-.PHONY: demo test test-oldest test-newest bench lint gpu setup clean
+.PHONY: demo test test-oldest test-newest bench lint gpu gpu-test gpu-there setup clean
 
 demo: setup
 	$(RUN) -m specdec demo
@@ -64,12 +64,19 @@ lint: $(VENV)/.dev
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror kernels/csrc/*
 
-# Nothing is installed: this runs with the torch that already drives the GPU. Under 9 minutes. A step that does not compile
-# is an error here: run eagerly, it would only be slow.
-gpu:
-	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
-		|| { echo "make gpu: no CUDA device, or $(PYTHON) has no torch that sees it" >&2; exit 1; }
+# What a GPU does, in 7 minutes: whether it is right, then how fast (bench/gpu.py says what, and in which order). Nothing is
+# installed: this runs with the torch that already drives the GPU. A step that does not compile is an error here: run
+# eagerly, it would only be slow.
+gpu: gpu-there
 	SPECDEC_STRICT=1 PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(OUT) --sections $(SECTIONS)
+
+# Every test that needs a GPU, and the kernels' on it; they compile much, and take longer than that.
+gpu-test: gpu-there
+	SPECDEC_STRICT=1 PYTHONPATH=. $(PYTHON) -m pytest -q -m "(kernels or gpu) and not aot" tests
+
+gpu-there:
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
+		|| { echo "make: no CUDA device, or $(PYTHON) has no torch that sees it" >&2; exit 1; }
 
 setup: $(VENV)/.setup
 

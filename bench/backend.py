@@ -1,6 +1,7 @@
 """`torch.compile(backend="specdec")` on a decoding loop of one's own: a plain model, a static cache, nothing else.
 
     python -m bench.backend --sizes bundled,100m --batches 1 --capacities 1024
+    python -m bench.backend --sizes 8b --batches 1,8 --device cuda --dtype bfloat16
 
 The loop feeds the model its own greedy token, one a call; or, as a loop that verifies drafts does, that token and the
 next few of the known text. All ways run the same loop in turn, and medians are compared. Prefill is eager and not
@@ -58,7 +59,7 @@ def all_ways(device: str) -> dict[str, dict[str, Any] | None]:
 _numbers = count()
 
 
-def _compiled(model: PreTrainedModel, how: dict[str, Any] | None, ops: set[str]) -> Callable[..., Any]:
+def compiled_forward(model: PreTrainedModel, how: dict[str, Any] | None, ops: set[str]) -> Callable[..., Any]:
     """The model's forward, with compiled code of its own; specdec's ops in it are added to `ops`.
 
     Dynamo keeps it on the code object, which copies of a model share, and remembers sizes by the function's name: one
@@ -90,16 +91,24 @@ class Loop:
     """
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], prompts: Tensor, capacity: int) -> None:
-        self.forward, self.length = forward, prompts.shape[1]
+        self.model, self.forward, self.prompts = model, forward, prompts
         self.past = names.cache_argument(model)
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
-        self.first = model(prompts, **{self.past: self.cache}).logits[:, -1:].argmax(-1)
+        self.prefill()
+
+    def prefill(self) -> None:
+        """Write the prompts to the cache, eagerly."""
+        self._rewind(0)
+        self.first = self.model(self.prompts, **{self.past: self.cache}).logits[:, -1:].argmax(-1)
+
+    def _rewind(self, length: int) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(length)
 
     def __call__(self, text: Tensor, fed: int) -> Tensor:
         """[B, n] ids that follow the prompt's first token. With fed > 1, those of `text` [B, n] are the drafts."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.length)
-        pending, found = self.first, []
+        self._rewind(self.prompts.shape[1])
+        pending, found = self.first, [text[:, :0]]
         for i in range(0, text.shape[1], fed):
             tokens = torch.cat([pending, text[:, i : i + fed - 1]], 1) if fed > 1 else pending
             found.append(self.forward(input_ids=tokens, **{self.past: self.cache}).logits.argmax(-1))
@@ -127,7 +136,7 @@ def measure_all(
     for name, how in ways.items():
         note(f"warming up {name}")
         ops: set[str] = set()
-        loop = Loop(model, _compiled(model, how, ops), prompts, capacity)
+        loop = Loop(model, compiled_forward(model, how, ops), prompts, capacity)
         with fresh_cache():
             start = time.perf_counter()
             loop(text[:, :fed], fed)
@@ -180,6 +189,8 @@ def main(
     capacities: Annotated[str, Option(help="Slots of the cache.")] = "1024",
     new_tokens: Annotated[int, Option(help=f"Rounded up to a multiple of {max(FED)}.", min=1)] = 64,
     repeats: Annotated[int, Option(help="Timed rounds.", min=1)] = 7,
+    device: Annotated[str, Option(help="Where it runs.")] = "cpu",
+    dtype: Annotated[str, Option(help="Of the weights.")] = "float32",
     out: Annotated[Path, Option(help="Folder of backend.md and .json.")] = Path("bench/results"),
 ) -> None:
     """Measure, print, and write a table and the raw times. Exits with 1 if any token differs, or a part was left out
@@ -195,15 +206,15 @@ def main(
         **measure.run_facts("bench.backend"),
         "load": os.getloadavg()[0],
         "settings": {
-            "prompt_tokens": PROMPT_TOKENS, "new_tokens": new_tokens, "repeats": repeats, "dtype": "float32",
+            "prompt_tokens": PROMPT_TOKENS, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype,
         },
         "faults": faults,
         "results": [],
     }  # fmt: skip
     for size in chosen:
-        model, _, tokenizer = measure.load_pair(size)
+        model, _, tokenizer = measure.load_pair(size, getattr(torch, dtype), device)
         for batch, capacity, fed in product(batch_sizes, slots, FED):
-            prompts = zoo.held_out_prompts(tokenizer, batch, PROMPT_TOKENS)
+            prompts = zoo.held_out_prompts(tokenizer, batch, PROMPT_TOKENS).to(device)
             where = f"{size}, batch {batch}, {fed} a call"
             with faults.of(where):
                 shape = measure_shape(size, model, prompts, capacity, fed, result["settings"], console)
@@ -213,6 +224,7 @@ def main(
                     faults.same(f"{where}: {row['way']}", row["identical"])
             if result["results"]:
                 backend_report.write(result, out)  # after each part: a long run that is stopped leaves what it has
+            torch.compiler.reset()  # lets go of the recorded graphs' memory
     if result["results"]:
         console.print(f"[dim]written to {out}/backend.md and .json[/]", highlight=False)
     faults.exit()

@@ -13,16 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import tree_cases
+from bench import product_cases, tree_cases
 from bench.cache_cases import append, attention, commit, masked
-from bench.case import Case, Ways, head_shape
+from bench.case import Case, Ways
 from specdec.kernels.attention.tree_mask import ancestor_words, ancestor_words_reference
-from specdec.kernels.linear.joined_linear import (
-    gated_linear,
-    gated_linear_reference,
-    joined_linear,
-    joined_linear_reference,
-)
 from specdec.kernels.linear.skinny_linear import skinny_linear, skinny_linear_reference
 from specdec.kernels.sampling.best_token import best_token, best_token_reference
 from specdec.kernels.sampling.draw import draw, draw_reference
@@ -46,43 +40,6 @@ def _linear(size: str, rows: int) -> Case:
         }
 
     return Case("skinny_linear", f"{size} {rows} rows", ways, 4 * (n_in * n_out), 2 * rows * n_in * n_out)
-
-
-def _joined_linear(size: str, rows: int) -> Case:
-    """The projections to queries, keys and values."""
-    heads, groups, dim = head_shape(size)
-    n_in, outs = SIZES[size]["hidden_size"], [heads * dim, groups * dim, groups * dim]
-
-    def ways(device: torch.device) -> Ways:
-        args = _half_layers(rows, n_in, outs, device)
-        return {
-            "op": partial(joined_linear, *args, []),
-            "reference": partial(joined_linear_reference, *args, []),
-            "pytorch": partial(joined_linear_reference, *args, []),
-        }
-
-    moved = 2 * (n_in * sum(outs) + rows * (n_in + sum(outs)))
-    return Case("joined_linear", f"{size} qkv T {rows}", ways, moved, 2 * rows * n_in * sum(outs))
-
-
-def _gated_linear(size: str, rows: int) -> Case:
-    n_in, inner = SIZES[size]["hidden_size"], SIZES[size]["intermediate_size"]
-
-    def ways(device: torch.device) -> Ways:
-        x, weights = _half_layers(rows, n_in, [inner, inner], device)
-        return {
-            "op": partial(gated_linear, x, *weights),
-            "reference": partial(gated_linear_reference, x, *weights),
-            "pytorch": partial(gated_linear_reference, x, *weights),
-        }
-
-    moved = 2 * (n_in * 2 * inner + rows * (n_in + inner))
-    return Case("gated_linear", f"{size} T {rows}", ways, moved, 4 * rows * n_in * inner)
-
-
-def _half_layers(rows: int, n_in: int, outs: list[int], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    x, *weights = (torch.randn(n, n_in, dtype=torch.bfloat16, device=device) for n in (rows, *outs))
-    return x, weights
 
 
 def _logits(rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -213,11 +170,24 @@ def cpu_cases() -> Iterator[Case]:
 
 
 def gpu_cases() -> Iterator[Case]:
-    """Llama-3.1-8B shapes in bfloat16. Caches well below the L2's size are there to be seen, not to be judged."""
+    """Llama-3.1-8B shapes in bfloat16, what a step spends most time in first. Caches well below the L2's size are there
+    to be seen, not to be judged."""
     bf16, vocabulary = torch.bfloat16, SIZES["8b"]["vocab_size"]
-    for batch, n_slots in ((32, 8192), (8, 32768), (1, 131072), (32, 2048), (8, 2048), (1, 8192), (1, 2048)):
+    for rows in (1, 6, 16, 48, 192):
+        yield product_cases.gated("8b", rows)
+        yield product_cases.joined("8b", rows)
+        for layer in ("down", "out", "head"):
+            yield product_cases.library("8b", layer, rows)
+    for batch, n_nodes, n_slots in ((1, 16, 2048), (1, 1, 8192), (8, 16, 2048), (32, 16, 2048)):
+        yield attention("ragged_attention", "8b", batch, n_nodes, n_slots, bf16)
+    for rows in (1, 6, 48, 192):
+        yield _best_token(rows, vocabulary, bf16)
+    for rows in (16, 256, 512):
+        yield _row_law(rows, vocabulary, bf16)
+        yield _row_law(rows, vocabulary, bf16, 50, 0.9)
+    for batch, n_slots in ((1, 8192), (32, 8192), (8, 32768), (1, 131072)):
         yield attention("ragged_attention", "8b", batch, 16, n_slots, bf16)
-    for batch in (1, 8, 32):
+    for batch in (8, 32):
         yield attention("ragged_attention", "8b", batch, 1, 8192, bf16)
     yield attention("tree_attention", "8b", 32, 16, 8192, bf16)
     for batch, n_queries in ((1, 1), (8, 1), (32, 1), (1, 8), (8, 8)):
@@ -226,13 +196,8 @@ def gpu_cases() -> Iterator[Case]:
         yield append("8b", batch, 16, 1024, bf16)
     for batch in (1, 8, 32):
         yield commit("8b", batch, 6, 512, bf16)
-    for rows in (1, 6, 48, 192):
-        yield _best_token(rows, vocabulary, bf16)
     for rows in (1, 16, 256):
         yield _top_support(rows, vocabulary, bf16)
-    for rows in (16, 256, 512):
-        yield _row_law(rows, vocabulary, bf16)
-        yield _row_law(rows, vocabulary, bf16, 50, 0.9)
     for rows in (1, 32, 256, 512):
         yield _draw(rows, vocabulary)
     for batch in (1, 32, 256):
@@ -245,6 +210,3 @@ def gpu_cases() -> Iterator[Case]:
             yield tree_cases.verify(batch, widths, size, bf16)
         yield tree_cases.verify(batch, widths, vocabulary, bf16, of_logits=True)
     yield _ancestor_words(32, 64)
-    for rows in (1, 6, 16, 48):
-        yield _joined_linear("8b", rows)
-        yield _gated_linear("8b", rows)

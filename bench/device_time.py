@@ -26,6 +26,23 @@ class Timing(NamedTuple):
     note: str = ""
 
 
+def timer(device: torch.device) -> Callable[[Callable[[], object]], Timing]:
+    """What times a call on such a device."""
+    return time_call if device.type == "cuda" else time_on_host
+
+
+def time_on_host(call: Callable[[], object]) -> Timing:
+    """Time a call that is done when it returns."""
+    call()
+    seconds: list[float] = []
+    begun = time.monotonic()
+    while not seconds or time.monotonic() < begun + SECONDS:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return Timing(median(seconds))
+
+
 def time_call(call: Callable[[], object]) -> Timing:
     """Time a call that starts work on the current CUDA device."""
     try:

@@ -25,7 +25,7 @@ from bench import report
 from specdec import zoo
 from specdec.cli import measure
 
-SIZES = ("bundled", "25m", "100m", "300m")
+SIZES = ("bundled", *zoo.SIZES)
 
 
 def decode(path: measure.Path, batches: list[Tensor], new_tokens: int) -> Tensor:

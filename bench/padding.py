@@ -1,6 +1,7 @@
 """Padded and ragged batches, on one recorded trace: what not padding the cache, the forwards, or both is worth.
 
     python -m bench.padding --sizes 25m,100m --batches 2,4,8,16
+    python -m bench.padding --sizes 8b --device cuda --dtype bfloat16
 
 First the padding of simulated batches (`bench.padding_simulator`). Then vanilla batches of held-out prompts are decoded
 by transformers with n-gram drafts (`bench.padded`), on the bundled target; targets that compute the same function
@@ -36,6 +37,7 @@ from bench.padding_simulator import SIMULATED, Trace, asymptote, draw, limit
 from specdec import zoo
 from specdec.cli import measure
 from specdec.engine.packing import Nodes
+from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import CompiledSteps
@@ -78,7 +80,8 @@ class Replay:
     def __init__(self, view: ModelView, n_rows: int, compiled: bool) -> None:
         self.view, self.n_rows = view, n_rows
         self.bits, self.depths = TokenTree.chain(n_rows - 1).tensors(view.device)
-        self.steps = CompiledSteps(compiled)
+        self.stats = Stats()
+        self.steps = CompiledSteps(compiled, self.stats.eager)
         self.tokens: dict[int, Tensor] = {}
 
     def step(self, lengths: Tensor, counts: Tensor, slots: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +93,7 @@ class Replay:
         """
         n_slots = self.view.cache.n_slots
         nodes = Nodes.packed(lengths, counts, token, self.n_rows, n_slots, self.bits, self.depths)
-        return self.view.forward(token, nodes).argmax(-1), lengths + slots
+        return self.view.forward(token, nodes).logits.argmax(-1), lengths + slots
 
     def token(self, n: int) -> Tensor:
         """[n] int64: 0, 1, ...; compiled functions take them for any number from 2 on."""
@@ -147,7 +150,7 @@ def padding_cells(
     measure.compare(runs, 1, after_each)
     with torch.compiler.set_stance("fail_on_recompile"):  # nothing that is timed compiles
         seconds = measure.compare(runs, repeats, after_each)
-    measure.check("the forward", replay.steps.stats)
+    measure.check("the forward", replay.stats)
     n_tokens = sum(int(trace.added.sum()) for trace in traces)
     return [
         {
@@ -211,6 +214,8 @@ def main(
     prompt_tokens: Annotated[int, Option(min=1)] = 64,
     new_tokens: Annotated[int, Option(min=2)] = 128,
     repeats: Annotated[int, Option(help="Timed rounds.", min=1)] = 3,
+    device: Annotated[str, Option(help="Where the cells run; traces are recorded on the CPU.")] = "cpu",
+    dtype: Annotated[str, Option(help="Of the cells' weights.")] = "float32",
     compile: Annotated[bool, Option(help="Without it the forwards run eagerly.")] = True,
     runs: Annotated[int, Option(help="Simulated batches of each kind.", min=2)] = 1000,
     out: Annotated[Path, Option(help="Folder of padding.json, .md and .png, padding_simulated.md and .png.")] = Path(
@@ -234,14 +239,14 @@ def main(
         **facts,
         "settings": {
             "prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats,
-            "dtype": "float32", "depth": padded.DEPTH, "compiled": compile,
+            "dtype": dtype, "depth": padded.DEPTH, "compiled": compile,
         },
         "executions": [execution(n, decoded) for n, decoded in recorded.items()],
         "faults": faults,
         "results": [],
     }  # fmt: skip
     for size in chosen:
-        target, _, _ = measure.load_pair(size)
+        target, _, _ = measure.load_pair(size, getattr(torch, dtype), device)
         for n in batch_sizes:
             with faults.of(f"{size}, batch {n}"):
                 rows = timed(f"{size}, batch {n}", target, recorded[n], result["settings"], console)

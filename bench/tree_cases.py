@@ -18,14 +18,15 @@ from torch import Tensor
 
 from bench.case import Case, Ways
 from specdec.drafters.model import SUPPORT_SIZE
-from specdec.engine.laws import RowLaw, SamplingLaw
+from specdec.engine.laws import SamplingLaw
 from specdec.engine.tree import TokenTree
 from specdec.kernels.sampling.draw_children import draw_children, draw_children_reference
 from specdec.kernels.sampling.draw_row import draw_row, draw_row_reference
 from specdec.kernels.sampling.noise import BONUS, DRAFT
 from specdec.kernels.verify.verify_greedy import verify_greedy, verify_greedy_reference
 from specdec.kernels.verify.verify_tree import verify_tree, verify_tree_reference
-from specdec.verifiers.base import AUTO
+from specdec.verifiers import AUTO
+from specdec.verifiers.base import RowLaw
 
 Widths = tuple[int, ...]
 Walked = tuple[Tensor, Tensor, Tensor]

@@ -30,7 +30,7 @@ from typer import Option
 from bench import verification_report as report
 from specdec.cli import measure
 from specdec.kernels.verify.tree_rules import WITH_REPLACEMENT, weigh_children_reference
-from specdec.verifiers.base import HUB_SHARE
+from specdec.verifiers.tree import HUB_SHARE
 
 Laws = tuple[Tensor, Tensor]  # target_probs, draft_probs
 Family = Callable[[torch.Generator], Laws]

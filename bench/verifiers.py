@@ -28,7 +28,7 @@ from bench.report import heading, markdown_table, terminal_table
 from specdec import zoo
 from specdec.cli import measure
 from specdec.engine.tree import TokenTree
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 HEADER = ("drafts", "verifier", "tokens/step", "95%")
 PUBLISHED = "SpecHub (arXiv 2411.05289) reports +0.05 to +0.27 tokens per step over RRS and +0.02 to +0.16 over RRSw."

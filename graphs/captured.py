@@ -138,7 +138,7 @@ class CapturedSteps:
         self._is_new = shape not in self._seen
         self._seen.add(shape)
         if self._is_full and shape not in self.recordings:
-            self._compiled.stats.eager["a step could not be recorded as a CUDA graph"] += 1
+            self._compiled.eager["a step could not be recorded as a CUDA graph"] += 1
         return self.recordings.get(shape, run)
 
     def _record(self, step: Callable[..., Any], shape: Hashable, *arguments: Any) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from typing import Any
@@ -15,7 +16,6 @@ from torch import fx
 from torch._dynamo.exc import RecompileError, SkipFrame, TorchDynamoException
 from torch.fx.experimental import _config
 
-from specdec.engine.stats import Stats
 from specdec.errors import warn
 from specdec.graphs import backend
 from specdec.graphs.guards import Guards
@@ -105,7 +105,7 @@ class _Step:
     """
 
     def __init__(self, function: Callable[..., Any], steps: CompiledSteps) -> None:
-        self._function, self._steps, self._stats = function, steps, steps.stats
+        self._function, self._steps = function, steps
         self._compiled: Callable[..., Any] | None = None
         self.guards: Guards | None = None
         self._why_eager: str | None = None
@@ -129,7 +129,7 @@ class _Step:
                 name = type(getattr(error, "inner_exception", error)).__name__
                 known = compiler_error()
                 self._give_up(known or f"a step could not be compiled ({name})", known or first_words(error), error)
-        self._stats.eager[str(self._why_eager)] += 1
+        self._steps.eager[str(self._why_eager)] += 1
         return self._function(*arguments)
 
     def _first_call(self, *arguments: Any) -> Any:
@@ -150,7 +150,7 @@ class _Step:
 
     def _compile(self, *arguments: Any) -> Any:
         own = _own_code(self._function)
-        self.guards = Guards(own)
+        self.guards = Guards(own, self._steps.is_seen)
         options = {**_OPTIONS, "guard_filter_fn": self.guards.needed}
         compiled = torch.compile(own, fullgraph=True, backend=self._backend, options=options)
         # Sizes that are equal now need not stay so: as many samples as are unfinished, for one.
@@ -167,7 +167,7 @@ class _Step:
         """
         if os.environ.get("SPECDEC_STRICT") == "1":
             raise RuntimeError(f"specdec could not compile a step: {message}") from error
-        if reason not in self._stats.eager:
+        if reason not in self._steps.eager:
             warn(f"specdec could not compile a step; it runs as it is, slower, with the same tokens: {message}")
         self._why_eager, self.guards = reason, None
 
@@ -177,7 +177,9 @@ class CompiledSteps:
 
     Args:
         enabled: False runs everything eagerly.
-        stats: where calls are counted that ran eagerly though they were to be compiled.
+        eager: where calls are counted, by reason, that ran eagerly though they were to be compiled.
+        is_seen: which values of a model need no guard: where they change, these steps are not called again (see
+            `specdec.graphs.guards`). All by default.
 
     Attributes:
         was_compiling: whether what `get` gave last has compiled, or will when it is called; that is not decoding time.
@@ -187,8 +189,11 @@ class CompiledSteps:
     lag = 0
     keeps_buffers = False
 
-    def __init__(self, enabled: bool, stats: Stats | None = None) -> None:
-        self.enabled, self.stats = enabled, stats or Stats()
+    def __init__(
+        self, enabled: bool, eager: Counter[str] | None = None, is_seen: Callable[[Any], bool] = lambda value: True
+    ) -> None:
+        self.enabled, self.is_seen = enabled, is_seen
+        self.eager: Counter[str] = Counter() if eager is None else eager
         self.was_compiling = False
         self._steps: dict[Hashable, _Step] = {}
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from specdec.hf.twin import is_seen
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,21 @@ def _size(value: Any) -> int | None:
 class Guards:
     """What Dynamo would look at before each call of what it has compiled, for one function.
 
-    Modules and settings of a private view never change, or it is made anew (see `specdec.hf.twin`). Shapes of tensors
-    do, and are looked at each time. Globals, and what is too large for that or a library's own, are looked at once a
-    `generate()` call: what has read them is compiled anew, or else each change would be, and recorded steps would not
-    look at all.
+    Modules and settings of a private view never change, or it is made anew. Shapes of tensors do, and are looked at
+    each time. Globals, and what is too large for that or a library's own, are looked at once a `generate()` call: what
+    has read them is compiled anew, or else each change would be, and recorded steps would not look at all.
+
+    Args:
+        is_seen: whether a view would be made anew where this value, of a module, has changed.
 
     Attributes:
-        reads: these.
+        reads: what is looked at once a call.
     """
 
-    def __init__(self, method: Any) -> None:
+    def __init__(self, method: Any, is_seen: Callable[[Any], bool]) -> None:
         parameters = inspect.signature(method.__func__).parameters
         self._scope = {"G": method.__func__.__globals__, next(iter(parameters)): method.__self__}
+        self._is_seen = is_seen
         self.reads: list[Read] = []
 
     @property
@@ -65,7 +67,7 @@ class Guards:
     def needed(self, guards: Any) -> list[bool]:
         """Which of Dynamo's guards are to be kept."""
         models = tuple(f"{g.name}." for g in guards if isinstance(g.value, torch.nn.Module))
-        unseen = tuple(g.name for g in guards if g.name.startswith(models) and not is_seen(g.value))
+        unseen = tuple(g.name for g in guards if g.name.startswith(models) and not self._is_seen(g.value))
         return [
             self._is_tensors(g) or ((g.is_global or g.name.startswith(unseen)) and not self._can_look_at(g))
             for g in guards

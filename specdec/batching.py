@@ -10,7 +10,6 @@ own pace.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
@@ -18,15 +17,17 @@ from traceback import clear_frames
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from specdec import progress as bars
 from specdec.arguments import flag, whole
-from specdec.engine.decoder import Emitted
-from specdec.engine.slots import Text
-from specdec.handle import Call, Handle, decoding
+from specdec.calls import Call, Purpose
+from specdec.decoders import decoding
+from specdec.engine.decide import agreed_memory, is_past
+from specdec.engine.loop import Emitted
+from specdec.engine.text import Text
+from specdec.handle import Handle
+from specdec.hf.names import PreTrainedModel
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Any]
 
@@ -87,7 +88,7 @@ def generate_many(
     """
     if not isinstance(getattr(model, "specdec", None), Handle):
         raise ValueError("generate_many() takes a model from specdec.compile()")
-    with model.specdec.one_call():  # seeds that were set are this one's, also where it goes no further
+    with model.specdec.calls.seeds.one_call():  # seeds that were set are this one's, also where it goes no further
         max_batch_size = whole("max_batch_size", max_batch_size)
         if max_prompt_length is not None:
             max_prompt_length = whole("max_prompt_length", max_prompt_length)
@@ -109,11 +110,12 @@ class _Run:
     def __init__(
         self, model: PreTrainedModel, prompts: Iterable[Prompt], n_rows: int, longest: int, settings: dict[str, Any]
     ) -> None:
-        self._model, self._handle, self._settings = model, model.specdec, settings
+        self._model, self._settings = model, settings
+        self._handle: Handle = model.specdec
         self._total = len(prompts) if isinstance(prompts, Sized) else None
         self._n_rows, self._longest = n_rows if self._total is None else min(n_rows, max(self._total, 1)), longest
         self._prompts = prompts
-        self._seeds = self._handle.next_seeds(self._total)
+        self._seeds = self._handle.calls.seeds.take(self._total)
         self._done: list[Result] = []
         self._under_way: dict[Text, tuple[int, float | None]] = {}  # which prompt's, and its deadline
         self._call: Call | None = None  # the first prompt's, which all others resemble
@@ -123,12 +125,7 @@ class _Run:
         """All results; see `generate_many`."""
         waiting: dict[int, Result] = {}
         following, work = 0, self._work()
-        console = Console(stderr=True)
-        columns = (TextColumn("specdec"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # Drawn when something has been done: a bar that refreshes itself takes time from decoding.
-        hidden = not (progress and console.is_terminal)
-        with Progress(*columns, console=console, disable=hidden, auto_refresh=False) as bar:
-            task = bar.add_task("", total=self._total)
+        with bars.counter(self._total, shown=progress) as bar:
             has_ended = False
             while not has_ended:
                 try:
@@ -136,7 +133,7 @@ class _Run:
                 except BaseException as error:
                     has_ended, self._interruption = True, error
                     self._done += [Result(i, text.ids.cpu(), error) for text, (i, _) in self._under_way.items()]
-                bar.update(task, advance=len(self._done), refresh=bool(self._done))
+                bar.advance(len(self._done))
                 waiting |= {result.index: result for result in self._done}
                 self._done = []
                 while following in waiting or (waiting and (has_ended or not in_order)):
@@ -159,11 +156,11 @@ class _Run:
         # Memory for all of it at once, where texts may come to that: limits can be beyond any model's positions.
         config = self._model.config.get_text_config()
         room = max(self._longest, min(longest, getattr(config, "max_position_embeddings", longest)))
-        with self._handle.running():
+        with self._handle.calls.alone():
             n_ended = -1
             while n_ended:
                 n_ended = 0
-                decoder = self._handle.decoder(self._call.draft, request.law, self._call.config)
+                decoder = self._handle.decoders.get(self._call.draft, request.law, self._call.config)
                 run = decoder.run(queue, self._n_rows, longest, room, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
@@ -184,7 +181,7 @@ class _Run:
     def _next(self, run: Iterator[list[Emitted]]) -> list[Emitted] | Exception | None:
         """What happened in a step, None after the last one, or its error: one of all texts under way."""
         try:
-            with decoding(self._model):  # not while the caller has its turn
+            with decoding(self._model), agreed_memory():  # not while the caller has its turn
                 return next(run, None)
         except Exception as error:
             return error
@@ -194,7 +191,7 @@ class _Run:
         n_ended = 0
         for text in texts:
             index, deadline = self._under_way[text]
-            if deadline is not None and time.time() > deadline:
+            if is_past(deadline):
                 text.finished = True
             if text.finished:
                 del self._under_way[text]
@@ -213,7 +210,8 @@ class _Run:
                     raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:  # others would fail with it, in a step
                     raise ValueError(f"tokens {ids.min()} to {ids.max()}, of a model that has {vocabulary}")
-                call = self._handle.ask(self._model, ids, self._settings, knows_model=self._call is not None)
+                with self._handle.calls.serving(Purpose.ASK, knows_model=self._call is not None):
+                    call = self._model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **self._settings)
                 if not isinstance(call, Call):  # transformers' own result
                     out = getattr(call, "sequences", call)  # with return_dict_in_generate
                     self._done.append(Result(index, out[0].cpu() if len(out) == 1 else out.cpu()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from specdec.arguments import flag, whole
 from specdec.engine.tree import TokenTree
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 
 @dataclass(frozen=True, kw_only=True)

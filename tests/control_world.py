@@ -1,4 +1,4 @@
-"""A world in which the controller can be judged without a clock: what steps truly take, and what texts truly accept.
+"""A world in which policies can be judged without a clock: what steps truly take, and what texts truly accept.
 
 Letters: n unfinished texts, T tokens of the target's forward.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 
-from specdec.engine.control import Controller, Habit, Plan
+from specdec.engine.control import Plan, Policy, Track
 from specdec.engine.tree import TokenTree
 
 SPIKES = 0.02
@@ -38,7 +38,7 @@ class Source:
 
     accept: Sequence[float]
     found: float = 1.0
-    habit: Habit = field(default_factory=Habit)
+    track: Track = field(default_factory=Track)
     unread: int = 0
 
 
@@ -70,16 +70,16 @@ class World:
         self._random = random.Random(seed)
         self._reports: list[Callable[[], None]] = []
 
-    def run(self, control: Controller, n_steps: int) -> float:
+    def run(self, control: Policy, n_steps: int) -> float:
         """The tokens per second of so many steps."""
         self.tokens = self.seconds = self._finds = self._expected_finds = 0.0
         for _ in range(n_steps):
             self.step(control)
         return self.tokens / self.seconds
 
-    def step(self, control: Controller) -> None:
+    def step(self, control: Policy) -> None:
         texts = list(self.texts)
-        plan = control.plan([text.habit for text in texts])
+        plan = control.plan([text.track for text in texts])
         self.plans.append(plan)
         n = len(texts)
         finds = [self._random.random() < text.found for text in texts]
@@ -108,7 +108,7 @@ class World:
         def report() -> None:
             if plan.depth:
                 for text, *counts in zip(texts, found, judged, accepted, strict=True):
-                    control.count(text.habit, *counts)
+                    control.count(text.track, *counts)
             control.learn(plan, (reading, draft, forward))
 
         self._reports.append(report)

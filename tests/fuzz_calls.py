@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from specdec import TokenTree
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gptj"]  # full attention, learned positions, windows and softcap, none of ours
 

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.engine.laws import SamplingLaw, names
+from specdec.hf import names
+from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
 from specdec.kernels.attention.masked_attention import masked_attention_cpu
 from specdec.kernels.cpu import address, bind
@@ -242,6 +243,6 @@ def test_a_law_is_of_no_inference_mode() -> None:
     """Or steps would compile once more for it."""
     with torch.inference_mode():
         processors = [names.processor("TemperatureLogitsWarper")(0.8), names.processor("TopPLogitsWarper")(0.9)]
-        law = SamplingLaw.from_processors(processors, True, torch.device("cpu"))
+        law = law_of(processors, True, torch.device("cpu"))
     assert len(law.tensors()) == 3
     assert not any(tensor.is_inference() for tensor in law.tensors())

@@ -16,6 +16,8 @@ from specdec.hf.view import ModelView
 from specdec.kernels.attention.tree_attention import tree_attention_reference
 from specdec.kernels.library import runs_triton
 
+Tiny = Callable[..., PreTrainedModel]
+
 TREES = {
     "chain": TokenTree.chain(5),
     "root": TokenTree.chain(0),
@@ -115,7 +117,7 @@ def test_a_step_takes_the_fused_op_and_a_prompt_does_not(
         view.prefill({0: (0, torch.arange(1, 6)), 1: (0, torch.arange(1, 4))})
         assert not took
         nodes = Nodes.packed(lengths, counts, torch.arange(12, device=device), 6, 64, bits, depths)
-        logits = view.forward(torch.arange(12, device=device), nodes)
+        logits = view.forward(torch.arange(12, device=device), nodes).logits
     assert logits.isfinite().all()
     has_kernel = dtype == torch.float32 or runs_triton(logits)
     assert took == ["fused"] * (3 if has_kernel else 0)
@@ -135,3 +137,35 @@ def test_nodes_spread_are_nodes_packed_anew(own: list[int]) -> None:
         assert found.is_contiguous()  # C++ kernels read on from the first
         assert torch.equal(found[: 3 * width], getattr(again, name)[: 3 * width]), name
     assert (nodes.slot[3 * width :] % 32 == 31).all()
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = ModelView(fresh("llama"))
+    view.allocate(1, 16)
+    tokens, count = torch.tensor([3, 4]), torch.tensor([2])
+    nodes = Nodes.packed(torch.zeros(1, dtype=torch.int64), count, torch.arange(2), 2, 16)
+    monkeypatch.setattr(view.module, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        view.forward(tokens, nodes)
+    assert view.cache.nodes is view.cache.now is None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_features_are_what_comes_out_of_layers(family: str, compiled: bool, fresh: Tiny) -> None:
+    model = fresh(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 3})
+    view = ModelView(model)
+    view.allocate(2, 16)
+    view.keep_features([1, 0])
+    ids = torch.randint(1, 97, (2, 6), generator=torch.Generator().manual_seed(0))
+    zeros, counts = torch.zeros(2, dtype=torch.int64), torch.tensor([6, 6])
+    chain = TokenTree.chain(5).tensors(view.device)
+    nodes = Nodes.packed(zeros, counts, torch.arange(12), 6, 16, *chain)
+    forward = torch.compile(view.forward, backend="aot_eager", fullgraph=True) if compiled else view.forward
+    with torch.no_grad():
+        out, expected = forward(ids.flatten(), nodes), model(ids, output_hidden_states=True)
+    for found, layer in zip(out.features, (1, 0), strict=True):
+        torch.testing.assert_close(found.view(2, 6, -1), expected.hidden_states[layer + 1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.logits.view(2, 6, -1), expected.logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no layer 9: the model has"):
+        view.keep_features([9])

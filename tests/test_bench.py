@@ -1,12 +1,10 @@
-"""The GPU benchmark without a GPU: every section runs, small and on a CPU, and its results are written and readable."""
+"""What the benchmarks share: cases whose ways do the same work, the loop of `bench.backend`, and the clock of a GPU."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +14,9 @@ import pytest
 import torch
 import triton
 import typer
-from rich.console import Console
 from torch import Tensor
 
-from bench import backend, cache_cases, cases, device_time, gpu, gpu_report, padding, tree_cases
+from bench import backend, cache_cases, cases, device_time, product_cases, tree_cases
 from bench.case import Case
 from bench.device_time import Timing
 from specdec import zoo
@@ -27,20 +24,15 @@ from specdec.cli import measure
 from specdec.graphs.passes import PASSES
 
 
-def _time_call(call: Callable[[], object]) -> Timing:
-    call()
-    start = time.perf_counter()
-    call()
-    return Timing(time.perf_counter() - start)
-
-
-def _small_cases() -> list[Case]:
+def small_cases() -> list[Case]:
+    """Every kind of case, small."""
     bf16 = torch.bfloat16
     return [
         *_small_attention(), cache_cases.append("25m", 2, 4, 64, bf16), cache_cases.commit("25m", 2, 3, 64, bf16),
         cases._top_support(2, 300, bf16), cases._row_law(2, 300, bf16, 50, 0.9), cases._row_law(2, 300, bf16),
         cases._draw(2, 300), *_small_trees(bf16),
-        cases._ancestor_words(2, 5), cases._joined_linear("25m", 3), cases._gated_linear("25m", 3),
+        cases._ancestor_words(2, 5), product_cases.joined("25m", 3), product_cases.gated("25m", 3),
+        product_cases.library("25m", "down", 3),
     ]  # fmt: skip
 
 
@@ -72,9 +64,9 @@ def test_ways_of_attention_compute_the_same(case: Case) -> None:
 
 def test_layers_of_one_input_are_the_models() -> None:
     """25m: 8 query heads over 4 of keys and values, 64 numbers each; a gated unit."""
-    x, weights, biases = cases._joined_linear("25m", 3).ways(torch.device("cpu"))["op"].args
+    x, weights, biases = product_cases.joined("25m", 3).ways(torch.device("cpu"))["op"].args
     assert ([len(weight) for weight in weights], biases) == ([512, 256, 256], [])
-    case = cases._gated_linear("25m", 3)
+    case = product_cases.gated("25m", 3)
     rows, gate, up = case.ways(torch.device("cpu"))["op"].args
     assert gate.shape == up.shape and rows.shape == x.shape == (3, gate.shape[1])
     assert case.bytes == 2 * (gate.numel() + up.numel() + rows.numel() + 3 * len(gate))
@@ -146,81 +138,6 @@ def test_ways_of_drawing_children_and_of_a_greedy_walk_do_the_same_work() -> Non
         assert all(map(torch.equal, walks[way](), (path, n_accepted, bonus)))
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {
-        "SIZE": "bundled", "BATCHES": (1, 2), "PROMPT_TOKENS": 8, "NEW_TOKENS": 4, "REPEATS": 1, "DEVICE": "cpu",
-        "ROOF_ELEMENTS": 2**12, "ROOF_SIDE": 32, "time_call": _time_call, "gpu_cases": _small_cases,
-        "CAPACITY": 64, "BACKEND_BATCHES": (2,), "BACKEND_FED": (2,), "PADDING_BATCHES": (2,),
-    }  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setattr(backend, "all_ways", lambda device: {"transformers": None, "inductor": {"backend": "eager"}})
-    all_paths = measure.all_paths
-    monkeypatch.setattr(measure, "all_paths", lambda target, draft: all_paths(target, draft, compiled=False))
-    monkeypatch.setattr(padding, "padding_cells", partial(padding.padding_cells, compiled=False))
-
-
-def test_every_section_runs_and_is_reported(small: None, tmp_path: Path) -> None:
-    console, clock = Console(quiet=True), gpu.Clock(9)
-    result = {
-        "command": "x", "date": measure.today(), "versions": measure.versions(), "machine": measure.machine(),
-        "tests": {"exit_code": 1, "summary": "1 failed, 2 passed", "failed": ["FAILED tests/a.py::b"], "tail": []},
-        "kernels": gpu.run_kernels(clock, console), "decode": gpu.run_decode(clock, console),
-        "steps": gpu.run_steps(clock, console, tmp_path), "backend": gpu.run_backend(clock, console),
-        "padding": gpu.run_padding(clock, console),
-    }  # fmt: skip
-    assert "error" not in json.dumps(result)
-    assert [c["op"] for c in result["kernels"]["cases"]] == [c.op for c in _small_cases()]
-    assert all(c["of_roof"] > 0 and c["seconds"]["pytorch"] > 0 for c in result["kernels"]["cases"])
-    assert [(e["batch"], [r["path"] for r in e["paths"]]) for e in result["decode"]["results"]] == [
-        (1, list(gpu.WAYS)), (2, ["transformers", "specdec_plain", "specdec"]),
-    ]  # fmt: skip
-    assert len(result["steps"]) == 6
-    assert all(row["milliseconds"] > 0 for row in result["steps"])
-    (shape,) = result["backend"]["results"]
-    assert (shape["batch"], shape["capacity"], shape["fed"]) == (2, 64, 2)
-    assert [(row["way"], row["identical"]) for row in shape["ways"]] == [("transformers", True), ("inductor", True)]
-    gpu_report.write(result, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "kernels.png", "trace.json.gz"}
-    text = (tmp_path / "gpu.md").read_text()
-    for words in (
-        "1 failed, 2 passed",
-        "tree_attention",
-        "batch 2",
-        "transformers, assisted",
-        "graph launches",
-        "2 tokens a call",
-        "## Padding",
-        "inputs only",
-    ):
-        assert words in text
-    assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(result))
-
-
-def test_what_fails_or_does_not_fit_is_said(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ValueError("no such kernel")
-
-    monkeypatch.setattr(gpu, "time_case", fail)
-    kernels = gpu.run_kernels(gpu.Clock(9), Console(quiet=True))
-    assert len(kernels["cases"]) == len(_small_cases())
-    clock = gpu.Clock(0.1)
-    runs = (gpu.run_decode, gpu.run_backend, gpu.run_padding)
-    decode, loops, cells = (run(clock, Console(quiet=True)) for run in runs)
-    result = {"command": "x", "date": "", "versions": {}, "machine": measure.machine()}
-    gpu_report.write(
-        result | {"kernels": kernels, "decode": decode, "steps": {"error": "steps: broken"}, "backend": loops}
-        | {"padding": cells}, tmp_path
-    )  # fmt: skip
-    text = (tmp_path / "gpu.md").read_text()
-    assert "tree_attention 25m B 2 S 64 N 4: ValueError: no such kernel" in text
-    assert "batch 1: not run, out of time" in text
-    assert "batch 2, 2 a call: not run, out of time" in text
-    assert text.count("batch 2: not run, out of time") == 2  # decoding and padding
-    assert "steps: broken" in text
-
-
 @torch.no_grad()
 def test_a_loop_feeds_its_own_token_and_the_known_ones() -> None:
     model, _, tokenizer = measure.load_pair("bundled")
@@ -276,39 +193,6 @@ def test_backends_that_write_other_tokens_are_found(tmp_path: Path, monkeypatch:
         assert words in text
     with pytest.raises(typer.BadParameter, match="68 tokens do not fit"):
         backend.main("bundled", "1", "67", new_tokens=3, repeats=2, out=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("test", "minutes", "code", "summary"),
-    [
-        ("pass", 2, 0, "1 passed"),
-        ("assert False", 2, 1, "1 failed"),
-        ("time.sleep(30)", 0.2, None, "stopped after 6 s"),
-    ],
-)
-def test_tests_run_for_half_of_the_time(
-    test: str, minutes: float, code: int | None, summary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when a test hangs in the middle of a line, with a child that holds its output open."""
-    file = tmp_path / "test_it.py"
-    child = "subprocess.Popen(['sleep', '30'])" if code is None else "None"
-    file.write_text(f"import subprocess, time\nCHILD = {child}\ndef test_it():\n    {test}\n")
-    monkeypatch.setattr(gpu, "TESTS", (str(file),))
-    clock = gpu.Clock(minutes)
-    result = gpu.run_tests(clock, Console(quiet=True))
-    assert clock.left > 0
-    assert result["exit_code"] == code
-    assert summary in result["summary"]
-    assert len(result["failed"]) == (code == 1)
-    assert gpu_report._tests(result)[3] == result["summary"]
-
-
-def test_what_was_not_replayed_is_starred(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "time_call", lambda call: Timing(0.001, "started by the host each time: it reads"))
-    text = "\n".join(gpu_report._kernels(gpu.run_kernels(gpu.Clock(9), Console(quiet=True))))
-    assert text.count("1000.0*") == 2 * len(_small_cases())
-    assert "- \\* roofs, copy: started by the host each time: it reads" in text
-    assert "- \\* ancestor_words B 2 N 5, pytorch: started by the host each time: it reads" in text
 
 
 class _Device:

@@ -20,6 +20,7 @@ from bench import padded, padding, padding_report
 from bench import padding_simulator as simulator
 from bench.padding_simulator import SIMULATED, Trace
 from specdec.engine.packing import Nodes
+from specdec.engine.roles import Output
 from specdec.hf.view import ModelView
 
 Tiny = Callable[..., PreTrainedModel]
@@ -191,11 +192,11 @@ def test_replay_feeds_the_rows_and_takes_the_slots_of_its_cell(
 ) -> None:
     seen, forward = [], ModelView.forward
 
-    def spy(self: ModelView, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
-        logits = forward(self, tokens, nodes, rows)
-        assert len(tokens) == len(logits) == nodes.starts[-1]
+    def spy(self: ModelView, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Output:
+        out = forward(self, tokens, nodes, rows)
+        assert len(tokens) == len(out.logits) == nodes.starts[-1]
         seen.append((nodes.starts.diff().tolist(), nodes.lengths.tolist()))
-        return logits
+        return out
 
     view = ModelView(model)
     view.allocate(2, 64)

@@ -17,6 +17,7 @@ import torch
 from side_by_side import PAST, RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor, nn
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -28,11 +29,11 @@ from transformers import (
 )
 
 import specdec
-import specdec.engine.decoder
+import specdec.engine.step
 from specdec import SpecdecWarning, TokenTree, zoo
+from specdec.decoders import N_NAMED
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.handle import N_NAMED
 from specdec.hf import names
 
 NEW = 6
@@ -63,7 +64,7 @@ def without_collector() -> Iterator[None]:
 def _named(wrapped: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, Tensor], **given: Any) -> list[Any]:
     """Weak references to all that a call with a draft of its own has made."""
     same(wrapped, model, **inputs, max_new_tokens=NEW, **given)
-    decoder = [*wrapped.specdec._decoders.values()][-1]
+    decoder = [*wrapped.specdec.decoders.kept.values()][-1]
     parts = [decoder, decoder.drafter, decoder.steps, decoder.buffers, decoder.buffers.state]
     if view := getattr(decoder.drafter, "view", None):
         parts += [given["assistant_model"], view, view.module, view.cache, *view.cache.layers]
@@ -78,7 +79,7 @@ def test_few_drafts_that_calls_name_are_kept(
     model, inputs = tiny("llama"), prompts([6])
     wrapped = wrap(model, tiny("llama", seed=7, num_hidden_layers=1))
     wrapped.generate(**inputs, max_new_tokens=NEW)
-    own, parts = wrapped.specdec.decoder(wrapped.specdec._draft), []
+    own, parts = wrapped.specdec.decoders.get(wrapped.specdec.draft), []
     for i in range(N_NAMED + 5):
         given = {"prompt_lookup_num_tokens": 2 + i}
         if draft == "assistant":
@@ -86,7 +87,7 @@ def test_few_drafts_that_calls_name_are_kept(
         parts.append(_named(wrapped, model, inputs, **given))
         del given
     assert [any(part() is not None for part in made) for made in parts] == [False] * 5 + [True] * N_NAMED
-    assert wrapped.specdec.decoder(wrapped.specdec._draft) is own
+    assert wrapped.specdec.decoders.get(wrapped.specdec.draft) is own
     del own
     wrapped.specdec.free()
     assert not any(part() is not None for made in parts for part in made)
@@ -117,7 +118,7 @@ def test_compiled_code_goes_with_its_decoder(tiny: Tiny, prompts: Prompts) -> No
 
     def compiled() -> set[str]:
         gc.collect()
-        return {name for name in vars(specdec.engine.decoder) if name.startswith("__compiled_fn")}
+        return {name for name in vars(specdec.engine.step) if name.startswith("__compiled_fn")}
 
     before, wrapped = compiled(), specdec.compile(tiny("llama"), draft=None, depth=2, adapt=False)
     wrapped.generate(**prompts([6]), max_new_tokens=2, prompt_lookup_num_tokens=2)
@@ -241,11 +242,11 @@ def test_configurations_that_are_replaced(on_wrapped: bool, fresh: Tiny, prompts
     wrapped = wrap(model)
     each = wrapped if on_wrapped else model
     each.generation_config = GenerationConfig(max_new_tokens=4, repetition_penalty=1.5)
-    decoder = wrapped.specdec.decoder("ngram")
+    decoder = wrapped.specdec.decoders.get("ngram")
     assert same(wrapped, model, **inputs).shape[1] == 10
     each.generation_config = GenerationConfig(max_new_tokens=5)
     assert same(wrapped, model, **inputs).shape[1] == 11
-    assert wrapped.specdec.decoder("ngram") is decoder  # which no forward reads
+    assert wrapped.specdec.decoders.get("ngram") is decoder  # which no forward reads
 
 
 def test_what_generate_notes_on_a_model_is_no_change_of_it(fresh: Tiny, prompts: Prompts) -> None:
@@ -254,9 +255,13 @@ def test_what_generate_notes_on_a_model_is_no_change_of_it(fresh: Tiny, prompts:
     decoders = set()
     for n_new in (4, 8, 12):
         wrapped.generate(**prompts([6]), max_new_tokens=n_new, cache_implementation="static")
-        decoders.add(wrapped.specdec.decoder("ngram"))
+        decoders.add(wrapped.specdec.decoders.get("ngram"))
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True  # transformers compiles by itself on GPUs only
+    model.generate(**prompts([6]), max_new_tokens=4, cache_implementation="static", compile_config=config)
+    decoders.add(wrapped.specdec.decoders.get("ngram"))
     assert len(decoders) == 1
-    assert hasattr(model, "_previous_max_cache_length")
+    assert hasattr(model, "_previous_max_cache_length") and hasattr(model, "_compiled_call")
 
 
 def test_what_a_wrapped_model_holds_may_know_it(fresh: Tiny, prompts: Prompts) -> None:
@@ -403,7 +408,7 @@ def test_warnings_are_at_the_users_line(model: PreTrainedModel, prompts: Prompts
 
 def _drafting(wrapped: PreTrainedModel) -> tuple[int, bool | None]:
     """How deep the last call drafted, and whether it was to adapt."""
-    decoder = [*wrapped.specdec._decoders.values()][-1]
+    decoder = [*wrapped.specdec.decoders.kept.values()][-1]
     return decoder.tree.depth, decoder.adapt
 
 

@@ -17,16 +17,17 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.engine.decoder import Decoder
-from specdec.engine.draft import Drafter
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Text
+from specdec.engine.loop import Decoder
+from specdec.engine.roles import Drafter
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.errors import SpecdecWarning
 from specdec.graphs import compiled
 from specdec.graphs.captured import CapturedSteps, Recording, Upload
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.laws import law_of
 from specdec.hf.view import RECORDED, ModelView
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
@@ -76,7 +77,7 @@ def decoders(tiny: Tiny) -> Callable[..., tuple[Decoder, Decoder]]:
 
 def _law(temperature: float | None) -> SamplingLaw:
     warpers = [] if temperature is None else [TemperatureLogitsWarper(temperature), TopKLogitsWarper(40)]
-    return SamplingLaw.from_processors(LogitsProcessorList(warpers), temperature is not None, torch.device("cpu"))
+    return law_of(LogitsProcessorList(warpers), temperature is not None, torch.device("cpu"))
 
 
 def _texts(decoder: Decoder, lengths: list[int], law: SamplingLaw, new: int, eos: Tensor, seed: int) -> list[list[int]]:
@@ -200,9 +201,9 @@ def test_no_step_is_started_for_texts_that_will_have_ended(tiny: Tiny, monkeypat
     steps = CapturedSteps(CompiledSteps(False), Rerun)
     decoder = Decoder(ModelView(tiny("llama")), NoDrafter(), steps, Stats(), adapt=False)
     events: list[str] = []
-    start, land = decoder._step, decoder._landed
-    monkeypatch.setattr(decoder, "_step", lambda *given: (events.append("start"), start(*given))[1])
-    monkeypatch.setattr(decoder, "_landed", lambda *given: (events.append("land"), land(*given))[1])
+    start, land = decoder.launcher.start, decoder._take
+    monkeypatch.setattr(decoder.launcher, "start", lambda *given: (events.append("start"), start(*given))[1])
+    monkeypatch.setattr(decoder, "_take", lambda *given: (events.append("land"), land(*given))[1])
     for lengths, n_steps in (([5], 6), ([5, 3], 6), ([4, 9, 2], 6)):
         events.clear()
         assert [len(text) for text in _texts(decoder, lengths, _law(None), 6, NO_EOS, 0)] == [6] * len(lengths)

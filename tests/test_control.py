@@ -1,7 +1,8 @@
-"""The controller in a simulated world: beside not drafting and beside the best depth; noticing; calm."""
+"""The adaptive policy in a simulated world: beside not drafting and beside the best depth; noticing; calm."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -16,14 +17,16 @@ from torch import device
 from transformers import LogitsProcessorList
 
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.control import Controller, Habit, Plan, StepTimes
-from specdec.engine.decoder import Decoder
-from specdec.engine.laws import SamplingLaw
+from specdec.engine.control import Adaptive, Decisions, Fixed, Plan, Track, policy_of
+from specdec.engine.control.estimate import StepCosts
+from specdec.engine.control.plan import Shape
+from specdec.engine.loop import Decoder
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 FORWARDS = {
     "bandwidth bound": lambda t: 1 + 0.01 * t,
@@ -35,7 +38,7 @@ DEPTHS = {CHAIN: (1, 2, 3, 5), TREE: (1, 2, 3), NGRAMS: (8,)}
 KINDS = {"cheap": CHAIN, "dear": CHAIN, "tree": TREE, "n-grams": NGRAMS}
 QUALITIES = (0.0, 0.2, 0.5, 0.8, 1.0)
 START = 100
-"""Steps that the controller may spend on finding out."""
+"""Steps that it may spend on finding out."""
 
 
 def machine(kind: str, forward: str) -> Machine:
@@ -53,8 +56,8 @@ def world(kind: str, forward: str, qualities: Sequence[float], **options: float)
     return World(KINDS[kind], machine(kind, forward), texts, **options)  # type: ignore[arg-type]
 
 
-def controller(kind: str) -> Controller:
-    return Controller(KINDS[kind], DEPTHS[KINDS[kind]], True)
+def adaptive(kind: str) -> Adaptive:
+    return Adaptive(Shape(KINDS[kind], DEPTHS[KINDS[kind]]))
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
@@ -72,10 +75,10 @@ def test_speed_beside_not_drafting_and_the_best_depth(kind: str, forward: str) -
 
 
 def _speed(kind: str, forward: str, n: int, quality: float, seed: int) -> tuple[float, float]:
-    here, control = world(kind, forward, [quality] * n, seed=seed), controller(kind)
+    here, control = world(kind, forward, [quality] * n, seed=seed), adaptive(kind)
     here.run(control, START)
     rate = here.run(control, 1000 if n < 8 else 500)
-    return rate / here.rate(0), rate / here.best_rate(control.depths)
+    return rate / here.rate(0), rate / here.best_rate(control.shape.depths)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -83,11 +86,11 @@ def _speed(kind: str, forward: str, n: int, quality: float, seed: int) -> tuple[
 def test_texts_of_different_quality_in_one_batch(forward: str, lag: int) -> None:
     """Better texts get more levels; together they are no slower than with the best depth for all, even if reports come
     a step late."""
-    here, control = world("cheap", forward, [0.1, 0.95] * 4, lag=lag), controller("cheap")
+    here, control = world("cheap", forward, [0.1, 0.95] * 4, lag=lag), adaptive("cheap")
     here.run(control, START)
     rate = here.run(control, 1000)
     assert rate >= 0.97 * here.rate(0)
-    assert rate >= 0.95 * here.best_rate(control.depths)
+    assert rate >= 0.95 * here.best_rate(control.shape.depths)
     chosen = [plan for plan in here.plans[START:] if not plan.trial]
     poor, good = (sum(sum(plan.allowed[first::2]) for plan in chosen) for first in (0, 1))
     assert good > 3 * poor
@@ -96,7 +99,7 @@ def test_texts_of_different_quality_in_one_batch(forward: str, lag: int) -> None
 
 def test_texts_that_come_and_go() -> None:
     """As in a stream of prompts: texts of any quality take others' places, and at last fewer and fewer are left."""
-    here, control, choose = world("cheap", "bandwidth bound", [0.6] * 8), controller("cheap"), random.Random(0)
+    here, control, choose = world("cheap", "bandwidth bound", [0.6] * 8), adaptive("cheap"), random.Random(0)
     here.run(control, START)
     tokens = seconds = undrafted = 0.0
     for n_left in [8] * 40 + list(range(7, 0, -1)):
@@ -110,7 +113,7 @@ def test_texts_that_come_and_go() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 8])
 def test_acceptance_that_changes_is_noticed(kind: str, n: int) -> None:
-    here, control = world(kind, "bandwidth bound", [0.0] * n), controller(kind)
+    here, control = world(kind, "bandwidth bound", [0.0] * n), adaptive(kind)
     depth = KINDS[kind].depth
 
     def become(quality: float) -> None:
@@ -121,22 +124,22 @@ def test_acceptance_that_changes_is_noticed(kind: str, n: int) -> None:
     here.run(control, useless)
     for _ in range(2):
         become(1.0)
-        here.run(control, 4 * useless)  # it looks again after twice as long each time
+        here.run(control, 4 * useless)  # it explores again after twice as long each time
         rate = here.run(control, 100)
-        assert rate > 0.95 * here.best_rate(control.depths) > 1.2 * here.rate(0)
+        assert rate > 0.95 * here.best_rate(control.shape.depths) > 1.2 * here.rate(0)
         become(0.0)
         here.run(control, 50)
         assert here.run(control, useless - 50) > 0.95 * here.rate(0)
 
 
 def test_after_long_disappointment_better_drafts_are_still_noticed() -> None:
-    here, control = world("cheap", "bandwidth bound", [0.0]), controller("cheap")
+    here, control = world("cheap", "bandwidth bound", [0.0]), adaptive("cheap")
     rate = here.run(control, 20000)
     assert rate > 0.99 * here.rate(0)
     here.texts[0].accept = [1.0] * 5
     here.run(control, 10000)
     rate = here.run(control, 100)
-    assert rate > 0.95 * here.best_rate(control.depths)
+    assert rate > 0.95 * here.best_rate(control.shape.depths)
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.15])
@@ -145,12 +148,12 @@ def test_noise_does_not_turn_plans_over(kind: str, noise: float) -> None:
     """At the quality at which drafting one level brings as much as it costs, and above."""
     even = min((q / 100 for q in range(101)), key=lambda q: abs(math.log(_gain(kind, q))))
     for quality in (even, 0.5 * (1 + even)):
-        here, control = world(kind, "bandwidth bound", [quality] * 4, noise=noise), controller(kind)
+        here, control = world(kind, "bandwidth bound", [quality] * 4, noise=noise), adaptive(kind)
         here.run(control, START)
-        before, first = control.switches, len(here.plans)
+        before, first = control.changes, len(here.plans)
         here.run(control, 2000)
         depths = [plan.depth for plan in here.plans[first:]]
-        assert control.switches - before < 0.01 * len(depths)
+        assert control.changes - before < 0.01 * len(depths)
         assert sum(map(int.__ne__, depths, depths[1:])) < 0.03 * len(depths)  # what was only tried among them
 
 
@@ -161,20 +164,20 @@ def _gain(kind: str, quality: float) -> float:
 
 @pytest.mark.parametrize("tree", [CHAIN, TREE])
 def test_pinned_always_drafts_the_whole_tree(tree: TokenTree) -> None:
-    control = Controller(tree, DEPTHS[tree], False)
+    control = policy_of(tree, DEPTHS[tree], False)
     here = World(tree, Machine(lambda t: t, level=10.0), [Source([0.0] * tree.depth) for _ in range(3)])
     here.run(control, 300)
     nodes = len(tree) - 1
     assert set(here.plans) == {Plan(tree.depth, (nodes,) * 3, 3 * len(tree))}
     assert control.levels == (tree.depth,)
-    assert control.why == f"always the whole draft, of {tree.depth} levels"
+    assert str(control.decisions) == f"always the whole draft, of {tree.depth} levels"
 
 
 def test_without_a_draft_there_is_nothing_to_choose() -> None:
-    control = Controller(TokenTree.chain(0), (0,), True)
-    assert not control.adapts
-    assert control.plan([Habit(), Habit()]) == Plan(0, (0, 0), 2)
-    assert control.why == "nothing to draft"
+    control = policy_of(TokenTree.chain(0), (0,), True)
+    assert isinstance(control, Fixed)
+    assert control.plan([Track(), Track()]) == Plan(0, (0, 0), 2)
+    assert str(control.decisions) == "nothing to draft"
 
 
 @pytest.mark.parametrize("adapt", [None, True, False])
@@ -182,11 +185,11 @@ def test_without_a_draft_there_is_nothing_to_choose() -> None:
 def test_adapts_by_default_only_where_texts_do_not_depend_on_it(
     tiny: Tiny, do_sample: bool, verifier: str, adapt: bool | None
 ) -> None:
-    steps, law = CompiledSteps(False), SamplingLaw.from_processors(LogitsProcessorList(), do_sample, device("cpu"))
+    steps, law = CompiledSteps(False), law_of(LogitsProcessorList(), do_sample, device("cpu"))
     decoder = Decoder(ModelView(tiny("llama")), NgramDrafter(3), steps, Stats(), VERIFIERS[verifier], adapt)
-    control = decoder._controller(law)
-    assert control.adapts == (adapt if adapt is not None else (not do_sample or verifier == "coupled"))
-    assert decoder._controller(law) is control  # what it has learned serves the next call
+    control = decoder._policy(law)
+    assert isinstance(control, Adaptive) == (adapt if adapt is not None else (not do_sample or verifier == "coupled"))
+    assert decoder._policy(law) is control  # what it has learned serves the next call
 
 
 @st.composite
@@ -204,7 +207,7 @@ def test_plans_are_legal(tree: TokenTree, seed: int, most: int) -> None:
     come and go, any times, and any acceptance."""
     choose = random.Random(seed)
     depths = (*sorted(choose.sample(range(1, tree.depth), choose.randrange(tree.depth))), tree.depth)
-    control = Controller(tree, depths, True)
+    control = policy_of(tree, depths, True)
     slope, level = choose.choice([0.01, 0.3]), choose.choice([0.01, 0.5])
     here = World(tree, Machine(lambda t: 1 + slope * t, level=level), [], noise=0.5, seed=seed)
     for _ in range(8):
@@ -220,29 +223,53 @@ def test_plans_are_legal(tree: TokenTree, seed: int, most: int) -> None:
 
 
 def test_better_habits_get_more() -> None:
-    control = controller("cheap")
+    control = adaptive("cheap")
     texts = [Source([q] * 5) for q in (0.2, 0.5, 0.9)]
     here = World(CHAIN, machine("cheap", "bandwidth bound"), texts)
     for text in texts:  # what is judged is the whole chain
         for _ in range(200):
             hits = [here._random.random() < 0.6 for _ in range(5)]
-            control.count(Habit(), 5, 5, [*hits, False].index(False))
-        text.habit.expected, text.habit.accepted = 10.0, 10.0 * sum(text.accept) / 3
-    control.times.learn(Plan(0, (0,) * 3, 3), 0.0, 1.0)
+            control.count(Track(), 5, 5, [*hits, False].index(False))
+        text.track.expected, text.track.accepted = 10.0, 10.0 * sum(text.accept) / 3
+    costs = control.estimate.costs
+    costs.learn(Plan(0, (0,) * 3, 3), 0.0, 0.0, 1.0)
     for levels in (1, 5):
-        control.times.learn(control.uniform(3, levels), 0.01 * levels, 1 + 0.3 * levels)
-    while control.turns(3):
-        control.turns(3).pop()
-    plan = control.plan([t.habit for t in texts])
+        costs.learn(control.uniform(3, levels), 0.0, 0.01 * levels, 1 + 0.3 * levels)
+    control._explorer.calibration(3).clear()
+    plan = control.plan([t.track for t in texts])
     assert list(plan.allowed) == sorted(plan.allowed)
     assert plan.allowed[0] < plan.allowed[2]
 
 
 def test_forwards_of_few_texts_do_not_speak_for_those_of_many() -> None:
     """The same number of tokens of one text and of four: these have four caches to read."""
-    times = StepTimes()
+    costs = StepCosts()
     for n, n_tokens, seconds in [(1, 1, 5.0), (1, 6, 6.0), (4, 4, 7.0), (4, 8, 10.0)]:
-        times.learn(Plan(0, (0,) * n, n_tokens), 0.0, seconds)
-    assert times.forward(1, 6) == 6.0
-    assert times.forward(4, 6) == times.forward(7, 6) == 8.5
-    assert "forward of 4 texts or more by tokens 4: 7000.0, 8: 10000.0 ms" in str(times)
+        costs.learn(Plan(0, (0,) * n, n_tokens), 0.0, 0.0, seconds)
+    assert costs.forward(1, 6) == 6.0
+    assert costs.forward(4, 6) == costs.forward(7, 6) == 8.5
+
+
+@pytest.mark.parametrize("tree", [CHAIN, TREE])
+def test_decisions_are_data(tree: TokenTree) -> None:
+    """Ready for JSON, and as a sentence."""
+    control = Adaptive(Shape(tree, DEPTHS[tree]))
+    here = World(tree, Machine(lambda t: 1 + 0.01 * t), [Source([1.0] * tree.depth) for _ in range(2)], noise=0.0)
+    here.run(control, START)
+    found = control.decisions
+    assert (found.n_levels, found.adapts, found.depth) == (tree.depth, True, here.plans[-1].depth)
+    assert found.changes == control.changes > 0
+    assert len(found.acceptance) == tree.depth and min(found.acceptance) > 0.9
+    assert found.forward_seconds[2][2] == 1.02
+    assert found.draft_seconds[tree.depth] == {2: 0.0}
+    told = found.to_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert told["forward_seconds"]["2"]["2"] == 1.02
+
+
+def test_decisions_as_a_sentence() -> None:
+    found = Decisions(2, True, 1, 3, [0.5, 0.25], {2: {1: 0.001}}, {4: {4: 7.0, 8: 10.0}})
+    assert str(found) == (
+        "1 levels now, after 3 changes; survival by level 0.50, 0.25; draft of 2 by texts 1: 1.0 ms; "
+        "forward of 4 texts or more by tokens 4: 7000.0, 8: 10000.0 ms"
+    )

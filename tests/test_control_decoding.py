@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.control import Controller, Habit, Plan
-from specdec.engine.decoder import Decoder
+from specdec.engine.control import Adaptive, Plan, Track
+from specdec.engine.loop import Decoder
 from specdec.engine.state import BatchState
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
@@ -31,16 +31,16 @@ CHAIN, TREE = TokenTree.chain(3), TokenTree.from_widths(3, 2, 1)
 
 @pytest.fixture
 def random_plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """The controller plans anything that is legal; these are its plans."""
+    """The policy plans anything that is legal; these are its plans."""
     choose, plans = random.Random(0), []
 
-    def plan(self: Controller, texts: Sequence[Habit]) -> Plan:
-        depth = choose.choice([0, *self.depths])
-        allowed = tuple(self._nodes_to[choose.randint(0, depth)] for _ in texts)
-        plans.append(Plan(depth, allowed, len(texts) + choose.randint(0, sum(allowed))))
+    def plan(self: Adaptive, samples: Sequence[Track]) -> Plan:
+        depth = choose.choice([0, *self.shape.depths])
+        allowed = tuple(self.shape.nodes_to[choose.randint(0, depth)] for _ in samples)
+        plans.append(Plan(depth, allowed, len(samples) + choose.randint(0, sum(allowed))))
         return plans[-1]
 
-    monkeypatch.setattr(Controller, "plan", plan)
+    monkeypatch.setattr(Adaptive, "plan", plan)
     return plans
 
 
@@ -127,7 +127,7 @@ def test_a_seeds_text_beside_what_steps_take(
 def test_what_a_forward_has_room_for(data: st.DataObject) -> None:
     """All roots; then first come, first served, as many nodes as were found and are allowed."""
     n = data.draw(st.integers(1, 6))
-    state = BatchState(n, 8, 1, NgramDrafter(5), torch.device("cpu"))
+    state = BatchState(n, 8, 1, NgramDrafter(5).tree, 0, torch.device("cpu"))
     counts, allowed = (data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)) for _ in range(2))
     finished = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
     n_tokens = data.draw(st.integers(finished.count(False), 6 * n))
@@ -152,11 +152,11 @@ def test_drafts_that_were_not_allowed_are_never_judged(kind: str, tiny: Tiny, mo
     monkeypatch.setattr(decoder.drafter, "draft", _always_right(decoder, tiny("llama"), prompt))
     whole = len(decoder.tree) - 1
 
-    def plan(self: Controller, habits: Sequence[Habit]) -> Plan:
-        allowed = (0, whole)[: len(habits)]
-        return Plan(self.depths[-1], allowed, len(habits) + sum(allowed) + 2)
+    def plan(self: Adaptive, samples: Sequence[Track]) -> Plan:
+        allowed = (0, whole)[: len(samples)]
+        return Plan(self.shape.depths[-1], allowed, len(samples) + sum(allowed) + 2)
 
-    monkeypatch.setattr(Controller, "plan", plan)
+    monkeypatch.setattr(Adaptive, "plan", plan)
     gained: dict[int, list[int]] = {0: [], 1: []}
     with torch.no_grad():
         for emitted in decoder.run(texts, 2, 130, 130, law_of(False), EOS[:0]):

@@ -92,7 +92,7 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
     model = tiny("llama")
     wrapped = wrap(model, "ngram")
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
-    decoder = wrapped.specdec.decoder("ngram")
+    decoder = wrapped.specdec.decoders.get("ngram")
 
     def full(self: RaggedCache, *_: Any) -> None:
         raise torch.OutOfMemoryError
@@ -103,7 +103,7 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
             wrapped, model, f"out of memory: a batch of {len(RAGGED)}", **prompts(RAGGED),
             max_new_tokens=300,
         )  # fmt: skip
-    assert wrapped.specdec.decoder("ngram") is not decoder
+    assert wrapped.specdec.decoders.get("ngram") is not decoder
     gone = weakref.ref(decoder)
     del decoder
     assert gone() is None

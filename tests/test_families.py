@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from specdec import generate_many
 from specdec.errors import Unsupported
 from specdec.hf import attention, proof
+from specdec.hf.cache import Way
 from specdec.hf.view import ModelView
 from specdec.hf.windows import is_window
 
@@ -24,7 +25,7 @@ from specdec.hf.windows import is_window
 def test_greedy_tokens(family: str, tiny: Tiny, prompts: Prompts) -> None:
     model = tiny(family)
     view = ModelView(model)
-    assert (view.cache.can_fuse, view.cache.is_flat) == (family not in [*DENSE, *FLAT], family in FLAT)
+    assert view.cache.way is (Way.OWN if family in FLAT else Way.MASKED if family in DENSE else Way.FUSED)
     for lengths in ([12], [17, 3, 1, 9]):
         inputs = prompts(lengths)
         expected = model.generate(**inputs, max_new_tokens=30)
@@ -37,9 +38,9 @@ def test_greedy_tokens(family: str, tiny: Tiny, prompts: Prompts) -> None:
             assert stats.steps > 0
             if draft is model:
                 assert stats.acceptance_by_position == [1.0] * 5
-            decoder = wrapped.specdec.decoder(draft)
+            decoder = wrapped.specdec.decoders.get(draft)
             model.generate(**inputs, max_new_tokens=2)  # whatever it notes on its modules is no change
-            assert wrapped.specdec.decoder(draft) is decoder
+            assert wrapped.specdec.decoders.get(draft) is decoder
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -92,7 +93,7 @@ def test_a_broken_kernel_is_not_used_and_said(fresh: Tiny, monkeypatch: pytest.M
     model, kernel = fresh("llama"), attention.ragged_attention
     monkeypatch.setattr(attention, "ragged_attention", lambda *arguments: 1.1 * kernel(*arguments))
     with pytest.warns(UserWarning, match="leaves attention to PyTorch, models of type llama: .* not the model's own"):
-        assert not ModelView(model).cache.can_fuse
+        assert ModelView(model).cache.way is not Way.FUSED
 
 
 @pytest.mark.parametrize("where", ["plain", "ragged"])
@@ -107,12 +108,12 @@ def test_no_memory_to_prove_is_no_refusal(where: str, fresh: Tiny, monkeypatch: 
         patch.setattr(proof, "check_forward", lambda model: None)
         with pytest.raises(torch.OutOfMemoryError):
             ModelView(model)
-    assert ModelView(model).cache.can_fuse
+    assert ModelView(model).cache.way is Way.FUSED
 
 
 def test_half_precision_is_proved_too(fresh: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh("llama").bfloat16()
-    assert not ModelView(model).cache.is_flat
+    assert ModelView(model).cache.way is not Way.OWN
     monkeypatch.setattr(ModelView, "_positions", lambda self, nodes: 3 * nodes.position[None])
     with pytest.raises(Unsupported, match="not the model's own"):
         ModelView(model)

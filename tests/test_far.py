@@ -18,6 +18,7 @@ from transformers.models.llama import modeling_llama
 
 from specdec.errors import Unsupported
 from specdec.hf import proof
+from specdec.hf.cache import Way
 from specdec.hf.plain import Plain
 from specdec.hf.view import ModelView
 
@@ -148,7 +149,7 @@ def test_a_rope_that_moves(longest: int, fresh: Tiny) -> None:
 def test_a_rope_of_ones_own_that_stays(fresh: Tiny) -> None:
     model = fresh("llama")
     model.model.rotary_emb = MovingRope(model.model.rotary_emb, 10**9)
-    assert ModelView(model).cache.can_fuse
+    assert ModelView(model).cache.way is Way.FUSED
 
 
 @pytest.mark.parametrize("bias", [0.0, 3.0, -1e30])
@@ -210,7 +211,7 @@ def test_rounding_may_choose_another_expert_once(fresh: Tiny, monkeypatch: pytes
         return Unsupported("by chance") if len(seen) < 3 else look(view, plain)
 
     monkeypatch.setattr(proof, "_difference_of", unlucky)
-    assert not ModelView(fresh("llama").bfloat16()).cache.is_flat
+    assert ModelView(fresh("llama").bfloat16()).cache.way is not Way.OWN
     assert len({plain.texts[1][0].item() for plain in seen}) == len(seen) == 3
     seen.clear()
     monkeypatch.setattr(proof, "_difference_of", lambda *_: Unsupported("by chance"))

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from test_backend import static_loop
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import LogitsProcessorList, PreTrainedModel
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel
 
 import specdec
-from bench import tree_cases
+from bench import correct, tree_cases
 from specdec.drafters.model import ModelDrafter
-from specdec.engine.decoder import Decoder
-from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Text
+from specdec.engine.loop import Decoder
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs.backend import specdec as backend
@@ -35,15 +31,6 @@ Tiny = Callable[..., PreTrainedModel]
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that does not compile fails: run eagerly, it would give the same tokens."""
     monkeypatch.setenv("SPECDEC_STRICT", "1")
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("draft", ["model", "ngram", None])
@@ -67,25 +54,15 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]])
+@pytest.mark.parametrize("warps", [False, True])
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("steps", STEPS)
-def test_decoding_never_waits_for_the_device(steps: str, do_sample: bool, warpers: list[Any], fresh: Tiny) -> None:
-    """But for reports, on an event, once they are there: that holds nobody up."""
+def test_decoding_never_waits_for_the_device(steps: str, do_sample: bool, warps: bool, fresh: Tiny) -> None:
     target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), TokenTree.chain(3))
     decoder = Decoder(target, draft, STEPS[steps](), Stats(), adapt=False)
-    law = SamplingLaw.from_processors(LogitsProcessorList(warpers if do_sample else []), do_sample, target.device)
-    texts = [Text(torch.arange(1, n + 1, device="cuda"), 64, seed) for seed, n in enumerate((9, 4))]
-    with torch.no_grad():
-        run = decoder.run(texts, 2, 73, 9, law, torch.empty(0, dtype=torch.int64))
-        for _ in range(6):  # prompts are written; steps are compiled, recorded
-            next(run)
-        with no_synchronisation():
-            for _ in range(6):
-                next(run)
-        assert not any(text.finished for text in texts)
-        for _ in run:
-            pass
+    law = correct.law_of(target.device, do_sample, warps)
+    prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
+    texts = correct.run_without_waiting(decoder, law, prompts, 64)
     assert [len(text.tokens) for text in texts] == [64, 64]
 
 

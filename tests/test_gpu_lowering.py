@@ -15,13 +15,13 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.engine.decoder import Decoder
-from specdec.engine.draft import Drafter
-from specdec.engine.laws import SamplingLaw
+from specdec.engine.loop import Decoder
+from specdec.engine.roles import Drafter
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs import compiled
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
 
 WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)]
@@ -142,7 +142,7 @@ def _generate(case: Case, models: Models) -> no_device.Code:
     step, kind, how, n_batch = case
     decoder = Decoder(ModelView(models["target"]), _drafter(kind, models["draft"]), CompiledSteps(True), Stats())
     warpers = LogitsProcessorList(WARPERS if how == "sampled" else [])
-    law = SamplingLaw.from_processors(warpers, how == "sampled", no_device.DEVICE)
+    law = law_of(warpers, how == "sampled", no_device.DEVICE)
     state = decoder.buffers.open(n_batch, 1024, 64, torch.tensor([1]))
     if step == "write":
         given = torch.zeros(64, dtype=torch.int64), state.lengths, state.lengths
@@ -150,10 +150,10 @@ def _generate(case: Case, models: Models) -> no_device.Code:
         write = decoder.steps.get(decoder.target.write_packed, step, n_batch)
         return no_device.generate(write, *(x.to(no_device.DEVICE) for x in given))
     if step == "draft":
-        draft = decoder.steps.get(decoder.draft, step, n_batch)
-        return no_device.generate(draft, state, law, decoder.count(n_batch), decoder.tree.depth)
-    token = decoder.count(n_batch * len(decoder.tree))
-    return no_device.generate(decoder.steps.get(decoder.judge, step, len(token)), state, law, token)
+        draft = decoder.steps.get(decoder.step.draft, step, n_batch)
+        return no_device.generate(draft, state, law, decoder.launcher.count(n_batch), decoder.tree.depth)
+    token = decoder.launcher.count(n_batch * len(decoder.tree))
+    return no_device.generate(decoder.steps.get(decoder.step.judge, step, len(token)), state, law, token)
 
 
 def _marked(case: Case) -> Any:

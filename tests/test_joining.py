@@ -12,16 +12,18 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 import specdec
-import specdec.engine.decoder
+import specdec.engine.loop
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.decoder import Decoder
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Text
+from specdec.engine.loop import Decoder
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import CapturedSteps
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf import laws
+from specdec.hf.cache import Way
 from specdec.hf.view import ModelView
 
 Tiny = Callable[..., PreTrainedModel]
@@ -42,7 +44,7 @@ def random_texts(n: int) -> list[Text]:
 
 
 def law_of(do_sample: bool) -> SamplingLaw:
-    return SamplingLaw.from_processors(LogitsProcessorList(), do_sample, torch.device("cpu"))
+    return laws.law_of(LogitsProcessorList(), do_sample, torch.device("cpu"))
 
 
 def decode(decoder: Decoder, texts: list[Text], n_rows: int, law: SamplingLaw) -> None:
@@ -147,7 +149,7 @@ def test_a_prompt_that_cannot_be_written_loses_no_other(tiny: Tiny, monkeypatch:
     decoder = decoder_of(tiny, "ngram", CompiledSteps(False))
     monkeypatch.setattr(ModelView, "_write", fails)
     texts[4].prompt[-2] = 4  # no other prompt holds it
-    decode_all: Iterator[list[specdec.engine.decoder.Emitted]] = decoder.run(texts, 8, 130, 130, law, EOS)
+    decode_all: Iterator[list[specdec.engine.loop.Emitted]] = decoder.run(texts, 8, 130, 130, law, EOS)
     with torch.no_grad():
         for _ in decode_all:
             pass
@@ -178,7 +180,7 @@ def test_what_a_broken_text_left_behind_does_not_spread(tiny: Tiny, fused: bool)
     decoder, law = decoder_of(tiny, "model", CompiledSteps(False)), law_of(False)
     views = [decoder.target, decoder.drafter.view]
     for view in views:
-        view.cache.can_fuse = fused
+        view.cache.way = Way.FUSED if fused else Way.MASKED
     text, first = random_texts(2)
     expected = alone(decoder, text, law)
 
@@ -202,7 +204,7 @@ def test_a_law_that_is_none_past_the_end_of_a_text_harms_nobody(fresh: Tiny) -> 
     def sample(new: int, lawless: list[int]) -> list[int]:
         target = fresh("llama")
         wrapped = specdec.compile(target, fresh("llama"), compile=False, depth=5)
-        wrapped.specdec.decoder(wrapped.specdec._draft)  # proved while it is whole
+        wrapped.specdec.decoders.get(wrapped.specdec.draft)  # proved while it is whole
         with torch.no_grad():
             target.get_input_embeddings().weight[lawless] = torch.nan
         wrapped.specdec.seeds = [3]

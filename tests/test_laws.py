@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from transformers.generation.logits_process import (
 
 import specdec
 from specdec.engine.laws import SamplingLaw
+from specdec.hf.laws import law_of
 from specdec.kernels.sampling.row_law import row_law, row_probs
 
 Tiny = Callable[..., PreTrainedModel]
@@ -64,7 +66,7 @@ def _logits(kind: str, vocab: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("kind", ["random", "tied", "uniform"])
 @pytest.mark.parametrize("law", LAWS)
 def test_laws_are_transformers_own(law: str, kind: str, dtype: torch.dtype) -> None:
-    ours = SamplingLaw.from_processors(LogitsProcessorList(LAWS[law]), True, torch.device("cpu"))
+    ours = law_of(LogitsProcessorList(LAWS[law]), True, torch.device("cpu"))
     for vocab in (8, 10, 33):
         logits = _logits(kind, vocab, dtype)
         expected = LogitsProcessorList(LAWS[law])(None, logits.float())
@@ -81,16 +83,14 @@ def test_laws_are_transformers_own(law: str, kind: str, dtype: torch.dtype) -> N
 def test_ties_at_the_threshold_fall_on_the_same_side(warper: Callable[[float], LogitsProcessor]) -> None:
     for vocab, step in itertools.product(range(2, 31), range(1, 20)):
         processors = LogitsProcessorList([warper(step / 20)])
-        ours = SamplingLaw.from_processors(processors, True, torch.device("cpu"))
+        ours = law_of(processors, True, torch.device("cpu"))
         logits = torch.zeros(1, vocab)
         assert torch.equal(ours.scores(logits), processors(None, logits)), (vocab, step)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
 def test_a_law_sums_to_one_at_any_temperature(temperature: float) -> None:
-    ours = SamplingLaw.from_processors(
-        LogitsProcessorList([TemperatureLogitsWarper(temperature)]), True, torch.device("cpu")
-    )
+    ours = law_of(LogitsProcessorList([TemperatureLogitsWarper(temperature)]), True, torch.device("cpu"))
     logits = 25 + torch.rand(200, 50, generator=torch.Generator().manual_seed(0)) * temperature
     total = row_probs(*ours.rows(logits)).double().sum(-1)
     torch.testing.assert_close(total, torch.ones_like(total), atol=2e-6, rtol=0)
@@ -98,7 +98,7 @@ def test_a_law_sums_to_one_at_any_temperature(temperature: float) -> None:
 
 def test_laws_that_share_a_step_share_a_key() -> None:
     def key(*warpers: LogitsProcessor, do_sample: bool = True) -> object:
-        return SamplingLaw.from_processors(LogitsProcessorList(warpers), do_sample, torch.device("cpu")).key
+        return law_of(LogitsProcessorList(warpers), do_sample, torch.device("cpu")).key
 
     assert key(TopPLogitsWarper(0.8)) == key(TopPLogitsWarper(0.3))
     assert key(TemperatureLogitsWarper(0.8)) == key(TemperatureLogitsWarper(0.3))
@@ -112,17 +112,33 @@ def test_laws_that_share_a_step_share_a_key() -> None:
 
 def test_the_users_processors_are_left_alone() -> None:
     warper = TopPLogitsWarper(0.8)
-    SamplingLaw.from_processors(LogitsProcessorList([warper]), True, torch.device("cpu"))
+    law_of(LogitsProcessorList([warper]), True, torch.device("cpu"))
     assert isinstance(warper.top_p, float)
+
+
+def test_a_copys_warpers_hold_the_copys_tensors() -> None:
+    """A recorded step reads those of its own law, into which others' are copied."""
+    warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(3), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)]
+    law = law_of(LogitsProcessorList(warpers), True, torch.device("cpu"))
+    mine = copy.deepcopy(law)
+    temperature, _, top_p, min_p = mine.warpers
+    held = [temperature.temperature, top_p.top_p, min_p.min_p, mine.knobs]  # type: ignore[attr-defined]
+    assert all(tensor is other for tensor, other in zip(mine.tensors(), held, strict=True))
+    assert not {*map(id, mine.tensors())} & {*map(id, law.tensors())}
+
+
+def test_greedy_choices_are_the_largest_logits() -> None:
+    logits = _logits("random", 33, torch.float32)
+    assert torch.equal(SamplingLaw(True).choose(logits), logits.argmax(-1))
 
 
 def test_a_processor_that_looks_at_the_text_is_left_to_the_host() -> None:
     """What drafts are drawn from knows the others."""
     processors = LogitsProcessorList([TopKLogitsWarper(3), RepetitionPenaltyLogitsProcessor(1.2)])
-    law = SamplingLaw.from_processors(processors, True, torch.device("cpu"))
+    law = law_of(processors, True, torch.device("cpu"))
     assert law.by_text
     assert (law.scores(torch.randn(5, 9)) > -torch.inf).sum(1).tolist() == [3] * 5
-    assert law.key != SamplingLaw.from_processors(processors[:1], True, torch.device("cpu")).key
+    assert law.key != law_of(processors[:1], True, torch.device("cpu")).key
 
 
 VOCAB, N_NEW, N_SAMPLES = 6, 3, 4000

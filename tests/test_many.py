@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, pipeline
 
 from specdec import Result, generate_many, zoo
-from specdec.engine.decoder import Decoder
+from specdec.engine.launch import Launcher
 
 LENGTHS = [9, 2, 31, 1, 14, 6, 22, 3, 3, 17, 5, 40]
 TEXTS = list(torch.randint(1, 97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).split(LENGTHS))
@@ -161,14 +161,14 @@ def test_a_text_without_time_ends_where_it_is(
     """Each has its own time, from when it is begun."""
     now = 1000.0
     monkeypatch.setattr("time.time", lambda: now)
-    step = Decoder._step
+    step = Launcher.start
 
     def slow(*arguments: Any) -> Any:
         nonlocal now
         now += 1
         return step(*arguments)
 
-    monkeypatch.setattr(Decoder, "_step", slow)
+    monkeypatch.setattr(Launcher, "start", slow)
     for result in generate_many(wrapped, TEXTS, max_batch_size=3, max_time=2.5, **SETTINGS):
         expected = generated(model, TEXTS[result.index], **SETTINGS)
         new = len(result.tokens) - len(TEXTS[result.index])

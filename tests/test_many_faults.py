@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from specdec import Result, generate_many
-from specdec.engine.decoder import Decoder
+from specdec.engine.launch import Launcher
 from specdec.engine.state import BatchState
 from specdec.hf.cache import RaggedCache
 
@@ -139,7 +139,7 @@ def test_an_interruption_loses_nothing_that_was_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     expected = [generated(model, ids, max_length=45, pad_token_id=0) for ids in TEXTS]
-    _raise_once(monkeypatch, Decoder, "_step", KeyboardInterrupt(), 80)
+    _raise_once(monkeypatch, Launcher, "start", KeyboardInterrupt(), 80)
     results = []
     with pytest.raises(KeyboardInterrupt):
         for result in generate_many(wrapped, TEXTS, max_batch_size=3, in_order=in_order, max_length=45, pad_token_id=0):
@@ -157,8 +157,8 @@ def test_no_memory_in_a_step(
 ) -> None:  # fmt: skip
     """Texts under way are lost, the others decoded, with new buffers: no error may keep the old ones alive."""
     expected = [generated(model, ids, max_length=45, pad_token_id=0) for ids in TEXTS]
-    decoder = weakref.ref(wrapped.specdec.decoder(wrapped.specdec._draft))
-    _raise_once(monkeypatch, Decoder, "_step", torch.OutOfMemoryError("no memory"), 80)
+    decoder = weakref.ref(wrapped.specdec.decoders.get(wrapped.specdec.draft))
+    _raise_once(monkeypatch, Launcher, "start", torch.OutOfMemoryError("no memory"), 80)
     results = list(generate_many(wrapped, TEXTS, max_batch_size=3, max_length=45, pad_token_id=0))
     assert [result.index for result in results] == list(range(len(TEXTS)))
     whole = _check_cut(results, torch.OutOfMemoryError, expected)
@@ -172,7 +172,7 @@ def test_no_memory_for_the_rows(
     wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    wrapped.specdec.decoder(wrapped.specdec._draft)  # models are proved
+    wrapped.specdec.decoders.get(wrapped.specdec.draft)  # models are proved
     _raise_once(monkeypatch, RaggedCache, "allocate", torch.OutOfMemoryError("no memory"), 1)
     results = generate_many(wrapped, TEXTS, max_batch_size=3, **SETTINGS)
     first = next(results)
@@ -205,7 +205,7 @@ def test_steps_that_always_fail_end_the_run(
 
     results = []
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "_step", fails)
+        patch.setattr(Launcher, "start", fails)
         with pytest.raises(RuntimeError, match=r"decoding stopped, with 3 rows.*out of order"):
             results += generate_many(wrapped, TEXTS, max_batch_size=3, **SETTINGS)
     speculates(wrapped, model, prompts)

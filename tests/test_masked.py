@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.decoder import Decoder
 from specdec.engine.draft import Draft
+from specdec.engine.loop import Decoder
 from specdec.engine.tree import TokenTree
 from specdec.hf.attention import masked_attention
-from specdec.hf.cache import RaggedCache, readable
+from specdec.hf.cache import RaggedCache, Way, readable
 
 BAD = 96
 """A token whose embedding is not finite, and which no text holds."""
@@ -50,15 +50,15 @@ def spoil(model: PreTrainedModel, number: float) -> PreTrainedModel:
 @pytest.fixture
 def poisoned_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever memory a cache gets holds NaN; and so does, after every step, what is not part of a text."""
-    hold, landed = RaggedCache._hold, Decoder._landed
+    hold, take = RaggedCache._hold, Decoder._take
 
     def poison(cache: RaggedCache, lengths: Tensor) -> None:
         slot = torch.arange(cache.n_slots)
         for layer in cache.layers:
             unused = slot >= lengths[:, None] if len(lengths) else torch.ones(cache.n_batch, cache.n_slots).bool()
             # What is never written is not there either: see `RaggedCache`.
-            layer.keys[:, unused] = 1e30 if cache.is_flat else torch.nan
-            layer.values[:, unused] = torch.nan if cache.can_fuse else 1e30
+            layer.keys[:, unused] = 1e30 if cache.way is Way.OWN else torch.nan
+            layer.values[:, unused] = torch.nan if cache.way is Way.FUSED else 1e30
             if layer.lost is not None:
                 layer.lost[unused] = True
 
@@ -69,12 +69,12 @@ def poisoned_caches(monkeypatch: pytest.MonkeyPatch) -> None:
             poison(self, torch.empty(0))
         elif layers:
             for layer in self.layers:
-                layer.keys[:, :, known:] = 1e30 if self.is_flat else torch.nan
-                layer.values[:, :, known:] = torch.nan if self.can_fuse else 1e30
+                layer.keys[:, :, known:] = 1e30 if self.way is Way.OWN else torch.nan
+                layer.values[:, :, known:] = torch.nan if self.way is Way.FUSED else 1e30
         self.n_slots_known = self.n_slots if layers else 0
 
-    def _landed(self: Decoder, *args: Any) -> Any:
-        out = landed(self, *args)
+    def _take(self: Decoder, *args: Any) -> Any:
+        out = take(self, *args)
         state = self.buffers.state
         poison(self.target.cache, state.lengths)
         if hasattr(self.drafter, "view"):
@@ -82,7 +82,7 @@ def poisoned_caches(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(RaggedCache, "_hold", _hold)
-    monkeypatch.setattr(Decoder, "_landed", _landed)
+    monkeypatch.setattr(Decoder, "_take", _take)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -32,7 +32,7 @@ def test_proposals_are_those_of_a_plain_search(vocab: int, max_ngram: int) -> No
     rng = random.Random(vocab * max_ngram)
     texts = [[rng.randrange(vocab) for _ in range(rng.randint(1, 30))] for _ in range(150)]
     drafter = NgramDrafter(6, max_ngram)
-    state = BatchState(len(texts), 36, 1, drafter, torch.device("cpu"))
+    state = BatchState(len(texts), 36, 1, drafter.tree, 0, torch.device("cpu"))
     for row, text in enumerate(texts):
         state.admit(row, torch.tensor(text), 5, row)
     draft = drafter.draft(state, SamplingLaw(True), torch.arange(len(texts)), 6)

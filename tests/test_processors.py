@@ -14,8 +14,8 @@ from transformers.generation import logits_process
 
 import specdec
 from specdec import zoo
-from specdec.engine.laws import _NUMBERS, is_of_a_row
 from specdec.hf import processors
+from specdec.hf.laws import NUMBERS, is_of_a_row
 
 GREEDY: dict[str, dict[str, Any]] = {
     "RepetitionPenaltyLogitsProcessor": {"repetition_penalty": 1.7},
@@ -65,7 +65,7 @@ def test_every_processor_of_transformers_is_here_or_in_a_step() -> None:
         for name, kind in vars(logits_process).items()
         if isinstance(kind, type) and issubclass(kind, LogitsProcessor) and kind.__module__ == logits_process.__name__
     }
-    in_steps = {kind.__name__ for kind in _NUMBERS}
+    in_steps = {kind.__name__ for kind in NUMBERS}
     assert {kind.__name__ for kind in processors._PURE} == {*GREEDY, *SAMPLED}
     assert classes == {*GREEDY, *SAMPLED, *REFUSED, *OTHERS, *in_steps}
 

@@ -16,17 +16,20 @@ from test_trees import near
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-import specdec.engine.decoder
+import specdec.engine.loop
 from specdec import TokenTree
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.control import Controller, Habit, Plan
-from specdec.engine.decoder import Decoder
+from specdec.engine.control import Adaptive, Plan, Track
+from specdec.engine.control.plan import Shape
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Rows, Text
+from specdec.engine.loop import Decoder
+from specdec.engine.slots import Rows
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.graphs.compiled import CompiledSteps
-from specdec.hf import names
+from specdec.hf import laws, names
+from specdec.hf.cache import Way
 from specdec.hf.view import ModelView
 
 NEW = 40
@@ -115,17 +118,17 @@ def test_a_seeds_text_is_the_same_in_any_company(
 # What is in the caches.
 
 
-class _AnyPlan(Controller):
+class _AnyPlan(Adaptive):
     """Drafts as much, and lets as much be judged, as chance will have it."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, tree: TokenTree, depths: Sequence[int], adapts: bool) -> None:
+        super().__init__(Shape(tree, depths))
         self.chance = random.Random(0)
 
-    def plan(self, texts: Sequence[Habit]) -> Plan:
-        depth = self.chance.choice((0, *self.depths))
-        allowed = tuple(self.chance.randint(0, self._nodes_to[depth]) for _ in texts)
-        return Plan(depth, allowed, len(texts) + self.chance.randint(0, sum(allowed)))
+    def plan(self, samples: Sequence[Track]) -> Plan:
+        depth = self.chance.choice((0, *self.shape.depths))
+        allowed = tuple(self.chance.randint(0, self.shape.nodes_to[depth]) for _ in samples)
+        return Plan(depth, allowed, len(samples) + self.chance.randint(0, sum(allowed)))
 
 
 class _SeenRows(Rows):
@@ -151,7 +154,7 @@ class _SeenRows(Rows):
 
 @pytest.fixture
 def rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specdec.engine.decoder, "Rows", _SeenRows)
+    monkeypatch.setattr(specdec.engine.loop, "Rows", _SeenRows)
 
 
 def prefilled(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -174,7 +177,7 @@ def texts_of(prompts: Prompts) -> list[Text]:
 
 
 def law_of(do_sample: bool = False) -> SamplingLaw:
-    return SamplingLaw.from_processors(LogitsProcessorList(), do_sample, torch.device("cpu"))
+    return laws.law_of(LogitsProcessorList(), do_sample, torch.device("cpu"))
 
 
 def decoder_of(model: PreTrainedModel, tree: TokenTree | None, draft: PreTrainedModel | None, **more: Any) -> Decoder:
@@ -192,14 +195,14 @@ def test_committed_entries_are_those_of_a_prefill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Texts join and end, and steps draft as it comes: nothing for some, parts of it for others."""
-    monkeypatch.setattr(specdec.engine.decoder, "Controller", _AnyPlan)
+    monkeypatch.setattr(specdec.engine.loop, "policy_of", _AnyPlan)
     monkeypatch.setattr(specdec.engine.slots, "CHUNK", 16)
     # All of a chain is right, and the token after it has not been run; of a tree, some path.
     draft = near(model) if tree is TREE else model
     decoder = decoder_of(model, tree, draft)
     views = [decoder.target] if tree is None else [decoder.target, decoder.drafter.view]
     for view in views:
-        view.cache.can_fuse = view.cache.can_fuse and fused
+        view.cache.way = view.cache.way if fused else Way.MASKED
     n_looks = n_behind = 0
     law, eos = law_of(do_sample), torch.tensor([5, 6])
     for emitted in decoder.run(texts_of(prompts), 5, 100, 100, law, eos):
@@ -278,9 +281,9 @@ def test_a_step_of_a_draft_a_root_alone_and_nothing(
     state.stop(0)
     n_drafted = len(decoder.tree) - 1
     state.allowed.copy_(torch.tensor([n_drafted, n_drafted, n_drafted if kind == "ngram" else 0]))
-    decoder.draft(state, law_of(), decoder.count(2 if tree is not None else 3), decoder.tree.depth)
+    decoder.step.draft(state, law_of(), decoder.launcher.count(2 if tree is not None else 3), decoder.tree.depth)
     before = [(layer.keys[:, 0].clone(), layer.values[:, 0].clone()) for layer in decoder.target.cache.layers]
-    report = decoder.judge(state, law_of(), decoder.count(2 + n_drafted + spare)).tolist()
+    report = decoder.step.judge(state, law_of(), decoder.launcher.count(2 + n_drafted + spare)).tolist()
     n_new, n_judged = [row[-5] for row in report], [row[-3] for row in report]
     assert n_judged == [0, n_drafted, 0]
     assert n_new[0] == 0

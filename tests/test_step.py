@@ -20,18 +20,20 @@ import specdec
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.engine.control import Controller
-from specdec.engine.decoder import Decoder
-from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Rows, Text
+from specdec.engine.control import Adaptive
+from specdec.engine.loop import Decoder
+from specdec.engine.slots import Rows
 from specdec.engine.state import BatchState
 from specdec.engine.stats import Stats
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.graphs import backend
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.cache import Way
+from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
 from specdec.kernels.verify.verify_greedy import verify_greedy_reference
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 # Operators that read device memory on the host, or whose output shape depends on values.
 HOST_READS = ("_local_scalar_dense", "item", "nonzero", "tolist", "masked_select", "unique", "cpu", "numpy", "equal")
@@ -98,11 +100,11 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
     tree = TokenTree.from_widths(2, 2, 1) if "tree" in kind else TokenTree.chain(3)
     drafter = {"none": NoDrafter, "ngram": NgramDrafter}.get(kind, lambda: ModelDrafter(draft, tree, verifier))()
     view = ModelView(target)
-    view.cache.can_fuse = fused
+    view.cache.way = Way.FUSED if fused else Way.MASKED
     if isinstance(drafter, ModelDrafter):
-        drafter.view.cache.can_fuse = fused
+        drafter.view.cache.way = Way.FUSED if fused else Way.MASKED
     decoder = Decoder(view, drafter, CompiledSteps(False), Stats(), verifier)
-    law = SamplingLaw.from_processors(LogitsProcessorList(WARPERS if do_sample else []), do_sample, view.device)
+    law = law_of(LogitsProcessorList(WARPERS if do_sample else []), do_sample, view.device)
     prompts = random_prompts(*[5, 1, 9][:n_batch])
     graphs: list[torch.fx.GraphModule] = []
 
@@ -115,16 +117,16 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
     with torch.no_grad():
         reports = {}
         for name, draft_, judge in (
-            ("eager", decoder.draft, decoder.judge),
-            ("traced", *(steps.get(f, f.__name__, 0) for f in (decoder.draft, decoder.judge))),
+            ("eager", decoder.step.draft, decoder.step.judge),
+            ("traced", *(steps.get(f, f.__name__, 0) for f in (decoder.step.draft, decoder.step.judge))),
         ):
             state, rows = filled(decoder, prompts, 8, torch.tensor([3]))
             rows.read(rows.live)
             state.allowed.fill_(len(decoder.tree) - 1)
             reports[name] = []
             for _ in range(3):
-                draft_(state, law, decoder.count(n_batch), decoder.tree.depth)
-                reports[name].append(judge(state, law, decoder.count(n_batch * len(decoder.tree))))
+                draft_(state, law, decoder.launcher.count(n_batch), decoder.tree.depth)
+                reports[name].append(judge(state, law, decoder.launcher.count(n_batch * len(decoder.tree))))
     assert torch.equal(torch.cat(reports["eager"]), torch.cat(reports["traced"]))
     assert len(graphs) == 2
     modules = [m for graph in graphs for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
@@ -182,10 +184,10 @@ def test_no_recompilation_over_mixed_steps(target, draft, do_sample):
 def test_what_the_controller_may_choose_compiles(target, monkeypatch):
     """For one sample, whose undrafted step has shapes of its own, and for several: nothing, a level, everything."""
 
-    def plan(self, texts):
-        return self.uniform(len(texts), next(turns) % (self._levels + 1), self.depths[-1])
+    def plan(self, samples):
+        return self.uniform(len(samples), next(turns) % (self.shape.n_levels + 1), self.shape.depths[-1])
 
-    monkeypatch.setattr(Controller, "plan", plan)
+    monkeypatch.setattr(Adaptive, "plan", plan)
     model = specdec.compile(target, "ngram", depth=2)
     for n_batch in (1, 3):
         turns = itertools.count()

@@ -16,7 +16,6 @@ from bench import (
     backend,
     control,
     end_to_end,
-    gpu,
     lm_eval_client,
     many,
     many_memory,
@@ -29,7 +28,7 @@ from bench import (
 from specdec import handle
 from specdec.cli import measure
 from specdec.cli.app import app
-from specdec.engine.slots import Text
+from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs import compiled
@@ -182,10 +181,3 @@ def test_children_say_why_they_failed() -> None:
     for code in ("import sys; print('failed: it', file=sys.stderr); sys.exit(1)", "raise ValueError('it')"):
         with pytest.raises(measure.NotMeasured, match=r"it$"):
             measure.ask_child(["-c", code])
-
-
-def test_parts_of_the_gpus_sections_that_failed() -> None:
-    late = {"error": f"batch 8: {gpu._OUT_OF_TIME}"}
-    result = {"results": [{"error": "batch 1: no"}, late, {"paths": [{"label": "x"}]}], "roofs": {"notes": {}}}
-    assert gpu._failed(result) == ["batch 1: no"]
-    assert gpu._failed([{"error": "steps: no"}, {}]) == ["steps: no"]

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import specdec
 from specdec import TokenTree
-from specdec.engine.decoder import Decoder
+from specdec.engine.loop import Decoder
+from specdec.hf.cache import Way
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2"]
 TREES = {
@@ -45,7 +46,7 @@ def opposite(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def decoder_of(wrapped: PreTrainedModel) -> Decoder:
-    return wrapped.specdec.decoder(wrapped.specdec._draft)
+    return wrapped.specdec.decoders.get(wrapped.specdec.draft)
 
 
 @pytest.mark.parametrize("shape", TREES)
@@ -71,7 +72,7 @@ def test_dense_attention(family: str, tiny: Tiny, prompts: Prompts) -> None:
     for draft in (model, near(model)):
         wrapped = wrap(model, draft, tree=TREES["ragged"])
         decoder = decoder_of(wrapped)
-        decoder.target.cache.can_fuse = decoder.drafter.view.cache.can_fuse = False
+        decoder.target.cache.way = decoder.drafter.view.cache.way = Way.MASKED
         same(wrapped, model, **prompts(RAGGED), max_new_tokens=15)
         assert decoder_of(wrapped) is decoder
 
@@ -119,7 +120,7 @@ def test_no_slot_to_spare(
     wrapped = wrap(model, model, tree=TREES[shape])
     decoder = decoder_of(wrapped)
     if dense:
-        decoder.target.cache.can_fuse = decoder.drafter.view.cache.can_fuse = False
+        decoder.target.cache.way = decoder.drafter.view.cache.way = Way.MASKED
     same(wrapped, model, **prompts([3, 20]), max_new_tokens=20)
     assert decoder.target.cache.n_slots < 20 + 20 + len(TREES[shape]) + TREES[shape].depth + 3
     assert decoder.target.cache.generation > 3

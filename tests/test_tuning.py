@@ -14,8 +14,7 @@ from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from transformers import PreTrainedModel
 
 from specdec import TokenTree
-from specdec.handle import Handle
-from specdec.hf.names import LoopCall
+from specdec.calls import Calls, Task
 from specdec.hf.view import ModelView
 from specdec.tune.best_tree import StepCost, expected_tokens, fastest_tree
 from specdec.tune.choose import PROBES, Choice, forward_seconds
@@ -136,20 +135,21 @@ def test_what_is_decoded_and_timed(
 ) -> None:
     decoded: list[tuple[Any, ...]] = []
     timed: list[tuple[Any, ...]] = []
-    generate = Handle.generate
+    decode = Calls.decode
 
-    def record(self: Handle, loop: Any, call: LoopCall, *others: Any) -> Any:
+    def record(self: Calls, task: Task) -> Any:
+        call, config = task.call, task.config
         settings, ids = call.generation_config, call.input_ids
-        told = settings.temperature, settings.max_new_tokens, self.config.verifier
+        told = settings.temperature, settings.max_new_tokens, config.verifier
         mask = call.model_kwargs["attention_mask"]  # transformers drops one that hides nothing
-        decoded.append((self.config.tree, len(ids), int((ids >= 0 if mask is None else mask).sum()), *told))
-        return generate(self, loop, call, *others)
+        decoded.append((config.tree, len(ids), int((ids >= 0 if mask is None else mask).sum()), *told))
+        return decode(self, task)
 
     def cost(target: Any, own: Any, n_nodes: int, compiled: bool, step: float) -> StepCost:
         timed.append((target.source, own.source, n_nodes, compiled, step > 0))
         return FREE
 
-    monkeypatch.setattr(Handle, "generate", record)
+    monkeypatch.setattr(Calls, "decode", record)
     monkeypatch.setattr("specdec.tune.choose.measure_cost", cost)
     wrapped = wrap(model, draft, verifier="rrsw")
     wrapped.specdec.tune(**prompts(RAGGED), max_nodes=12, **SETTINGS)

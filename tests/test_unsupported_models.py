@@ -22,8 +22,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specdec
-from specdec.engine.decoder import Decoder, Emitted
-from specdec.engine.slots import Text
+from specdec.calls import Task
+from specdec.config import Config
+from specdec.decoders import Decoders
+from specdec.engine.loop import Decoder, Emitted
+from specdec.engine.text import Text
 from specdec.hf import names
 from specdec.hf import support as suited
 
@@ -72,7 +75,7 @@ def test_models_that_are_somewhere_else_run_transformers_own_loop(
         wrapped, IDS, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig(), False, None, {}
     )
     with pytest.warns(UserWarning, match=f"transformers' own loop: .*{reason}"):
-        out = wrapped.specdec.generate(lambda: "theirs", call)
+        out = wrapped.specdec.calls.decode(Task(call, None, Config(), lambda: "theirs"))
     assert out == "theirs"
     assert list(wrapped.specdec.stats.fallbacks.values()) == [1]
 
@@ -127,9 +130,9 @@ def test_the_models_gpu_is_the_current_one(
     monkeypatch.setattr(Decoder, "run", run)
     decoder = object.__new__(Decoder)
     decoder.target = SimpleNamespace(cache=None)  # type: ignore[assignment]
-    monkeypatch.setattr(specdec.handle.Handle, "decoder", lambda *_: decoder)
+    monkeypatch.setattr(Decoders, "get", lambda *_: decoder)
     law = specdec.engine.laws.SamplingLaw(True)
-    monkeypatch.setattr(specdec.engine.laws.SamplingLaw, "from_processors", lambda *_: law)
+    monkeypatch.setattr(specdec.hf.call, "law_of", lambda *_: law)
     assert wrap(model).generate(IDS[:1], max_new_tokens=2).tolist() == [[5, 6, 7, 8, 7, 8]]
     assert ran_on == [1, 1]
     assert [device.index for device in current] == [0]

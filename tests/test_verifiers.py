@@ -21,10 +21,11 @@ from transformers import (
 
 from specdec import TokenTree
 from specdec.drafters.none import NoDrafter
-from specdec.engine.draft import Draft, DraftLaw
+from specdec.engine.draft import Draft
 from specdec.kernels.sampling.draw_children import draw_children
 from specdec.kernels.sampling.noise import DRAFT
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
+from specdec.verifiers.base import DraftLaw
 
 VOCAB, N_NEW, N_SAMPLES = 6, 3, 3000
 PROMPTS = torch.tensor([[0, 0, 3, 1, 2], [4, 2, 4, 4, 2]])

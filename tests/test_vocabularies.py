@@ -18,10 +18,11 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 import specdec
 from specdec.drafters.vocabulary import ForeignDraft, Overlap
-from specdec.engine.decoder import Decoder
-from specdec.engine.laws import SamplingLaw
-from specdec.engine.slots import Rows, Text
+from specdec.engine.loop import Decoder
+from specdec.engine.slots import Rows
+from specdec.engine.text import Text
 from specdec.graphs.compiled import _own_code
+from specdec.hf.laws import law_of
 
 N = 97
 SHAPES: dict[str, dict[str, Any]] = {"chain": {"depth": 3}, "tree": {"tree": TREES["ragged"]}}
@@ -81,7 +82,7 @@ def partial(tiny: Tiny) -> tuple[PreTrainedModel, Words]:
 
 
 def overlap_of(wrapped: PreTrainedModel) -> Overlap | None:
-    return wrapped.specdec.decoder(wrapped.specdec._draft).drafter._overlap
+    return wrapped.specdec.decoders.get(wrapped.specdec.draft).drafter._overlap
 
 
 # What is shared.
@@ -158,7 +159,7 @@ def test_of_the_same_model_in_another_order_everything_is_accepted(
 ) -> None:
     draft, tokenizer = permuted
     wrapped = wrap(model, draft, tokenizer=words(range(N)), draft_tokenizer=tokenizer, **SHAPES[shape])
-    depth = wrapped.specdec.decoder(wrapped.specdec._draft).tree.depth
+    depth = wrapped.specdec.decoders.get(wrapped.specdec.draft).tree.depth
     same(wrapped, model, **prompts(lengths), max_new_tokens=3 * (depth + 1))
     assert wrapped.specdec.stats.accepted == [3 * len(lengths)] * depth
     assert not wrapped.specdec.stats.fallbacks
@@ -256,19 +257,22 @@ def test_coupled_texts_are_those_without_a_draft(
 def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prompts) -> None:
     draft, tokenizer = partial
     wrapped = wrap(model, draft, depth=2, tokenizer=words(range(N)), draft_tokenizer=tokenizer)
-    decoder: Decoder = wrapped.specdec.decoder(wrapped.specdec._draft)
-    law = SamplingLaw.from_processors(LogitsProcessorList(), True, model.device)
+    decoder: Decoder = wrapped.specdec.decoders.get(wrapped.specdec.draft)
+    law = law_of(LogitsProcessorList(), True, model.device)
     prompt = prompts([9])["input_ids"][0]
     drafted = []
     with torch.no_grad():
-        for draft_ in (decoder.draft, torch.compile(_own_code(decoder.draft), backend="eager", fullgraph=True)):
+        for draft_ in (
+            decoder.step.draft,
+            torch.compile(_own_code(decoder.step.draft), backend="eager", fullgraph=True),
+        ):
             state = decoder.buffers.open(1, 20, 9, torch.tensor([3]))
             rows = Rows(iter([Text(prompt, 8)]), state, decoder.target, decoder.drafter, decoder.buffers.grow)
             rows.fill(1)
             rows.write()
             rows.read(rows.live)
             with torch.fx.experimental._config.patch(use_duck_shape=False):  # as steps are compiled
-                draft_(state, law, decoder.count(1), 2)
+                draft_(state, law, decoder.launcher.count(1), 2)
             drafted.append(state.draft.tokens.clone())
     overlap, drawn = overlap_of(wrapped), state.draft.law
     assert overlap is not None
@@ -302,7 +306,7 @@ def test_an_assistant_of_one_call(model: PreTrainedModel, prompts: Prompts) -> N
         for _ in range(2):
             assert torch.equal(wrapped.generate(**inputs, max_new_tokens=8, **given), expected)
         assert wrapped.specdec.stats.accepted == [16] * 3
-        assert len(wrapped.specdec._decoders) == 1
+        assert len(wrapped.specdec.decoders.kept) == 1
         texts = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         results = specdec.generate_many(wrapped, texts, max_batch_size=2, max_new_tokens=8, **given)
         for row, result in enumerate(results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from side_by_side import RAGGED, Prompts, same, wrap
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.engine.decoder import Decoder
+from specdec.engine.loop import Decoder
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -40,6 +41,19 @@ def test_a_warmup_takes_what_generate_takes(model: PreTrainedModel) -> None:
         wrapped.specdec.warmup(do_smaple=True)
     wrapped.generate(IDS, max_new_tokens=2)  # and is over
     assert wrapped.specdec.stats.tokens == 4
+
+
+def test_without_rich_nothing_is_shown(
+    model: PreTrainedModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    for name in ("rich", "rich.console", "rich.progress"):
+        monkeypatch.setitem(sys.modules, name, None)
+    wrapped = wrap(model, model)
+    wrapped.specdec.warmup(max_length=20)
+    wrapped.specdec.tune(**prompts([5]), max_nodes=2, max_depth=1, max_new_tokens=6)
+    assert len([*specdec.generate_many(wrapped, [[5, 6], [7]], max_new_tokens=3)]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_warmup_takes_no_second_length(model: PreTrainedModel) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,19 @@ def test_the_original_model_is_unchanged(fresh: Tiny, prompts: Prompts) -> None:
     assert isinstance(wrapped, kind)
     assert torch.equal(wrapped(prompts(RAGGED)["input_ids"]).logits, logits)
     assert all(a is b for a, b in zip(model.parameters(), wrapped.parameters(), strict=True))
+
+
+def test_a_class_is_wrapped_once_and_not_kept(fresh: Tiny) -> None:
+    models = fresh("llama"), fresh("llama")
+    own: Any = type("Own", (type(models[0]),), {})
+    for model in models:
+        model.__class__ = own
+    first, second = map(wrap, models)
+    assert type(first) is type(second)
+    kinds = weakref.ref(own), weakref.ref(type(first))
+    del models, model, own, first, second
+    gc.collect()
+    assert [kind() for kind in kinds] == [None, None]
 
 
 def test_two_wrapped_models_interleaved(tiny: Tiny, prompts: Prompts) -> None:

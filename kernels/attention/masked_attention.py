@@ -6,6 +6,11 @@ A static cache is as long as the longest text it may ever hold, and its mask hid
 block of keys that no query sees costs nothing, the heads that share keys read them once, and nothing is expanded. The
 result is the dense formula's for any mask, because a hidden key has weight zero.
 
+Where keys are split among programs, each takes an equal share of the blocks that are seen: of a long cache with little
+in it, all but one would find nothing in a share of all blocks. A kernel before looks for them, reading the mask once,
+many programs at a time. Left to the attention's own programs, each would read the mask of all slots, for every group
+and split anew, before it could begin.
+
 Source: Shazeer, arXiv 1911.02150 (shared keys); Dao, arXiv 2307.08691, and "Flash-Decoding", 2023 (split keys).
 Letters: B samples, H query heads, G key/value heads, Q queries, S slots, D head dim.
 """
@@ -69,16 +74,41 @@ def masked_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
 
 
 @jit
+def _seen_kernel(
+    mask_ptr, seen_ptr, stride_mb, stride_mh, stride_mq, stride_ms, n_queries, n_slots, n_tiles, n_blocks,
+    HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    IS_BOOL: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * tiles, G or 1, runs of blocks): which blocks of keys any of the tile's queries sees."""
+    i_sample, i_group = tl.program_id(0) // n_tiles, tl.program_id(1)
+    o_row = tl.arange(0, BLOCK_M)
+    o_query = tl.program_id(0) % n_tiles * BLOCK_Q + o_row // HEADS
+    o_head = i_group * HEADS + o_row % HEADS
+    own = (o_row < BLOCK_Q * HEADS) & (o_query < n_queries)
+    p_mask = mask_ptr + i_sample.to(tl.int64) * stride_mb
+    p_mask += o_head.to(tl.int64) * stride_mh + o_query.to(tl.int64) * stride_mq
+    first = tl.program_id(2) * BLOCKS
+    o_key = (first * BLOCK_N + tl.arange(0, BLOCKS * BLOCK_N)).to(tl.int64)
+    is_there = own[:, None] & (o_key < n_slots)[None, :]
+    HIDDEN: tl.constexpr = 0 if IS_BOOL else float("-inf")
+    mask = tl.load(p_mask[:, None] + o_key[None, :] * stride_ms, mask=is_there, other=HIDDEN)
+    seen = tl.max(tl.reshape(tl.max((mask != HIDDEN).to(tl.int32), 0), [BLOCKS, BLOCK_N]), 1)
+    o_block = first + tl.arange(0, BLOCKS)
+    p_seen = seen_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + i_group) * n_blocks
+    tl.store(p_seen + o_block, seen, mask=o_block < n_blocks)
+
+
+@jit
 def _masked_attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, seen_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     stride_mb, stride_mh, stride_mq, stride_ms,
-    n_batch, n_heads, n_queries, n_slots, n_tiles, scale,
+    n_batch, n_heads, n_queries, n_slots, n_tiles, n_seen, scale,
     GROUP: tl.constexpr, HEAD_D: tl.constexpr, HEAD_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_BOOL: tl.constexpr, IS_SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCKS: tl.constexpr, IS_BOOL: tl.constexpr,
+    IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * tiles, G, splits): a tile of queries with all heads of a group, over a share of the slots.
+    """Grid (B * tiles, G, splits): a tile of queries with all heads of a group, over a share of the blocks it sees.
     Scores are powers of two: `scale` comes with log2(e) in it."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     i_sample = tl.program_id(0) // n_tiles
@@ -97,10 +127,16 @@ def _masked_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: rows that see nothing yet need no special case
     total = tl.zeros([BLOCK_M], tl.float32)
-    n_blocks = tl.cdiv(n_slots, BLOCK_N)
-    share = tl.cdiv(n_blocks, tl.num_programs(2))
-    begin = i_split * share
-    for i_block in range(begin, tl.minimum(begin + share, n_blocks)):
+    begin, end = 0, tl.cdiv(n_slots, BLOCK_N)
+    if IS_SPLIT:
+        o_block = tl.arange(0, BLOCKS)
+        p_seen = seen_ptr + (tl.program_id(0).to(tl.int64) * n_seen + i_group % n_seen) * end
+        # How many blocks are seen up to each. A share ends before the first block of the next one.
+        seen = tl.cumsum(tl.load(p_seen + o_block, mask=o_block < end, other=0).to(tl.int32), 0)
+        share = tl.cdiv(tl.max(seen, 0), tl.num_programs(2))
+        begin = tl.sum((seen <= i_split * share).to(tl.int32), 0)
+        end = tl.minimum(tl.sum((seen <= (i_split + 1) * share).to(tl.int32), 0), end)
+    for i_block in range(begin, end):
         o_key = (i_block * BLOCK_N + o_in_block).to(tl.int64)
         is_there = own[:, None] & (o_key < n_slots)[None, :]
         if IS_BOOL:
@@ -146,10 +182,21 @@ def masked_attention_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale
     splits = n_splits(n_batch * n_queries, n_batch, n_groups, n_slots, block_q)
     out = torch.empty((n_batch, n_queries, n_heads, head_dv), dtype=q.dtype, device=q.device)
     part, lse = partials(out, splits)
+    mask = mask.view(torch.uint8) if is_bool else mask
+    n_blocks, seen = triton.cdiv(n_slots, block_n), None
+    n_seen, heads = (n_groups, group) if mask.stride(1) else (1, 1)  # heads may share a mask
+    if splits > 1:
+        seen = torch.empty((n_batch * n_tiles, n_seen, n_blocks), dtype=torch.int64, device=q.device)
+        rows = triton.next_power_of_2(block_q * heads)
+        run = max(4096 // (rows * block_n), 1)
+        _seen_kernel[(n_batch * n_tiles, n_seen, triton.cdiv(n_blocks, run))](
+            mask, seen, *mask.stride(), n_queries, n_slots, n_tiles, n_blocks, heads, block_q, rows, block_n, run,
+            is_bool, num_warps=4,
+        )  # fmt: skip
     _masked_attention_kernel[(n_batch * n_tiles, n_groups, splits)](
-        q, k, v, mask.view(torch.uint8) if is_bool else mask, part, lse, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *mask.stride(), n_batch, n_heads, n_queries, n_slots, n_tiles, scale * 1.4426950408889634,
-        group, head_d, head_dv, block_m, block_n, block_d, block_dv, is_bool, splits > 1,
+        q, k, v, mask, seen, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride(), n_batch,
+        n_heads, n_queries, n_slots, n_tiles, n_seen, scale * 1.4426950408889634, group, head_d, head_dv, block_m,
+        block_n, block_d, block_dv, triton.next_power_of_2(n_blocks), is_bool, splits > 1,
         "ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=2,
     )  # fmt: skip
     if splits > 1:

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.drafters.vocabulary import Overlap
-from specdec.engine.draft import Draft, DraftLaw
+from specdec.engine.draft import Draft
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.packing import Nodes
 from specdec.engine.state import BatchState
 from specdec.engine.tree import TokenTree
+from specdec.hf.names import PreTrainedModel
 from specdec.hf.view import ModelView
-from specdec.kernels.sampling.best_token import best_token
 from specdec.kernels.sampling.draw_children import draw_children
 from specdec.kernels.sampling.noise import BONUS, DRAFT
-from specdec.verifiers.base import AUTO, Verifier
+from specdec.verifiers import AUTO
+from specdec.verifiers.base import DraftLaw, Verifier
 
 DEPTHS = (1, 2, 3, 5, 8, 13, 21)
 """Levels it can be asked for: deep drafts need not be choosable to the token, and each depth is compiled."""
@@ -99,7 +99,7 @@ class ModelDrafter:
 
     def _forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
         """As the view's forward, in the target's tokens."""
-        logits = self.view.forward(self._read_as(tokens), nodes, rows)
+        logits = self.view.forward(self._read_as(tokens), nodes, rows).logits
         return logits if self._overlap is None else self._overlap.logits(logits)
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
@@ -136,7 +136,7 @@ class ModelDrafter:
         n, width = len(sample), len(level.nodes)
         if law.greedy:
             if level.widest == 1:
-                chosen = best_token(logits)[:, None]
+                chosen = law.choose(logits)[:, None]
             else:
                 best = logits.topk(min(level.widest, logits.shape[-1])).indices
                 chosen = torch.cat([best, best[:, :1].expand(-1, level.widest - best.shape[1])], 1)  # few tokens

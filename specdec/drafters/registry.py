@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedModel
 
 from specdec.config import Config
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.vocabulary import ForeignDraft
-from specdec.engine.draft import Drafter
+from specdec.engine.roles import Drafter
 from specdec.engine.tree import TokenTree
+from specdec.hf.call import Assistance
+from specdec.hf.names import PreTrainedModel
 from specdec.hf.support import has_own_forward, moving_rope
-from specdec.verifiers.base import VERIFIERS
+from specdec.verifiers import VERIFIERS
 
 DraftSource: TypeAlias = PreTrainedModel | ForeignDraft | Drafter | str | None
 
@@ -24,6 +25,13 @@ def draft_model(draft: DraftSource) -> PreTrainedModel | None:
     """The model that drafts, if one does."""
     draft = draft.model if isinstance(draft, ForeignDraft) else draft
     return draft if isinstance(draft, PreTrainedModel) else None
+
+
+def named_draft(assistance: Assistance) -> DraftSource:
+    """What drafts for a call that names it."""
+    if assistance.model is None:
+        return "ngram"
+    return ForeignDraft(assistance.model, *assistance.tokenizers) if assistance.tokenizers else assistance.model
 
 
 def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:

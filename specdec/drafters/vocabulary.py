@@ -19,7 +19,8 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.hf.names import PreTrainedModel, PreTrainedTokenizerBase
 
 # The letters byte-level tokenizers write bytes in: printable ones stand for themselves, the others for what comes next.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

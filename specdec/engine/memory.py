@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specdec.engine.draft import Drafter
+from specdec.engine.roles import Drafter, Steps, Target
 from specdec.engine.slots import FIRST_CHUNK
 from specdec.engine.state import BatchState
-from specdec.graphs.captured import CapturedSteps
-from specdec.graphs.compiled import CompiledSteps
-from specdec.hf.view import ModelView
 
 SLOT_BUCKET = 256
 """Cache capacity is a multiple of this many slots, and grows with the text."""
@@ -24,7 +21,7 @@ class Buffers:
         steps: forgotten where what they know has moved.
     """
 
-    def __init__(self, target: ModelView, drafter: Drafter, steps: CompiledSteps | CapturedSteps) -> None:
+    def __init__(self, target: Target, drafter: Drafter, steps: Steps) -> None:
         self._target, self._drafter, self._steps = target, drafter, steps
         self.state: BatchState | None = None
         self._places: tuple[int, ...] = ()
@@ -48,9 +45,9 @@ class Buffers:
             rows, n_slots, ends = map(max, wanted, state.sizes)
             wanted = rows, n_slots, ends
         if state is None or state.sizes != wanted:
-            state = self.state = BatchState(*wanted, self._drafter, device)
+            state = self.state = BatchState(*wanted, self._drafter.tree, self._drafter.support_size, device)
         for view in self._views:
-            view.recorder = self._steps if isinstance(self._steps, CapturedSteps) else None
+            view.recorder = self._steps if self._steps.keeps_buffers else None
         state.clear(eos_ids.to(device), longest)
         self._target.allocate(*wanted[:2])
         self._drafter.allocate(*wanted[:2])
@@ -87,10 +84,10 @@ class Buffers:
         return caches + max(view.activation_bytes(n_tokens, longest, n_rows * n_nodes) for view in self._views)
 
     @property
-    def _views(self) -> list[ModelView]:
-        """Of the models that write to caches."""
-        drafts = getattr(self._drafter, "view", None)  # users' drafters need not have one
-        return [self._target, *([drafts] if isinstance(drafts, ModelView) else [])]
+    def _views(self) -> list[Target]:
+        """Of the models that write to caches; users' drafters need not have one."""
+        drafts = getattr(self._drafter, "view", None)
+        return [self._target, *([] if drafts is None else [drafts])]
 
     def record(self) -> None:
         """Compile and record what writes prompts, where that is recorded."""

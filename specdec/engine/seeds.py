@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.engine.decide import decide
+
 
 class Seeds:
     """What each call's texts draw with.
@@ -58,9 +60,9 @@ class Seeds:
         if greedy:
             return repeat(0)
         if n_texts is not None:
-            self.last = torch.randint(2**62, (n_texts,), dtype=torch.int64, device="cpu")
+            self.last = decide("seeds", torch.randint(2**62, (n_texts,), dtype=torch.int64, device="cpu"))
             return iter(self.last.tolist())
-        generator = torch.Generator(device="cpu").manual_seed(_draw())
+        generator = torch.Generator(device="cpu").manual_seed(decide("seed of seeds", _draw()))
         return (_draw(generator) for _ in count())
 
 

@@ -5,12 +5,16 @@ Letters: B samples, M columns, N nodes of the drafted tree, D its depth.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.engine.draft import Draft, Drafter, DraftLaw
+from specdec.engine.draft import Draft
+from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import Upload
+from specdec.verifiers.base import DraftLaw
 
 
 class BatchState:
@@ -19,7 +23,7 @@ class BatchState:
     Args:
         n_rows: B. n_columns: M, more than any text is to have tokens before `grow`. n_ends: E, room for so many
             end-of-text ids.
-        drafter: says what a draft is made of.
+        tree: what is drafted a step. support_size: C, the ids kept of a draft law, or 0 where there is none.
 
     Attributes:
         limits: [B] int64, the length each text may not pass.
@@ -40,11 +44,12 @@ class BatchState:
         "limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new", "allowed", "n_judged",
     )  # fmt: skip
 
-    def __init__(self, n_rows: int, n_columns: int, n_ends: int, drafter: Drafter, device: torch.device) -> None:
+    def __init__(
+        self, n_rows: int, n_columns: int, n_ends: int, tree: TokenTree, support_size: int, device: torch.device
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        tree, n_kept = drafter.tree, drafter.support_size
         self._longest = n_columns - 1
         self.limits, self.lengths, self.seeds, self.n_new, self.allowed, self.n_judged = (
             zeros(n_rows) for _ in range(6)
@@ -55,9 +60,9 @@ class BatchState:
         self.eos_ids = zeros(n_ends)
         self.new_tokens = zeros(n_rows, tree.depth + 1)
         self.draft = Draft(zeros(n_rows, len(tree) - 1), zeros(n_rows))
-        if n_kept:
+        if support_size:
             n_inner = len(tree.inner)
-            ids, probs = (zeros(n_rows, n_inner, n_kept, dtype=dtype) for dtype in (torch.int64, torch.float32))
+            ids, probs = (zeros(n_rows, n_inner, support_size, dtype=dtype) for dtype in (torch.int64, torch.float32))
             self.draft.law = DraftLaw(zeros(n_rows, len(tree) - 1), ids, probs, zeros(n_rows, n_inner))
         self.proposed, self.accepted, self.reached = (zeros(len(tree)) for _ in range(3))
         _, self._depths, self._first_child, *_ = tree.topology(device)
@@ -199,7 +204,29 @@ class BatchState:
         self.n_judged.copy_((n_nodes - 1).clamp(min=0))
 
     def report(self) -> Tensor:
-        """[B, D + 6] int64 for the host: the new tokens, their number, how many nodes were drafted and how many of them
-        judged, whether finished, whether broken."""
+        """[B, D + 6] int64 for the host, a `Report` of each sample."""
         rest = (self.n_new, self.draft.counts, self.n_judged, self.finished.long(), self.broken.long())
         return torch.cat([self.new_tokens, torch.stack(rest, 1)], 1)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step says of one sample.
+
+    Attributes:
+        tokens: new ones. n_found: how many nodes were drafted. n_judged: how many of them the target judged.
+        finished: whether the text has ended. broken: whether there was no law to sample from, or the user's code
+            failed.
+    """
+
+    tokens: list[int]
+    n_found: int
+    n_judged: int
+    finished: bool
+    broken: bool
+
+    @classmethod
+    def of(cls, row: list[int]) -> Report:
+        """One row of `BatchState.report`."""
+        *tokens, n_new, n_found, n_judged, finished, broken = row
+        return cls(tokens[:n_new], n_found, n_judged, bool(finished), bool(broken))

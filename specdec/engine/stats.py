@@ -11,6 +11,7 @@ from specdec.errors import needs_cli
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from specdec.engine.control import Decisions
     from specdec.engine.state import BatchState
     from specdec.engine.tree import TokenTree
 
@@ -29,7 +30,7 @@ class Stats:
             through its 1st, ..., k-th child.
         seconds: wall-clock seconds by phase: "prefill", "decode", and "compile" for steps that compiled.
         tree: how the tree was chosen, if `tune()` has chosen it.
-        control: how much was drafted in the last call's last steps, and why (see `specdec.engine.control`).
+        decisions: how much was drafted in the last call's last steps, and why (see `specdec.engine.control`).
         undrafted_texts: by reason, how often a step drafted nothing for a text that it drafts for otherwise.
         decoded: `generate()` calls decoded by specdec. fallbacks: those that ran transformers' own loop, by reason.
         dropped_drafts: those decoded by specdec without their draft, which could not be prepared, by reason.
@@ -46,7 +47,7 @@ class Stats:
     slots: dict[int, list[int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "compile": 0.0, "decode": 0.0})
     tree: str | None = None
-    control: str | None = None
+    decisions: Decisions | None = None
     undrafted_texts: Counter[str] = field(default_factory=Counter)
     decoded: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -55,7 +56,13 @@ class Stats:
 
     def reset(self) -> None:
         """Forget everything but the tree that is used."""
-        self.__init__(tree=self.tree)  # type: ignore[misc]
+        self.eager.clear()  # the very counter that steps count in
+        self.__init__(tree=self.tree, eager=self.eager)  # type: ignore[misc]
+
+    @property
+    def control(self) -> str | None:
+        """The decisions as a sentence."""
+        return None if self.decisions is None else str(self.decisions)
 
     @property
     def tokens_per_step(self) -> float:
@@ -121,6 +128,7 @@ class Stats:
             "seconds": dict(self.seconds),
             "tree": self.tree,
             "control": self.control,
+            "decisions": None if self.decisions is None else self.decisions.to_dict(),
             "undrafted_texts": dict(self.undrafted_texts),
             "decoded": self.decoded,
             "fallbacks": dict(self.fallbacks),

@@ -1,10 +1,7 @@
 """The "specdec" entry in transformers' attention registry, and the mask hook that goes with it.
 
-Both read the forward's `Nodes` from the cache that hangs on the (private) configuration of the running view. Four
-ways to attend: the fused op for a step's tree nodes, wherever it has a kernel; the Triton kernel for a prompt's text,
-wherever Triton runs; dense PyTorch under a mask for the rest (prefill and half precision on a CPU, and layers that ask
-for what the kernels do not know); and, in models that attend by themselves, their own attention under a mask of all
-samples' slots. `specdec.hf.proof` finds out which is right.
+Both read the forward's `Nodes`, and the way it attends, from the cache that hangs on the (private) configuration of the
+running view (see `specdec.hf.cache.Way`). `specdec.hf.proof` finds out which way is right for a model.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.hf import names
-from specdec.hf.cache import RaggedCache, readable
+from specdec.hf.cache import RaggedCache, Way, readable
 from specdec.hf.windows import Asked
 from specdec.kernels.attention.ragged_attention import ragged_attention
 from specdec.kernels.attention.tree_attention import tree_attention
@@ -54,7 +51,7 @@ def attention_forward(
         rule = getattr(attention_mask, "rule", None)
         cache.asked[layer.layer_idx] = Asked(sliding_window or 0, s_aux is not None, rule)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if cache.is_fused:
+    if cache.now is Way.FUSED:
         assert nodes.bits is not None and nodes.depths is not None
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         out = ragged_attention(
@@ -63,11 +60,11 @@ def attention_forward(
         )  # fmt: skip
         return out[None], None
     q = query[0].transpose(0, 1)
-    if cache.is_flat:
+    if cache.now is Way.OWN:
         assert attention_mask is not None
         keys, values = (x.transpose(0, 1) for x in (key, value))
         return masked_attention(q[None], keys, values, attention_mask[:, 0], scale, softcap, s_aux), None
-    if not cache.is_dense:
+    if cache.now is Way.CAUSAL:
         out = tree_attention(
             q, key, value, nodes.starts, nodes.lengths, nodes.node, None, None, sliding_window or 0, scale,
             softcap or 0.0, None,
@@ -76,7 +73,7 @@ def attention_forward(
     assert attention_mask is not None
     if nodes.among is not None:
         key, value = (x[:, nodes.among, : nodes.reach] for x in (key, value))
-    if cache.can_fuse:  # what kernels will read is written as it is
+    if cache.way is Way.FUSED:  # what kernels will read is written as it is
         key, value = readable(key, value, ~value.isfinite().all(-1).all(0), torch.nan)
     out = masked_attention(nodes.to_grid(q), key, value, attention_mask[:, 0], scale, softcap, s_aux)
     return nodes.from_grid(out)[None], None
@@ -127,9 +124,9 @@ def build_mask(
     cache: RaggedCache = config.specdec_cache
     nodes = cache.nodes
     assert nodes is not None
-    if not cache.is_dense:
+    if cache.now in (Way.FUSED, Way.CAUSAL):
         return None
-    if cache.is_flat:
+    if cache.now is Way.OWN:
         mask = nodes.flat_mask(mask_function, cache.n_slots, dtype)
     else:
         mask = nodes.mask(mask_function, cache.n_slots if nodes.among is None else nodes.reach, dtype)

@@ -8,7 +8,9 @@ such slots are lost, and so are the logits of whoever sees one.
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import reduce
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +21,33 @@ from specdec.engine.packing import Nodes
 from specdec.hf import names
 from specdec.kernels.cache.kv_cache import cache_table, kv_append_, kv_commit_
 from specdec.kernels.library import runs_triton
+
+
+class Way(Enum):
+    """How a forward attends."""
+
+    FUSED = "the fused op, which appends by itself: a step's nodes, where it has a kernel"
+    CAUSAL = "the Triton kernel for a text without branches"
+    MASKED = "dense PyTorch under a mask"
+    OWN = "the model's own attention, under a mask of all samples' slots"
+
+
+class _Forward:
+    """While it lasts, the cache serves one forward; no exception leaves it in that state.
+
+    A class, because Dynamo traces these in every version of torch.
+    """
+
+    def __init__(self, cache: RaggedCache, nodes: Nodes) -> None:
+        self._cache, self._nodes = cache, nodes
+
+    def __enter__(self) -> None:
+        self._cache.nodes, self._cache.now = self._nodes, self._cache.way_of(self._nodes)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cache.nodes = self._cache.now = None
 
 
 class RaggedLayer:
@@ -54,10 +83,10 @@ class RaggedCache(names.Cache):
     """A cache whose samples grow at their own pace. The current forward's `Nodes` say where new entries go.
 
     Args:
-        can_fuse: whether the fused attention has a kernel here, and does what the model asks of it.
+        way: how a step's nodes are attended to, which the proof finds out: FUSED, MASKED or OWN.
 
     Attributes:
-        is_flat: whether the model's own attention runs, over all samples' slots in one row.
+        nodes, now: of the forward in flight, and the way it attends; None between forwards.
         asked: what each layer asked of its attention, where that is to be noted (see `specdec.hf.proof`).
         is_asked_for_length: whether a layer wanted to know its length, which no one number is.
 
@@ -65,26 +94,24 @@ class RaggedCache(names.Cache):
     because models drop keyword arguments they do not know. `generation` changes when the memory moves.
     """
 
-    def __init__(self, can_fuse: bool) -> None:
+    def __init__(self, way: Way) -> None:
         self._hold([])
-        self.can_fuse = can_fuse
+        self.way = way
         self.generation = 0
         self.nodes: Nodes | None = None
-        self.is_flat = False
+        self.now: Way | None = None
         self.asked: dict[int, Any] | None = None
         self.is_asked_for_length = False
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether the forward in flight is a step's, and runs the fused attention."""
-        assert self.nodes is not None
-        return self.nodes.bits is not None and self.can_fuse
+    def forward(self, nodes: Nodes) -> _Forward:
+        """A context: the forward in it is of these nodes."""
+        return _Forward(self, nodes)
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether the forward in flight needs a mask."""
-        assert self.nodes is not None
-        return not self.can_fuse or (self.nodes.bits is None and not runs_triton(self.nodes.slot))
+    def way_of(self, nodes: Nodes) -> Way:
+        """How a forward of these nodes attends."""
+        if self.way is not Way.FUSED or nodes.bits is not None:
+            return self.way
+        return Way.CAUSAL if runs_triton(nodes.slot) else Way.MASKED
 
     def allocate(self, shapes: list[tuple[int, int, int]], n_batch: int, n_slots: int, like: Tensor) -> None:
         """An empty cache for `shapes[layer] = (G, D, Dv)`, dtype and device as `like`.
@@ -93,10 +120,10 @@ class RaggedCache(names.Cache):
         """
         wanted = [tuple((groups, n_batch, n_slots, dim) for dim in dims) for groups, *dims in shapes]
         held = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in self.layers]
-        if held == wanted and all((layer.lost is not None) == self.is_flat for layer in self.layers):
+        if held == wanted and all((layer.lost is not None) == (self.way is Way.OWN) for layer in self.layers):
             return
         self.release()  # the memory of the old one may be needed for the new one
-        lost = (like.new_zeros(n_batch, n_slots, dtype=torch.bool) if self.is_flat else None for _ in wanted)
+        lost = (like.new_zeros(n_batch, n_slots, dtype=torch.bool) if self.way is Way.OWN else None for _ in wanted)
         pairs = ((like.new_zeros(keys), like.new_zeros(values)) for keys, values in wanted)
         self._hold([RaggedLayer(*pair, none) for pair, none in zip(pairs, lost, strict=True)])
 
@@ -122,25 +149,25 @@ class RaggedCache(names.Cache):
         With the fused attention the new entries themselves are returned: it is the one to write them.
         """
         assert self.nodes is not None
-        if self.is_fused:
+        if self.now is Way.FUSED:
             return key_states, value_states
         layer = self.layers[layer_idx]
         keys, values, lost = self._writable(key_states[0], value_states[0])
         if layer.lost is not None:
             layer.lost.view(-1).index_copy_(0, self.nodes.slot, lost)
         kv_append_(layer.keys, layer.values, keys, values, self.nodes.slot)
-        if self.is_flat:
+        if self.now is Way.OWN:
             return layer.keys.flatten(1, 2)[None], layer.values.flatten(1, 2)[None]
         return layer.keys, layer.values
 
     def _writable(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [G, T, D] as they are written, and [T] bool, which of them are lost."""
         lost = ~values.isfinite().all(-1).all(0)
-        if self.can_fuse:  # kernels look for themselves
+        if self.way is Way.FUSED:  # kernels look for themselves
             return keys, values, lost
-        if self.is_flat:
+        if self.way is Way.OWN:
             lost |= ~keys.isfinite().all(-1).all(0)
-        return *readable(keys, values, lost, 0.0 if self.is_flat else torch.nan), lost
+        return *readable(keys, values, lost, 0.0 if self.way is Way.OWN else torch.nan), lost
 
     def put(self, index: int, row: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Write a sample's entries of a layer, [G, n, D] and [G, n, Dv], from its slot `start` on."""

@@ -1,28 +1,29 @@
-"""One `generate()` call as the decoder sees it, or the reason it cannot be."""
+"""One `generate()` call as the decoder sees it, or the reason it cannot be: the one place where calls are refused."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
-from specdec.engine.laws import SamplingLaw, is_of_a_row
-from specdec.engine.slots import Text
+from specdec.arguments import whole
+from specdec.config import Config
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.text import Process, Record, Text
 from specdec.errors import Unsupported
 from specdec.hf import ambient, names
+from specdec.hf.laws import is_of_a_row, law_of
 from specdec.hf.prefix import Past, is_users
-from specdec.hf.processors import Process, Record, asks_user, is_pure, process_row
+from specdec.hf.processors import asks_user, is_pure, process_row
 from specdec.hf.processors import check as check_processors
-from specdec.hf.support import check_context, check_mode
-
-if TYPE_CHECKING:
-    from specdec.engine.decoder import Decoder
+from specdec.hf.support import check_context, check_mode, check_model
+from specdec.hf.wrap import unwrapped
 
 _UNLIMITED = 2**48  # tokens: more than any text will have, and few enough to count with
 _INNER_OUTPUTS = "output_attentions", "output_hidden_states"
@@ -65,23 +66,24 @@ class Request:
             ends=self.ends[row] if self.ends else None,
             process=self.processes[row] if self.processes else None,
             record=Record() if self.outputs else None,
-            past=self.past if self.past and self.past.n_known else None,
+            prefix=self.past if self.past and self.past.n_known else None,
         )  # fmt: skip
 
-    def result(self, input_ids: Tensor, texts: list[Text], decoder: Decoder) -> Any:
-        """What `generate()` returns: the prompts followed by the new texts, padded on the right as transformers pads
-        finished rows; and what else is wanted.
+    def sequences(self, input_ids: Tensor, texts: list[Text]) -> Tensor:
+        """[B, length] int64, the prompts followed by the new texts, padded on the right as transformers pads finished
+        rows.
 
         Args:
-            input_ids: [B, width]. texts: decoded, of all rows. decoder: theirs.
+            input_ids: [B, width]. texts: decoded, of all rows.
         """
         new = [text.tokens for text in texts]
         out = torch.full((len(new), max(map(len, new))), self.pad, dtype=torch.int64, device=input_ids.device)
         for row, tokens in enumerate(new):
             out[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
-        sequences = torch.cat([input_ids, out], 1)
-        if self.past is not None:
-            self.past.extend(decoder, sequences, [*map(len, new)])
+        return torch.cat([input_ids, out], 1)
+
+    def output(self, sequences: Tensor, texts: list[Text]) -> Any:
+        """What `generate()` returns: the sequences, and what else is wanted of the texts."""
         if self.outputs is None:
             return sequences
         kept = {
@@ -97,60 +99,69 @@ class Request:
         return max(len(prompt) for prompt in self.prompts) + self.max_new_tokens
 
     @classmethod
-    def parse(
-        cls,
-        call: names.LoopCall,
-    ) -> Request:
-        """Read the arguments of transformers' decoding loop.
+    def parse(cls, call: names.LoopCall) -> Request:
+        """What a call of transformers' decoding loop asks for.
 
         Raises:
             Unsupported: with the reason.
         """
-        model, input_ids, model_kwargs = call.self, call.input_ids, call.model_kwargs
-        processors, criteria = call.logits_processor, call.stopping_criteria
-        generation_config = call.generation_config
-        outputs = None
-        if generation_config.return_dict_in_generate:  # without it nothing else comes out
-            if inner := [name for name in _INNER_OUTPUTS if getattr(generation_config, name)]:
-                raise Unsupported(", ".join(inner))
-            wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
-            outputs = frozenset(name for name, is_wanted in wanted.items() if is_wanted)
-        given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}
-        extra = sorted(given - names.PLAIN_ARGUMENTS)
-        if extra:
-            raise Unsupported(f"model arguments {', '.join(extra)}", names.hint())
-        if not model_kwargs.get("use_cache", True):
-            raise Unsupported("use_cache=False")
+        check_model(call.self)
+        if call.synced_gpus:
+            raise Unsupported("synced_gpus")
+        if call.streamer is not None and len(call.input_ids) > 1:
+            raise Unsupported("a streamer with a batch of several samples")
+        return cls._read(call)
+
+    @classmethod
+    def parse_one_of_many(cls, call: names.LoopCall, knows_model: bool) -> Request:
+        """The same of a call whose text is to be decoded together with those of others.
+
+        Args:
+            knows_model: whether the model has been looked at.
+
+        Raises:
+            Unsupported: with the reason.
+        """
+        if not knows_model:
+            check_model(call.self)
+        request = cls._read(call)
+        if len(request.prompts) > 1:
+            raise Unsupported("num_return_sequences in generate_many()")
+        if request.outputs or (request.past and is_users(request.past.cache)):
+            raise Unsupported("scores, logits and past_key_values in generate_many()")
+        if request.has_own_processors:  # texts would take turns
+            raise Unsupported("logits processors of one's own in generate_many()")
+        return request
+
+    @classmethod
+    def _read(cls, call: names.LoopCall) -> Request:
+        model, input_ids, processors = call.self, call.input_ids, call.logits_processor
+        n_batch, width = input_ids.shape[:2]
+        outputs = _wanted_outputs(call.generation_config)
+        _check_arguments(call.model_kwargs)
         check_mode(model)
         ambient.check(input_ids.device)
-        if len(input_ids) == 0:
+        if n_batch == 0:
             raise Unsupported("an empty batch")
-        prompts = _strip_padding(input_ids, model_kwargs.get("attention_mask"))
+        prompts = _strip_padding(input_ids, call.model_kwargs.get("attention_mask"))
         if min(len(p) for p in prompts) == 0:
             raise Unsupported("an empty prompt")
-        _check_positions(prompts, input_ids.shape[1], model_kwargs.get("position_ids"))
-        check_processors(processors, len(input_ids))
-        law = SamplingLaw.from_processors(processors, generation_config.do_sample, model.device, bool(outputs))
+        _check_positions(prompts, width, call.model_kwargs.get("position_ids"))
+        check_processors(processors, n_batch)
+        law = law_of(processors, call.generation_config.do_sample, model.device, bool(outputs))
         n_rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
         n_tokens = max(model.config.get_text_config().vocab_size, n_rows)
-        max_length, eos_ids, deadline, others = _read_criteria(criteria, n_tokens)
-        own = [p for p in processors if not is_pure(p)]
-        users = [f"logits processor {type(p).__name__}" for p in processors if asks_user(p)] + [
-            f"stopping criterion {type(c).__name__}" for c in others if type(c) is not names.StopStringCriteria
-        ]
-        if users and len(input_ids) > 1:
-            raise Unsupported(f"{users[0]} with a batch of several samples")
-        pads = any(type(criterion) is names.EosTokenCriteria for criterion in criteria)
-        if others and len(input_ids) > 1 and not pads:  # there what has stopped goes on until all have
-            raise Unsupported("stop strings with a batch of several samples and no end of text")
+        max_length, eos_ids, deadline, others = _read_criteria(call.stopping_criteria, n_tokens)
+        if n_batch > 1:
+            _check_batch(call, others)
         if outputs and others:
             raise Unsupported(f"output_{min(outputs)} with stopping criterion {type(others[0]).__name__}")
-        if outputs and len(eos_ids) and len(input_ids) > 1:
+        if outputs and len(eos_ids) and n_batch > 1:
             raise Unsupported(f"output_{min(outputs)} of a batch whose texts may end before others")
-        if max_length <= input_ids.shape[1]:
+        if max_length <= width:
             raise Unsupported("no room for a new token")
-        check_context(model, max(len(p) for p in prompts) + max_length - input_ids.shape[1])
-        rows, width, cache = range(len(prompts)), input_ids.shape[1], names.cache_in(model_kwargs)
+        check_context(model, max(len(p) for p in prompts) + max_length - width)
+        rows, cache = range(n_batch), names.cache_in(call.model_kwargs)
         past = None
         if cache is not None and (outputs is not None or is_users(cache)):
             past = Past.of(cache, width, [width - len(prompt) for prompt in prompts])
@@ -159,8 +170,101 @@ class Request:
         if not all(map(is_of_a_row, processors)) or outputs:
             padding = [input_ids[row, : width - len(prompt)] for row, prompt in enumerate(prompts)]
             processes = [process_row(processors, row, padding[row]) for row in rows]
-        pad, most = names.pad_token(generation_config), min(max_length - width, _UNLIMITED)
-        return cls(prompts, law, most, eos_ids, deadline, ends, processes, outputs, past, bool(own), pad)
+        return cls(
+            prompts, law, min(max_length - width, _UNLIMITED), eos_ids, deadline, ends, processes, outputs, past,
+            has_own_processors=not all(map(is_pure, processors)), pad=names.pad_token(call.generation_config),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Assistance:
+    """What a call of transformers' assisted generation names to draft with.
+
+    Attributes:
+        model: the assistant; None to look the text's last words up in the text. tokenizers: of the call's model and of
+            the assistant, where these differ.
+        config: the options. ignored: settings that are not followed, where that changes nothing but speed.
+    """
+
+    model: PreTrainedModel | None
+    tokenizers: tuple[Any, Any] | None
+    config: Config
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, call: names.LoopCall, config: Config) -> Assistance:
+        """What a call says; the rest of the options is as in `config`.
+
+        Raises:
+            Unsupported: with the reason. TypeError, ValueError: a number is none, or cannot be.
+        """
+        generation_config = call.generation_config
+        for name in ("use_mtp", "speculation_type", "assistant_early_exit", "assistant_ensemble_weight"):
+            if getattr(generation_config, name, None):
+                raise Unsupported(name)
+        if (assistant := unwrapped(call.assistant_model)) is not None:
+            tokenizers = None if call.assistant_tokenizer is None else (call.tokenizer, call.assistant_tokenizer)
+            return cls(assistant, tokenizers, *_assistants_options(generation_config, assistant, config))
+        if generation_config.prompt_lookup_num_tokens is not None:
+            depth = whole("prompt_lookup_num_tokens", generation_config.prompt_lookup_num_tokens)
+            longest = whole("max_matching_ngram_size", generation_config.max_matching_ngram_size or 2)
+            return cls(None, None, replace(config, depth=depth, max_ngram=longest, tree=None))
+        raise Unsupported("assisted generation without an assistant model or prompt lookup")
+
+
+def _assistants_options(
+    generation_config: GenerationConfig, assistant: PreTrainedModel, options: Config
+) -> tuple[Config, tuple[str, ...]]:
+    """The options, with what a call says of how much is drafted, or else the assistant's own configuration, where
+    transformers looks for it; and what is ignored of it. What transformers fills in by itself is nobody's wish."""
+    own, ignored = getattr(assistant, "generation_config", None), []
+
+    def asked(name: str) -> Any:
+        of_call = names.asked(generation_config, name)
+        return getattr(own, name, None) if of_call is None else of_call
+
+    if (depth := asked("num_assistant_tokens")) is not None:
+        options = replace(options, depth=whole("num_assistant_tokens", depth), tree=None)
+    schedule = asked("num_assistant_tokens_schedule")
+    if schedule == "constant":
+        options = replace(options, adapt=False)
+    elif schedule in ("heuristic", "heuristic_transient"):
+        options = replace(options, adapt=options.adapt or None)
+    elif schedule is not None:
+        ignored.append(f"num_assistant_tokens_schedule={schedule!r}")
+    if asked("assistant_confidence_threshold"):
+        ignored.append("assistant_confidence_threshold")
+    return options, tuple(ignored)
+
+
+def _wanted_outputs(generation_config: GenerationConfig) -> frozenset[str] | None:
+    """See `Request.outputs`."""
+    if not generation_config.return_dict_in_generate:  # without it nothing else comes out
+        return None
+    if inner := [name for name in _INNER_OUTPUTS if getattr(generation_config, name)]:
+        raise Unsupported(", ".join(inner))
+    wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
+    return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _check_arguments(model_kwargs: dict[str, Any]) -> None:
+    given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}
+    if extra := sorted(given - names.PLAIN_ARGUMENTS):
+        raise Unsupported(f"model arguments {', '.join(extra)}", names.hint())
+    if not model_kwargs.get("use_cache", True):
+        raise Unsupported("use_cache=False")
+
+
+def _check_batch(call: names.LoopCall, others: StoppingCriteriaList) -> None:
+    """Whether what a call is given serves several texts at once. `others`: the criteria that look at a text."""
+    users = [f"logits processor {type(p).__name__}" for p in call.logits_processor if asks_user(p)] + [
+        f"stopping criterion {type(c).__name__}" for c in others if type(c) is not names.StopStringCriteria
+    ]
+    if users:
+        raise Unsupported(f"{users[0]} with a batch of several samples")
+    pads = any(type(criterion) is names.EosTokenCriteria for criterion in call.stopping_criteria)
+    if others and not pads:  # there what has stopped goes on until all have
+        raise Unsupported("stop strings with a batch of several samples and no end of text")
 
 
 def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:

@@ -23,6 +23,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 
@@ -89,8 +90,8 @@ class LoopCall:
     model_kwargs: dict[str, Any]
     inputs_tensor: Tensor | None = None
     assistant_model: PreTrainedModel | None = None
-    assistant_tokenizer: Any = None
-    tokenizer: Any = None
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod
     def read(cls, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> LoopCall:
@@ -235,7 +236,10 @@ def _defaults() -> dict[str, Any]:
     return fill_in()
 
 
-NOT_OF_FORWARDS = {"generation_config", "_previous_max_cache_length", "_cached_continuous_batching_manager"}
+NOT_OF_FORWARDS = {
+    "generation_config", "_previous_max_cache_length", "_cached_continuous_batching_manager",
+    "_compiled_call", "_last_compile_config",
+}  # fmt: skip
 """Attributes of a model that `generate()` alone reads and writes."""
 
 # What `generate()` may hand to the decoding loop without changing what a ragged forward has to do.

@@ -18,7 +18,8 @@ from specdec.hf import names
 from specdec.hf.cache import RaggedCache
 
 if TYPE_CHECKING:
-    from specdec.engine.decoder import Decoder
+    from specdec.engine.loop import Decoder
+    from specdec.hf.view import ModelView
 
 
 def is_users(cache: Any) -> bool:
@@ -78,7 +79,7 @@ class Past:
             cache.put(index, row, first - padding, *given)
         return self.n_known - padding
 
-    def extend(self, decoder: Decoder, sequences: Tensor, n_new: list[int]) -> None:
+    def extend(self, decoder: Decoder, view: ModelView, sequences: Tensor, n_new: list[int]) -> None:
         """Add what the cache lacks of sequences [B, length], all but their last column, of whose rows `n_new` tokens
         each were decoded."""
         texts = [row[padding:-1] for row, padding in zip(sequences, self.padding, strict=True)]
@@ -86,14 +87,14 @@ class Past:
         # Transformers' loop goes on with filler where a text has ended, as if it were text.
         decoder.buffers.grow(max(map(len, texts)) + 1)
         rest = {row: (n, text) for row, (n, text) in enumerate(zip(written, texts, strict=True)) if n < len(text)}
-        decoder.target.prefill(rest)
+        view.prefill(rest)
         end = sequences.shape[1] - 1
-        for index, layer in enumerate(decoder.target.cache.layers):
+        for index, layer in enumerate(view.cache.layers):
             kept = layer.keys, layer.values
             new = [x.new_zeros(len(self.padding), x.shape[0], end - self.n_known, x.shape[3]) for x in kept]
             for row, padding in enumerate(self.padding):
                 first = max(padding, self.n_known)
-                entries = decoder.target.cache.take(index, row, first - padding, end - padding)
+                entries = view.cache.take(index, row, first - padding, end - padding)
                 for whole, part in zip(new, entries, strict=True):
                     whole[row, :, first - self.n_known :] = part
             self.cache.update(*new, index)

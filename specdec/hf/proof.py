@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from specdec.engine.packing import Nodes
 from specdec.errors import Unsupported, warn
+from specdec.hf.cache import Way
 from specdec.hf.plain import TREE, Plain, draw_texts, family_of, run_plainly
 from specdec.hf.windows import Asked, is_window, is_within, named_windows
 
@@ -81,9 +82,9 @@ def _prove(view: ModelView) -> None:
     with _taking_back(view):
         view.layer_shapes = plain(0).shapes
         view.check_untouched(lambda: run_plainly(model, draw_texts(model, others, seed=TRIES)))
-    can_fuse, cache.can_fuse = cache.can_fuse, False
+    has_kernel = cache.way is Way.FUSED
     try:
-        for cache.is_flat in False, True:
+        for cache.way in Way.MASKED, Way.OWN:
             asked: dict[int, Asked] = {}
             cache.asked = asked
             difference = _difference(view, plain)
@@ -95,11 +96,11 @@ def _prove(view: ModelView) -> None:
         if cache.is_asked_for_length:
             raise Unsupported(f"{family_of(model)}, whose layers ask the cache how long the text is")
         _check_windows(view, plain(0), asked)
-        if can_fuse and not cache.is_flat and _suits_kernels(view, asked):
-            cache.can_fuse = True
+        if has_kernel and cache.way is Way.MASKED and _suits_kernels(view, asked):
+            cache.way = Way.FUSED
             difference = _difference(view, plain)
             if difference is not None:  # a kernel is broken
-                cache.can_fuse = False
+                cache.way = Way.MASKED
                 warn(f"specdec leaves attention to PyTorch, {difference}")
     finally:
         cache.asked = None
@@ -187,7 +188,7 @@ def _difference_of(view: ModelView, plain: Plain) -> Unsupported | None:
         # The last is nobody's, and far beyond: a rope that moves with the farthest position would move the others.
         nodes.position[-1] = _context(view.source)
         tokens = torch.cat([*(text[-n_nodes:] for text in plain.texts), plain.texts[0][:1]])
-        logits = view.forward(tokens, nodes)[:-1]
+        logits = view.forward(tokens, nodes).logits[:-1]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from specdec.errors import Unsupported
-from specdec.hf import names
+from specdec.hf import names, wrap
 from specdec.hf.proof import check_forward
 from specdec.hf.view import learned_positions
 from specdec.kernels.library import triton
@@ -111,7 +111,7 @@ def _foreign_method(model: PreTrainedModel) -> str | None:
     or stop, and nobody would call it here. Transformers' own families may have theirs, but no loop."""
     for name in _methods_of_the_loop():
         homes = [(kind.__module__, vars(kind)[name]) for kind in type(model).__mro__ if name in vars(kind)]
-        home, method = next((home, method) for home, method in homes if method.__module__ != "specdec.api")
+        home, method = next((home, method) for home, method in homes if method.__module__ != wrap.__name__)
         known = "transformers.generation." if name in ("_sample", "_assisted_decoding") else "transformers."
         is_known = home.startswith(known) and _is_transformers(method)
         if not is_known or (name in vars(model) and not _is_own_method(model, name)):

@@ -42,6 +42,8 @@ _LIBRARIES = {
     *sys.stdlib_module_names, "torch", "numpy", "transformers", "specdec", "accelerate", "huggingface_hub",
     "safetensors", "tokenizers", "tqdm",
 }  # fmt: skip
+_COMPILERS = "_dynamo_"
+"""What a compiler notes on a tensor, whoever compiles, begins like this."""
 _OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"} | names.NOT_OF_FORWARDS
 _OF_ANY_CLASS = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slotnames__"}
 _ROUTED = "transformers.models.", "transformers.integrations.", "transformers.activations", "torch.nn.modules."
@@ -187,7 +189,8 @@ def _is_standard(module: str) -> bool:
 def _fields(value: Any) -> Iterator[Any]:
     """All that there is to see of an object, of a tensor beside its numbers."""
     if isinstance(value, Tensor):
-        yield from chain(*vars(value).items()) if hasattr(value, "__dict__") else ()
+        own = vars(value) if hasattr(value, "__dict__") else {}
+        yield from chain(*(item for item in own.items() if not item[0].startswith(_COMPILERS)))
         return
     if isinstance(value, nn.Module):
         yield type(value)

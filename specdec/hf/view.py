@@ -8,7 +8,7 @@ parameters, buffers and all else are shared.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from specdec.engine.packing import Nodes
+from specdec.engine.roles import Output
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import as_region
 from specdec.hf import attention, names
-from specdec.hf.cache import RaggedCache
+from specdec.hf.cache import RaggedCache, Way
 from specdec.hf.proof import prove
 from specdec.hf.twin import Look
 from specdec.kernels.attention.ragged_attention import can_run
@@ -46,6 +47,17 @@ def learned_positions(config: Any) -> int | None:
     """How many positions a model has a table for; None with a rope, which goes on."""
     config = config.get_text_config()
     return None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+
+
+def _noting(forward: Callable[..., Any], features: dict[int, Tensor], index: int) -> Callable[..., Any]:
+    """A layer's forward that also puts what comes out, [1, T, H], among the features."""
+
+    def layer_forward(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        features[index] = out[0] if isinstance(out, tuple) else out
+        return out
+
+    return layer_forward
 
 
 class ModelView:
@@ -74,11 +86,13 @@ class ModelView:
         for layer in regions:
             vars(layer)["forward"] = types.MethodType(as_region(type(layer).forward), layer)
         weight = next(model.parameters())
-        self.cache = RaggedCache(can_run(weight))
+        self.cache = RaggedCache(Way.FUSED if can_run(weight) else Way.MASKED)
         self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = self.cache
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         self.recorder: CapturedSteps | None = None
+        self._features: dict[int, Tensor] = {}  # of the forward in flight
+        self._layers_kept: tuple[int, ...] = ()
         self._chain = TokenTree.chain(max(RECORDED) - 1).tensors(model.device)
         prove(self)
         self._look = Look(model)  # again: a model may count how often it is run
@@ -114,6 +128,20 @@ class ModelView:
             self.written = written
             raise Unsupported(f"a forward that writes to {self._look.name_of(min(written), self.source)}")
 
+    def keep_features(self, layers: Sequence[int]) -> None:
+        """From now on forwards also give what comes out of these of the decoder's layers, counted from 0, before the
+        final norm.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        own = _decoder_layers(self.module)
+        if wrong := [layer for layer in layers if not 0 <= layer < len(own)]:
+            raise ValueError(f"no layer {wrong[0]}: the model has {len(own)} layers, counted from 0")
+        for index in set(layers) - set(self._layers_kept):
+            vars(own[index])["forward"] = _noting(own[index].forward, self._features, index)
+        self._layers_kept = tuple(layers)
+
     @property
     def device(self) -> torch.device:
         return self.module.device
@@ -129,7 +157,7 @@ class ModelView:
         config, size = self.module.config.get_text_config(), self.module.dtype.itemsize
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         mlp = n_tokens * (4 * config.hidden_size + 3 * inner) * size
-        has_scores = self.device.type != "cuda" or not self.cache.can_fuse
+        has_scores = self.device.type != "cuda" or self.cache.way is not Way.FUSED
         dense = n_tokens * reach * config.num_attention_heads * 3 * 4 if has_scores else 0
         return max(mlp, dense, n_logits * config.vocab_size * (size + 4))
 
@@ -138,30 +166,25 @@ class ModelView:
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
         self.cache.allocate(self.layer_shapes, n_batch, n_slots, like)
 
-    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
-        """Logits of the flat tokens; their keys and values are written to the cache.
+    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Output:
+        """What the model says of the flat tokens; their keys and values are written to the cache.
 
         Args:
             tokens: [T] int64. nodes: where they belong. rows: [M] int64, the tokens whose logits are wanted, or 0
                 for all.
-
-        Returns:
-            [T or M, V] in the model's dtype.
         """
-        self.cache.nodes = nodes
-        out = self.module(
-            input_ids=tokens[None],
-            position_ids=self._positions(nodes),
-            use_cache=True,
-            logits_to_keep=rows,
-            **{self._cache_argument: self.cache},
-        )
+        given = {"use_cache": True, "logits_to_keep": rows, self._cache_argument: self.cache}
+        with self.cache.forward(nodes):
+            out = self.module(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         logits = out.logits[0]
-        if self.cache.is_flat:  # the model's own attention knows nothing of lost slots
+        if self.cache.way is Way.OWN:  # the model's own attention knows nothing of lost slots
             lost = self.cache.sees_lost(nodes)
             logits = torch.where(lost[:, None] if isinstance(rows, int) else lost[rows, None], torch.nan, logits)
-        self.cache.nodes = None
-        return logits
+        if not self._layers_kept:
+            return Output(logits)
+        features = torch.stack([self._features[layer][0] for layer in self._layers_kept])
+        self._features.clear()
+        return Output(logits, features)
 
     def _positions(self, nodes: Nodes) -> Tensor:
         # Drafts may reach past a table of positions near the end of a text; they are never accepted there.
@@ -200,7 +223,7 @@ class ModelView:
         tokens = torch.cat([piece for _, piece in pieces.values()]).to(self.device, non_blocking=True)
         n_written = self._sent(done), self._sent(counts)
         size = min((size for size in RECORDED if size >= len(tokens)), default=None)
-        if self.recorder is not None and self.cache.can_fuse and size is not None:
+        if self.recorder is not None and self.cache.way is Way.FUSED and size is not None:
             self._write_recorded(self.recorder, F.pad(tokens, (0, size - len(tokens))), *n_written)
             return
         token = torch.arange(len(tokens), device=self.device, dtype=torch.int64)
@@ -210,7 +233,7 @@ class ModelView:
 
     def record(self) -> None:
         """Compile and record all that is recorded of `write`, with texts of no tokens."""
-        if self.recorder is None or not self.cache.can_fuse:
+        if self.recorder is None or self.cache.way is not Way.FUSED:
             return
         for size in RECORDED:
             for _ in range(2):
@@ -244,10 +267,9 @@ class ModelView:
         return self._fill(tokens, nodes)
 
     def _fill(self, tokens: Tensor, nodes: Nodes) -> Tensor:
-        self.cache.nodes = nodes
         given = {"use_cache": True, self._decoders_cache_argument: self.cache}
-        out = self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
-        self.cache.nodes = None
+        with self.cache.forward(nodes):
+            out = self.module.get_decoder()(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         return out[0]
 
     def _sent(self, numbers: list[int]) -> Tensor:

@@ -13,17 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from specdec.config import Config
+from specdec.engine.decide import decide
 from specdec.engine.packing import Nodes
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.twin import is_seen
 from specdec.hf.view import ModelView
 from specdec.kernels.sampling.best_token import best_token
+from specdec.progress import spinner
 from specdec.tune.best_tree import Acceptance, StepCost, expected_tokens, fastest_tree
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -71,20 +72,19 @@ def choose(
         probe: decodes with a tree, and says what happened; with True, compiled and timed.
     """
     slots: Counter[tuple[int, int]] = Counter()
-    columns = (SpinnerColumn(), TextColumn("specdec tunes: {task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
+    with spinner("tunes") as bar:
         for tree in PROBES:
             if tree.is_chain or config.verifier != "block":
-                bar.update(task, description=f"acceptance with {len(tree) - 1} drafted nodes")
+                bar.say(f"tunes: acceptance with {len(tree) - 1} drafted nodes")
                 for k, counts in probe(tree, False).slots.items():
                     slots.update({(k, i): count for i, count in enumerate(counts)})
         acceptance = {
             k: [slots[k, i] / slots[k, 0] for i in range(1, k + 1)] for k, i in slots if i == 0 and slots[k, i]
         }
-        bar.update(task, description="seconds of a step")
+        bar.say("tunes: seconds of a step")
         stats = probe(TokenTree.chain(1), True)
-        cost = measure_cost(target, draft, max_nodes, config.compile, stats.seconds["decode"] / max(stats.steps, 1))
+        step = stats.seconds["decode"] / max(stats.steps, 1)
+        cost = decide("seconds of forwards", measure_cost(target, draft, max_nodes, config.compile, step))
     found = [fastest_tree(shares, cost, max_depth) for shares in (acceptance, {1: acceptance[1]})]
     tree, chain = (tree if tree.depth else TokenTree.chain(1) for tree in found)
     return Choice(tree, chain, acceptance, cost)
@@ -119,7 +119,7 @@ class _Forward:
         nodes = Nodes.packed(self.lengths, count, token, self.n_nodes, n_slots, self.bits, self.depths)
         tokens = torch.zeros_like(token)
         for _ in range(self.times):
-            tokens = best_token(self.view.forward(tokens, nodes))
+            tokens = best_token(self.view.forward(tokens, nodes).logits)
         return tokens
 
 
@@ -134,7 +134,7 @@ def forward_seconds(
     view.allocate(1, _COMMITTED + n_nodes + 1)  # the last slot is scratch
     forward = _Forward(view, n_nodes, times)
     counts = sorted({n for n in COUNTS if n < n_nodes} | {n_nodes})
-    run = CompiledSteps(compiled).get(forward.run, None, 0)
+    run = CompiledSteps(compiled, is_seen=is_seen).get(forward.run, None, 0)
     tokens = {n: torch.arange(n, device=view.device, dtype=torch.int64) for n in counts}
     seconds: dict[int, list[float]] = {n: [] for n in counts}
     for turn in range(repeats + 2):  # the first two compile

@@ -25,6 +25,7 @@ SIZES: Mapping[str, dict[str, int]] = {
     "25m": _shape(512, 7, 8, 4, 64, 1408),
     "100m": _shape(768, 12, 12, 4, 64, 2688),
     "300m": _shape(1024, 24, 16, 8, 64, 2944),
+    "1b": _shape(2048, 16, 32, 8, 64, 8192) | {"vocab_size": 128256},  # Llama 3.2 1B, but for a head of its own
     "8b": _shape(4096, 32, 32, 8, 128, 14336) | {"vocab_size": 128256},  # Llama 3.1 8B
 }
 

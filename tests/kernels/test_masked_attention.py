@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from aot import compiles_without_spilling, meta
 from torch import Tensor
 
+from specdec.kernels.attention import masked_attention as module
 from specdec.kernels.attention.masked_attention import masked_attention, masked_attention_triton
 from specdec.kernels.library import runs_triton
 
@@ -21,6 +24,7 @@ SHAPES = [  # B, H, G, Q, S, D, Dv
     (3, 8, 1, 5, 200, 33, 16),
     (1, 16, 1, 9, 1, 32, 32),
     (1, 2, 1, 2, 1100, 16, 16),
+    (2, 4, 2, 11, 1100, 16, 16),
 ]
 
 
@@ -122,6 +126,51 @@ def test_strides_do_not_matter(device: torch.device) -> None:
     other = v.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
     rows = mask.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(masked_attention(q, longer[:, :, :70], other, rows, 0.25), expected)
+
+
+SPANS: dict[str, tuple[list[range], list[int]]] = {  # slots that are seen, and how many blocks of 32 each split takes
+    "the beginning": ([range(100)], [1] * 4),
+    "one in the middle": ([range(2000, 2001)], [1]),
+    "the middle": ([range(1505, 2600)], [3] * 11 + [2]),
+    "both ends": ([range(40), range(3400, 4090)], [2] * 12),
+    "everything": ([range(4100)], [9] * 14 + [3]),
+    "nothing": ([], []),
+}
+
+
+@pytest.mark.skipif(not runs_triton(torch.empty(0)), reason="splits are for the Triton kernel")
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_splits_share_what_is_seen(
+    span: str, dtype: torch.dtype, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 splits of 4100 slots. Scores are all 0, so that a split's weight tells how many slots it saw."""
+    ranges, expected_blocks = SPANS[span]
+    shape = (1, 2, 1, 2, 4100, 16, 16)
+    q, k, v = _inputs(shape)
+    q[:] = 0
+    seen = torch.zeros(1, 1, 2, 4100, dtype=torch.bool)
+    for slots in ranges:
+        seen[..., list(slots)] = True
+    seen[:, :, 0] &= torch.rand(4100) > 0.3  # the second query sees all of it
+    mask = seen if dtype == torch.bool else torch.where(seen, 0.0, -torch.inf)
+    expected = _expected(q, k, v, mask, 0.3)
+    hidden = F.pad(seen[0, 0, 1], (0, 28)).view(-1, 32).any(1).logical_not().repeat_interleave(32)[:4100]
+    k[:, :, hidden] = v[:, :, hidden] = torch.nan
+    weights: list[Tensor] = []
+    combine = module.combine
+
+    def spy(part: Tensor, lse: Tensor, sinks: None, out: Tensor) -> None:
+        weights.append(lse.exp2()[:, 0, 1, 0].cpu())
+        combine(part, lse, sinks, out)
+
+    monkeypatch.setattr(module, "combine", spy)
+    out = masked_attention(*(x.to(device) for x in (q, k, v, mask)), 0.3)
+    torch.testing.assert_close(out.cpu().double(), torch.where(expected.isnan(), 0, expected), atol=3e-6, rtol=3e-6)
+    assert len(weights[0]) == 16
+    n_seen = weights[0].round()
+    assert n_seen.sum() == sum(map(len, ranges))
+    assert [math.ceil(n / 32) for n in n_seen.tolist() if n > 0] == expected_blocks
 
 
 @pytest.mark.skipif(not runs_triton(torch.empty(0)), reason="half precision is for the Triton kernel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from specdec.kernels.library import INTERPRETED
+from specdec.kernels.sampling import row_law as module
 from specdec.kernels.sampling.row_law import row_law, row_law_reference, row_law_triton, row_probs
 
 pytestmark = pytest.mark.kernels
@@ -201,6 +204,68 @@ def test_logits_of_any_size(scale: float, device: torch.device) -> None:
     for setting in [(1 / scale, 0.9, 0.0, 0), (1 / scale, 0.7, 0.0, 20), (1 / scale, 1.0, 0.05, 0)]:
         expected = _transformers_law(logits / scale, (1.0, *setting[1:]))
         assert (_law(logits.to(device), setting) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab", [8191, 12_289])
+def test_rows_in_several_slices(vocab: int, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    """Slices of 4096 logits: of values all different or few, the best of them in the last slice, or none but -inf."""
+    logits = _logits(4, vocab, torch.float32)
+    logits[1] = logits[1].round()  # equals in all slices
+    logits[2, 5000:] -= 30
+    logits[2, -2:] = 14
+    logits[3, 4096:8000] = -math.inf
+    logits = logits.to(dtype)
+    settings: list[Knobs] = [
+        (0.9, 1.0, 0.0, 1), (0.9, 1.0, 0.0, vocab), (0.9, 1e-6, 0.0, 0), (0.9, 0.7, 0.0, 5000), (0.3, 0.99, 0.0, 0),
+        (0.9, 0.9, 0.2, 200), (0.9, 1.0, 0.01, 100), (0.9, 0.5, 1.0, 0), (0.9, 0.45, 1e-3, 1),
+    ]  # fmt: skip
+    for setting in settings:
+        expected = _law(logits, setting, row_law_reference)
+        law = _law(logits.to(device), setting)
+        assert torch.equal(law > 0, expected > 0)
+        assert (law - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("setting", [OFF, (1.0, 0.9, 0.1, 5)])
+def test_one_slice_spoils_its_row(bad: float, setting: Knobs, device: torch.device, poisoned: None) -> None:
+    logits = _logits(2, 10_000)
+    logits[0, 9000] = bad
+    *knobs, top_k = setting
+    for op in (row_law, row_law_reference):
+        log_total = op(logits.to(device), torch.tensor(knobs, device=device), top_k)[0]
+        assert log_total.isnan().tolist() == [True, False]
+
+
+def test_the_same_row_has_the_same_law(device: torch.device) -> None:
+    """Beside how many others it may be, where it does not change the slices."""
+    logits, knobs = _logits(33, 9000).to(device), torch.tensor([1.2, 0.8, 0.01], device=device)
+    logits[1:] = logits[0]
+    for few, many in zip(row_law(logits[:1], knobs, 40), row_law(logits, knobs, 40), strict=True):
+        assert (many == few).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.bfloat16, 4), (torch.float16, 5), (torch.float32, 6)], ids=["bf16", "fp16", "fp32"]
+)
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter calls")
+def test_few_passes(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that lost one of its brackets would find it again, later."""
+    n_passes, reaching = 0, module.reaching
+
+    def spy(p_row: Any, stride: Any, begin: Any, *args: Any) -> Any:
+        nonlocal n_passes
+        n_passes += int(begin) == 0
+        return reaching(p_row, stride, begin, *args)
+
+    monkeypatch.setattr(module, "reaching", spy)
+    for scale, top_k, top_p in product([1.0, 3.0, 30.0], [0, 50], [1.0, 0.9, 0.5]):
+        for seed in range(3):
+            n_passes = 0
+            logits = _logits(1, 10_000, dtype, seed, scale)
+            _law(logits, (1.4, top_p, 0.0, top_k))
+            assert n_passes <= most * (top_k > 0 or top_p < 1)
 
 
 def test_strides_do_not_matter(device: torch.device, poisoned: None) -> None:

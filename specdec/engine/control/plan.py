@@ -1,0 +1,54 @@
+"""Plans: how deep the next step drafts, and how many nodes of each sample the target judges."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specdec.engine.tree import TokenTree
+
+CALIBRATE, EXPLORE = "calibrate", "explore"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the next step does, for n unfinished samples.
+
+    Attributes:
+        depth: levels to draft, 0 for none. allowed: [n], drafted nodes of each sample that the target judges, at most.
+        n_tokens: T, tokens of the target's forward. trial: why it is tried, CALIBRATE or EXPLORE, if not for being the
+            best.
+    """
+
+    depth: int
+    allowed: tuple[int, ...]
+    n_tokens: int
+    trial: str = ""
+
+
+class Shape:
+    """What plans can choose from.
+
+    Args:
+        tree: a whole draft. depths: levels that can be drafted, ascending (see `Drafter`).
+
+    Attributes:
+        n_levels: of the tree. nodes_to: [n_levels + 1], drafted nodes down to each level.
+    """
+
+    def __init__(self, tree: TokenTree, depths: Sequence[int]) -> None:
+        self.depths, self.n_levels = depths, tree.depth
+        self.nodes_to = [bisect_right(tree.depths, level) - 1 for level in range(tree.depth + 1)]
+
+    def whole_levels(self, n_nodes: int) -> int:
+        """Levels that the first `n_nodes` drafted nodes fill."""
+        return bisect_right(self.nodes_to, n_nodes) - 1
+
+    def uniform(self, n: int, levels: int, depth: int | None = None, trial: str = "") -> Plan:
+        """The first `levels` levels for each of `n` samples, of a draft of that depth or more."""
+        if not levels:
+            return Plan(0, (0,) * n, n, trial)
+        nodes = self.nodes_to[levels]
+        depth = depth or next(d for d in self.depths if d >= levels)
+        return Plan(depth, (nodes,) * n, n * (nodes + 1), trial)

@@ -1,0 +1,104 @@
+"""Launching a step: what is run, for whom, in which size, and where its report goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.engine.control import Plan
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.roles import Steps
+from specdec.engine.slots import Rows
+from specdec.engine.state import BatchState, Report
+from specdec.engine.step import TreeStep
+from specdec.engine.text import Text
+from specdec.engine.walk import walk
+from specdec.graphs.captured import Mark, Readback
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step on its way: what it was to do, for whom, its report, and when its parts began and ended."""
+
+    plan: Plan
+    live: dict[int, Text]
+    report: Readback
+    marks: tuple[Mark, Mark, Mark, Mark] | None
+
+    @property
+    def seconds(self) -> tuple[float, float, float] | None:
+        """Of the drafter's reading, the draft and the judgement, once the report has arrived; None if it compiled."""
+        if self.marks is None:
+            return None
+        begin, read, drafted, judged = self.marks
+        return begin.until(read), read.until(drafted), drafted.until(judged)
+
+    def wait(self) -> list[tuple[int, Text, Report]]:
+        """What the step says of each of its texts, by row; waits until it has arrived."""
+        rows = self.report.wait()
+        return [(row, text, Report.of(rows[row])) for row, text in self.live.items()]
+
+
+class Launcher:
+    """Starts steps, as they are, compiled or recorded; sizes are few where each is recorded."""
+
+    def __init__(self, step: TreeStep, steps: Steps) -> None:
+        self._step, self._steps = step, steps
+        self._counts: dict[int, Tensor] = {}
+
+    def start(self, state: BatchState, law: SamplingLaw, plan: Plan, rows: Rows, live: dict[int, Text]) -> Flight:
+        """A step with this plan, for the live rows."""
+        step, n_batch, device = self._step, len(state.lengths), self._step.target.device
+        compiling = False
+        begin = read = Mark(device)
+        if plan.depth:
+            rows.read(drafted_for(live, plan))
+            read = Mark(device)
+            counted = self.count(self.bucket(min(max(len(live), 2), n_batch), n_batch))
+            draft = self._steps.get(step.draft, ("draft", law.key, n_batch == 1, plan.depth), len(counted))
+            draft(state, law, counted, plan.depth)
+            compiling |= self._steps.was_compiling
+        else:
+            rows.skip(live)
+        drafted = Mark(device)
+        allowed = dict(zip(live, plan.allowed, strict=True))
+        state.allow([allowed.get(row, 0) for row in range(n_batch)])
+        # The last sample of a batch is decoded as two, one of them nobody: one would be compiled on its own.
+        token = self.count(self.bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(step.tree)))
+        judge = step.look if law.by_text else step.judge
+        judge = self._steps.get(judge, (judge.__name__, law.key, n_batch == 1, len(token) == 1), len(token))
+        report = judge(state, law, token)
+        compiling |= self._steps.was_compiling
+        if law.by_text:
+            logits, n_nodes, starts = report
+            chosen = walk(live.items(), state, step.tree, logits, n_nodes, starts, law.greedy)
+            report = step.settle(state, n_nodes, *chosen)
+        judged = Mark(device)  # before the report's own: all have passed when it has arrived
+        marks = None if compiling else (begin, read, drafted, judged)
+        return Flight(plan, live, Readback(report), marks)
+
+    def is_ready(self, law: SamplingLaw, n_rows: int, depth: int) -> bool:
+        """Whether a draft of this depth is launched without compiling; with 0, whether the judgement of one root is."""
+        if depth:
+            return self._steps.has(("draft", law.key, n_rows == 1, depth))
+        return self._steps.has(("look" if law.by_text else "judge", law.key, n_rows == 1, True))
+
+    def count(self, n: int) -> Tensor:
+        """[n] int64: 0, 1, ..., n - 1; compiled functions take them for any number."""
+        if n not in self._counts:
+            self._counts[n] = torch.arange(n, device=self._step.target.device, dtype=torch.int64)
+            torch._dynamo.maybe_mark_dynamic(self._counts[n], 0)
+        return self._counts[n]
+
+    def bucket(self, n: int, most: int) -> int:
+        """At least `n`: what is recorded size by size comes in few sizes."""
+        if not self._steps.keeps_buffers or n <= 2:
+            return n
+        return min(4 if n <= 4 else -(-n // 8) * 8, most)
+
+
+def drafted_for(live: dict[int, Text], plan: Plan) -> dict[int, Text]:
+    """The texts for which there is something to judge."""
+    return {row: text for (row, text), nodes in zip(live.items(), plan.allowed, strict=True) if nodes}

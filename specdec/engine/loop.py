@@ -1,0 +1,199 @@
+"""The loop: schedule, launch, take. What runs on the device is one `specdec.engine.step`; here is what the host decides
+between two steps: which texts are in the batch, how much is drafted, and which have ended."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from specdec.engine.control import EXPLORE, Plan, Policy, policy_of
+from specdec.engine.launch import Flight, Launcher, drafted_for
+from specdec.engine.laws import SamplingLaw
+from specdec.engine.memory import Buffers
+from specdec.engine.roles import Drafter, Steps, Target
+from specdec.engine.slots import Rows
+from specdec.engine.stats import Stats
+from specdec.engine.step import TreeStep
+from specdec.engine.text import Text
+from specdec.verifiers import AUTO
+from specdec.verifiers.base import Verifier
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What happened to one text: tokens were added, or it ended, or an error kept it from being decoded."""
+
+    text: Text
+    tokens: list[int]
+
+
+class Decoder:
+    """Decodes batches of texts with one target and one drafter.
+
+    Args:
+        target: the model whose law is kept.
+        drafter: where candidates come from.
+        steps: compiles or records the step, or runs it as it is.
+        stats: what happened is added here.
+        verifier: the rule that accepts candidates when sampling.
+        adapt: whether to draft less where that is faster; None for where texts do not depend on it.
+    """
+
+    def __init__(
+        self, target: Target, drafter: Drafter, steps: Steps, stats: Stats, verifier: Verifier = AUTO,
+        adapt: bool | None = None,
+    ) -> None:  # fmt: skip
+        self.target, self.drafter, self.steps, self.stats, self.verifier = target, drafter, steps, stats, verifier
+        self.tree, self.adapt = drafter.tree, adapt
+        self.step = TreeStep(target, drafter, verifier)
+        self.launcher = Launcher(self.step, steps)
+        self.buffers = Buffers(target, drafter, steps)
+        self.policies: dict[object, Policy] = {}
+
+    def run(
+        self, texts: Iterable[Text], n_rows: int, longest: int, room: int, law: SamplingLaw, eos_ids: Tensor
+    ) -> Generator[list[Emitted]]:
+        """Decode until every text has ended, yielding what each step added.
+
+        Args:
+            texts: taken one by one as rows come free. n_rows: so many are decoded at once.
+            longest: no text is longer, prompt and new tokens. room: memory is allocated for texts of this length at
+                first, and grows with them. law: the sampling law. eos_ids: [E] int64, tokens that end a text.
+        """
+        state = self.buffers.open(n_rows, longest, room, eos_ids)
+        rows = Rows(iter(texts), state, self.target, self.drafter, self.buffers.grow)
+        policy = self._policy(law)
+        policy.ready = self._ready(law, n_rows)
+        lag = 0 if law.by_text else self.steps.lag  # processors see the text up to here
+        flights: deque[Flight] = deque()
+        try:
+            while True:
+                if failed := self._schedule(rows, n_rows):
+                    yield [Emitted(text, []) for text in failed]
+                live = rows.live
+                if not live:
+                    flights.clear()  # they know nothing new of texts that have ended
+                    if not rows.is_writing and not failed:
+                        break
+                if not live or (rows.is_writing and not rows.is_under_way):  # the first step is of all
+                    continue
+                start = time.perf_counter()
+                plan = self._plan(policy, law, live, n_rows)
+                # What the drafter has to read must have arrived; and a step of texts that will have ended is wasted.
+                waits = bool(flights) and (
+                    any(rows.unread(drafted_for(live, plan)).values()) or _all_end(live, flights)
+                )
+                if not waits:
+                    unread = len(flights) * (self.tree.depth + 1)  # at most; what came of them is not known yet
+                    self.buffers.grow(min(rows.length + unread, longest))
+                    flights.append(self.launcher.start(state, law, plan, rows, live))
+                while flights and (waits or len(flights) > lag):
+                    # The one host read, between two steps: what was added decides which samples go on.
+                    yield self._take(flights.popleft(), policy, start)
+                    start = time.perf_counter()  # what the caller does is not decoding
+        finally:  # also when the caller has had enough
+            self.stats.count_nodes(state, self.tree)
+            self.stats.decisions = policy.decisions
+
+    def _schedule(self, rows: Rows, n_rows: int) -> list[Text]:
+        """Give free rows to waiting texts and write the next of their prompts; those with which that fails."""
+        start = time.perf_counter()
+        failed = rows.fill(n_rows)
+        self.buffers.grow(rows.length)
+        if rows.is_writing:
+            failed += rows.write()
+        self.stats.seconds["prefill"] += time.perf_counter() - start
+        return failed
+
+    def _take(self, flight: Flight, policy: Policy, start: float) -> list[Emitted]:
+        """What a step's report says of the texts that had not ended."""
+        emitted = []
+        for row, text, report in flight.wait():
+            if text.finished:
+                continue
+            new = report.tokens
+            if report.broken:
+                why = f"the target's logits in row {row} of the batch hold a NaN: there is no law to sample from"
+                new = new[:-1] if text.error else []  # what came before an error of the user's own counts
+                text.error = text.error or RuntimeError(why)
+            taken = text.take(new, report.finished)
+            if len(taken) < len(new):
+                judged = self.tree.depths[report.n_judged]  # the deepest level of so many nodes
+                self.stats.uncount(len(taken), min(len(new), self.tree.depth), judged)
+            elif flight.plan.depth and not (report.finished or report.broken):
+                policy.count(text.track, report.n_found, report.n_judged, len(new) - 1)
+            emitted.append(Emitted(text, taken))
+        policy.learn(flight.plan, flight.seconds)
+        n_tokens, seconds = sum(len(piece.tokens) for piece in emitted), time.perf_counter() - start
+        self.stats.count_step(n_tokens, len(emitted), sum(flight.plan.allowed), seconds, compiling=flight.marks is None)
+        return emitted
+
+    def warm_up(self, prompts: list[Tensor], law: SamplingLaw, longest: int, eos_ids: Tensor) -> None:
+        """Run every step that a batch like this comes to, as often as recording and timing it takes."""
+        texts = [Text(prompt, longest - len(prompt)) for prompt in prompts]
+        room, n_live = max(len(prompt) for prompt in prompts), {len(prompts)}
+        if self.steps.keeps_buffers:  # what is recorded first makes the pool: the largest
+            n_live |= {self.launcher.bucket(n, len(prompts)) for n in range(1, len(prompts))}
+        state = self.buffers.open(len(prompts), longest, room, eos_ids)
+        policy = self._policy(law)
+        self.buffers.grow(min(room + self.tree.depth + 1, longest))
+        self.buffers.record()
+
+        def step(n: int, plan: Plan) -> None:
+            rows = Rows(iter(texts[:n]), state, self.target, self.drafter, self.buffers.grow)
+            rows.fill(n)
+            while rows.is_writing:
+                rows.write()
+            flight = self.launcher.start(state, law, plan, rows, rows.live)
+            flight.wait()
+            policy.learn(plan, flight.seconds)
+
+        for n in sorted(n_live, reverse=True):
+            tracks = [text.track for text in texts[:n]]
+            for depth in policy.levels:
+                for _ in range(3 if self.steps.keeps_buffers else 2):  # compiled, recorded, timed
+                    step(n, policy.uniform(n, depth, trial=EXPLORE))
+            while policy.calibrates(n):
+                step(n, policy.plan(tracks))
+
+    def _ready(self, law: SamplingLaw, n_rows: int) -> tuple[int, ...]:
+        """Depths that can be drafted without compiling in the middle of a text; the whole draft always is one."""
+        depths = self.drafter.depths
+        return tuple(d for d in depths if d == depths[-1] or self.launcher.is_ready(law, n_rows, d))
+
+    def _plan(self, policy: Policy, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
+        """What the next step does: what the policy says, but for texts that the drafter cannot read to their ends,
+        for which nothing is drafted."""
+        if 0 in policy.levels and n_rows == 1 and not self.launcher.is_ready(law, 1, 0):
+            return policy.uniform(1, 0)  # a function of its own: compiled at once, not in the middle of a later text
+        plan = policy.plan([text.track for text in live.values()])
+        context = getattr(self.drafter, "context", None)  # users' drafters need not have one
+        if context is None or not plan.depth:
+            return plan
+        fits = [len(text.prompt) + len(text.tokens) + self.tree.depth <= context for text in live.values()]
+        if all(fits):
+            return plan
+        reason = f"texts past the draft's context of {context} tokens"
+        self.stats.undrafted_texts[reason] += len(fits) - sum(fits)
+        allowed = tuple(n if fit else 0 for n, fit in zip(plan.allowed, fits, strict=True))
+        depth = plan.depth if any(allowed) else 0
+        return replace(plan, depth=depth, allowed=allowed, n_tokens=len(fits) + sum(allowed))
+
+    def _policy(self, law: SamplingLaw) -> Policy:
+        """The policy of calls of this law; it remembers what earlier ones took and got accepted."""
+        adapts = (law.greedy or self.verifier.coupled) if self.adapt is None else self.adapt
+        if law.key not in self.policies:
+            self.policies[law.key] = policy_of(self.tree, self.drafter.depths, adapts)
+        return self.policies[law.key]
+
+
+def _all_end(live: dict[int, Text], flights: Iterable[Flight]) -> bool:
+    """Whether the steps on their way end every text: each adds a token to each of its texts at least."""
+    return all(
+        text.max_new_tokens - len(text.tokens) <= sum(flight.live.get(row) is text for flight in flights)
+        for row, text in live.items()
+    )
