@@ -6,11 +6,15 @@ if TYPE_CHECKING:
     from specdec.api import compile as compile
     from specdec.batching import Result as Result
     from specdec.batching import generate_many as generate_many
+    from specdec.drafters.base import Drafter as Drafter
+    from specdec.engine.draft import Draft as Draft
     from specdec.engine.tree import TokenTree as TokenTree
     from specdec.errors import SpecdecWarning as SpecdecWarning
 
 __version__ = "0.1.0"
-__all__ = ["Result", "SpecdecWarning", "TokenTree", "__version__", "compile", "generate_many"]
+__all__ = [
+    "Draft", "Drafter", "Result", "SpecdecWarning", "TokenTree", "__version__", "compile", "generate_many",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +23,8 @@ def __getattr__(name: str) -> Any:
 
     homes = {
         "compile": "specdec.api", "generate_many": "specdec.batching", "Result": "specdec.batching",
-        "SpecdecWarning": "specdec.errors", "TokenTree": "specdec.engine.tree",
+        "SpecdecWarning": "specdec.errors", "Drafter": "specdec.drafters.base", "Draft": "specdec.engine.draft",
+        "TokenTree": "specdec.engine.tree",
     }  # fmt: skip
     if name not in homes:
         raise AttributeError(f"module 'specdec' has no attribute {name!r}")

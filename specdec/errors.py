@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from itertools import count
 
 
@@ -39,3 +41,13 @@ def warn(message: str) -> None:
         if module.partition(".")[0] not in _OURS:
             break
     warnings.warn(message, SpecdecWarning, stacklevel=level)
+
+
+@contextmanager
+def needs_cli(what: str) -> Generator[None]:
+    """An import that only the command line and plots need: where it is missing, the error says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or what).partition(".")[0]
+        raise ImportError(f"{what} needs {missing}: pip install 'specdec[cli]'") from error

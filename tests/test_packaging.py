@@ -60,6 +60,56 @@ def test_importing_specdec_is_light():
     assert run(f"import sys, specdec; print([m for m in {heavy} if m in sys.modules])") == "[]"
 
 
+WITHOUT_CLI = """
+import sys
+for name in ("rich", "typer", "matplotlib"):
+    sys.modules[name] = None
+import torch, specdec
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+plain = LlamaForCausalLM(config).eval()
+model, ids = specdec.compile(plain, "ngram", compile=False), torch.tensor([[1, 2, 3, 1, 2]])
+"""
+
+
+def test_the_library_works_without_what_the_command_line_needs():
+    code = """
+a, b = (m.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0) for m in (plain, model))
+assert torch.equal(a, b) and model.specdec.stats.decoded == 1
+print(model.specdec.stats)
+try:
+    model.specdec.stats.plot("never.png")
+except ImportError as error:
+    print(error)
+"""
+    *lines, error = run(WITHOUT_CLI + code).splitlines()
+    assert lines[0].startswith("tokens                      8 in ")
+    assert error == "a plot needs matplotlib: pip install 'specdec[cli]'"
+
+
+def test_progress_is_silent_without_rich():
+    code = """
+settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+for result in specdec.generate_many(model, [ids[0], ids[0, :2]], max_batch_size=2, progress=True, **settings):
+    print(len(result.tokens))
+model.specdec.warmup(max_length=16)
+"""
+    assert run(WITHOUT_CLI + code).split() == ["13", "10"]
+
+
+def test_the_command_line_says_what_it_lacks():
+    code = """
+import sys
+sys.modules["typer"] = None
+from specdec.__main__ import main
+try:
+    main()
+except SystemExit as exit:
+    print(exit.code)
+"""
+    assert run(code) == "specdec: the command line needs typer: pip install 'specdec[cli]'"
+
+
 def test_importing_every_module_does_no_work():
     """Not a word, no CUDA context, no random number drawn, no default changed."""
     code = f"""

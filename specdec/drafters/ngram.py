@@ -5,19 +5,18 @@ Source: Saxena, "Prompt Lookup Decoding", 2023; LLMA, arXiv 2304.04487.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from specdec.arguments import whole
+from specdec.drafters.base import Drafter
 from specdec.engine.draft import Draft
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.state import BatchState
 from specdec.engine.tree import TokenTree
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Proposes what followed the latest earlier occurrence of the longest matching suffix.
 
     Args:
@@ -28,23 +27,6 @@ class NgramDrafter:
     def __init__(self, depth: int = 8, max_ngram: int = 3) -> None:
         depth, max_ngram = whole("depth", depth), whole("max_ngram", max_ngram)
         self.tree, self.max_ngram = TokenTree.chain(depth), max_ngram
-        self.depths: tuple[int, ...] = (depth,)
-
-    support_size = 0
-
-    @property
-    def is_current(self) -> bool:
-        return True
-
-    @property
-    def generation(self) -> int:
-        return 0
-
-    def allocate(self, n_batch: int, n_slots: int) -> None:
-        pass
-
-    def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
-        pass
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         tokens, last = state.tokens, state.lengths[:, None]  # `last` is the pending token's place
@@ -64,9 +46,3 @@ class NgramDrafter:
         period = (last - best).clamp(min=1)
         drafted = tokens.gather(1, (best + 1 + ahead % period).clamp(max=tokens.shape[1] - 1))
         return Draft(drafted, torch.where(found, depth, 0))
-
-    def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
-        pass
-
-    def grow(self, n_slots: int) -> None:
-        pass

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from specdec.errors import needs_cli
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -134,30 +136,33 @@ class Stats:
             "eager": dict(self.eager),
         }
 
+    def lines(self) -> list[tuple[str, str]]:
+        """What there is to say, and what of."""
+        undrafted = f", {self.undrafted} of them undrafted" if self.undrafted and self.accepted else ""
+        lines = [
+            ("tokens", f"{self.tokens} in {self.steps} steps{undrafted}"),
+            ("tokens per step and sample", f"{self.tokens_per_step:.2f}"),
+            ("acceptance by position", "  ".join(f"{a:.2f}" for a in self.acceptance_by_position) or "no draft"),
+            ("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())),
+        ]
+        lines += [(name, said) for name in ("tree", "control") if (said := getattr(self, name)) is not None]
+        for name, counts in (
+            ("ran transformers' own loop", self.fallbacks),
+            ("decoded without the draft", self.dropped_drafts),
+            ("ran eagerly", self.eager),
+            ("not drafted for", self.undrafted_texts),
+        ):
+            lines += [(name, f"{count} x: {reason}") for reason, count in counts.items()]
+        return lines
+
     def table(self) -> Table:
         """A table for a terminal (rich)."""
-        from rich.table import Table
+        with needs_cli("a table"):
+            from rich.table import Table
 
         table = Table(title="specdec", show_header=False)
-        undrafted = f", {self.undrafted} of them undrafted" if self.undrafted and self.accepted else ""
-        table.add_row("tokens", f"{self.tokens} in {self.steps} steps{undrafted}")
-        table.add_row("tokens per step and sample", f"{self.tokens_per_step:.2f}")
-        table.add_row(
-            "acceptance by position", "  ".join(f"{a:.2f}" for a in self.acceptance_by_position) or "no draft"
-        )
-        table.add_row("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))
-        if self.tree is not None:
-            table.add_row("tree", self.tree)
-        if self.control is not None:
-            table.add_row("control", self.control)
-        for reason, count in self.fallbacks.items():
-            table.add_row("ran transformers' own loop", f"{count} x: {reason}")
-        for reason, count in self.dropped_drafts.items():
-            table.add_row("decoded without the draft", f"{count} x: {reason}")
-        for reason, count in self.eager.items():
-            table.add_row("ran eagerly", f"{count} x: {reason}")
-        for reason, count in self.undrafted_texts.items():
-            table.add_row("not drafted for", f"{count} x: {reason}")
+        for line in self.lines():
+            table.add_row(*line)
         return table
 
     @property
@@ -171,7 +176,8 @@ class Stats:
 
     def plot(self, path: str) -> None:
         """Acceptance by position and seconds by phase, as a PNG at `path`."""
-        from matplotlib.figure import Figure
+        with needs_cli("a plot"):
+            from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -183,8 +189,11 @@ class Stats:
         figure.savefig(path, dpi=150)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
+        try:
+            from rich.console import Console
+        except ImportError:
+            lines = [f"{name:<26}  {said}" for name, said in self.lines()]
+            return "\n".join(lines if self.verdict is None else [self.verdict, *lines])
         console = Console(width=100)
         with console.capture() as capture:
             if self.verdict is not None:

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from specdec.errors import needs_cli
 from specdec.kernels.attention.tree_mask import ancestor_words
 
 
@@ -177,7 +178,8 @@ class TokenTree:
 
     def plot(self, path: str) -> None:
         """The tree with its nodes' numbers, as a PNG at `path`."""
-        from matplotlib.figure import Figure
+        with needs_cli("a plot"):
+            from matplotlib.figure import Figure
 
         columns, rows = self.columns, [-depth for depth in self.depths]
         n_leaves = len(self) - len(self.inner)
