@@ -77,6 +77,8 @@ gpu-test: gpu-there
 gpu-there:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
 		|| { echo "make: no CUDA device, or $(PYTHON) has no torch that sees it" >&2; exit 1; }
+	@$(PYTHON) -c 'import rich, typer, matplotlib, transformers, safetensors' \
+		|| { echo "make: $(PYTHON) lacks what the line above says; pip install specdec[cli] brings it" >&2; exit 1; }
 
 setup: $(VENV)/.setup
 

@@ -182,7 +182,7 @@ def gpu_cases() -> Iterator[Case]:
         yield attention("ragged_attention", "8b", batch, n_nodes, n_slots, bf16)
     for rows in (1, 6, 48, 192):
         yield _best_token(rows, vocabulary, bf16)
-    for rows in (16, 256, 512):
+    for rows in (6, 16, 256, 512):
         yield _row_law(rows, vocabulary, bf16)
         yield _row_law(rows, vocabulary, bf16, 50, 0.9)
     for batch, n_slots in ((1, 8192), (32, 8192), (8, 32768), (1, 131072)):

@@ -49,12 +49,6 @@ class Decoders:
         self._target: ModelView | None = None
         self.kept: dict[tuple[object, Config], Decoder] = {}
 
-    @property
-    def target(self) -> ModelView:
-        """The view that decodes; there is one once a decoder was asked for."""
-        assert self._target is not None
-        return self._target
-
     @agreed_memory()
     def get(self, draft: DraftSource, law: SamplingLaw | None = None, config: Config | None = None) -> Decoder:
         """The decoder for this draft and these options, and for laws like this one; made anew when the user's model is
@@ -64,16 +58,17 @@ class Decoders:
             Unsupported: the model cannot be decoded with.
         """
         with decoding(self.model):  # models are run to prove that they can be
-            is_current = self._target is not None and self._target.is_current
-            if not (is_current and all(decoder.steps.is_current for decoder in self.kept.values())):
-                if self._target is not None:
+            target = self._target
+            if target is None or not (target.is_current and all(d.steps.is_current for d in self.kept.values())):
+                if target is not None:
+                    target = None  # its memory is wanted
                     self.free()
-                self._target = ModelView(self.model)
+                target = self._target = ModelView(self.model)
             config = config or self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
             try:
-                return self._with(draft, config)
+                return self._with(target, draft, config)
             except torch.OutOfMemoryError:
                 raise
             except _Misfit as error:
@@ -83,9 +78,9 @@ class Decoders:
             if why.reason not in self._stats.dropped_drafts:
                 warn(f"specdec decodes without the draft: {why}")
             self._stats.dropped_drafts[why.reason] += 1
-            return self._with(None, config)
+            return self._with(target, None, config)
 
-    def _with(self, draft: DraftSource, config: Config) -> Decoder:
+    def _with(self, target: ModelView, draft: DraftSource, config: Config) -> Decoder:
         """The decoder for this draft; raises whatever keeps it from being prepared."""
         key = _name(draft), config
         decoder = self.kept.pop(key, None)
@@ -96,9 +91,9 @@ class Decoders:
             except (TypeError, ValueError) as error:
                 raise _Misfit(str(error)) from None
             compiled = CompiledSteps(config.compile, self._stats.eager, is_seen)
-            records = config.compile and self.target.device.type == "cuda"
+            records = config.compile and target.device.type == "cuda"
             decoder = Decoder(
-                self.target, make_drafter(draft, self.model, config), CapturedSteps(compiled) if records else compiled,
+                target, make_drafter(draft, self.model, config), CapturedSteps(compiled) if records else compiled,
                 self._stats, VERIFIERS[config.verifier], config.adapt,
             )  # fmt: skip
         self.kept[key] = decoder

@@ -147,11 +147,11 @@ def test_a_forward_that_fails_leaves_nothing_behind(fresh: Tiny, monkeypatch: py
     monkeypatch.setattr(view.module, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         view.forward(tokens, nodes)
-    assert view.cache.nodes is view.cache.now is None
+    assert view.cache.nodes is view.cache.now is view.cache.features is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_features_are_what_comes_out_of_layers(family: str, compiled: bool, fresh: Tiny) -> None:
     model = fresh(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 3})
     view = ModelView(model)
@@ -167,5 +167,7 @@ def test_features_are_what_comes_out_of_layers(family: str, compiled: bool, fres
     for found, layer in zip(out.features, (1, 0), strict=True):
         torch.testing.assert_close(found.view(2, 6, -1), expected.hidden_states[layer + 1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.logits.view(2, 6, -1), expected.logits, rtol=1e-4, atol=1e-5)
+    view.write({0: (0, ids[0])}, 6)  # nobody asks for those of a prompt
+    assert view.cache.features is None
     with pytest.raises(ValueError, match="no layer 9: the model has"):
         view.keep_features([9])

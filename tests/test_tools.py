@@ -25,13 +25,13 @@ from bench import (
     verifiers,
     warmup,
 )  # fmt: skip
-from specdec import handle
 from specdec.cli import measure
 from specdec.cli.app import app
 from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs import compiled
+from specdec.hf import call
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -98,7 +98,7 @@ def _refuse(*_: Any) -> None:
 def test_what_ran_transformers_own_loop(
     tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(handle, "check_model", _refuse)
+    monkeypatch.setattr(call, "check_model", _refuse)
     _fails(tool, tmp_path, False, "transformers' own loop: a stand-in", capsys)
 
 
@@ -147,7 +147,7 @@ def test_what_is_left_out_loses_nothing_else(tmp_path: Path, monkeypatch: pytest
 
     def measure_all(able: Any, batches: Any, *rest: Any) -> Any:
         if len(batches[0]) == 2:
-            monkeypatch.setattr(handle, "check_model", _refuse)
+            monkeypatch.setattr(call, "check_model", _refuse)
         return run(able, batches, *rest)
 
     monkeypatch.setattr(end_to_end, "measure_all", measure_all)

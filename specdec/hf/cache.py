@@ -41,13 +41,16 @@ class _Forward:
     def __init__(self, cache: RaggedCache, nodes: Nodes) -> None:
         self._cache, self._nodes = cache, nodes
 
-    def __enter__(self) -> None:
-        self._cache.nodes, self._cache.now = self._nodes, self._cache.way_of(self._nodes)
+    def __enter__(self) -> dict[int, Tensor]:
+        """Where the layers that are asked to put what comes out of them."""
+        cache = self._cache
+        cache.nodes, cache.now, cache.features = self._nodes, cache.way_of(self._nodes), {}
+        return cache.features
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._cache.nodes = self._cache.now = None
+        self._cache.nodes = self._cache.now = self._cache.features = None
 
 
 class RaggedLayer:
@@ -86,7 +89,8 @@ class RaggedCache(names.Cache):
         way: how a step's nodes are attended to, which the proof finds out: FUSED, MASKED or OWN.
 
     Attributes:
-        nodes, now: of the forward in flight, and the way it attends; None between forwards.
+        nodes, now, features: of the forward in flight, the way it attends, and by layer what came out of those that
+            are asked (see `ModelView.keep_features`); None between forwards.
         asked: what each layer asked of its attention, where that is to be noted (see `specdec.hf.proof`).
         is_asked_for_length: whether a layer wanted to know its length, which no one number is.
 
@@ -100,6 +104,7 @@ class RaggedCache(names.Cache):
         self.generation = 0
         self.nodes: Nodes | None = None
         self.now: Way | None = None
+        self.features: dict[int, Tensor] | None = None
         self.asked: dict[int, Any] | None = None
         self.is_asked_for_length = False
 
@@ -166,7 +171,7 @@ class RaggedCache(names.Cache):
         if self.way is Way.FUSED:  # kernels look for themselves
             return keys, values, lost
         if self.way is Way.OWN:
-            lost |= ~keys.isfinite().all(-1).all(0)
+            lost = lost | ~keys.isfinite().all(-1).all(0)  # in place, torch 2.11 makes no region of it
         return *readable(keys, values, lost, 0.0 if self.way is Way.OWN else torch.nan), lost
 
     def put(self, index: int, row: int, start: int, keys: Tensor, values: Tensor) -> None:

@@ -49,12 +49,13 @@ def learned_positions(config: Any) -> int | None:
     return None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
 
 
-def _noting(forward: Callable[..., Any], features: dict[int, Tensor], index: int) -> Callable[..., Any]:
-    """A layer's forward that also puts what comes out, [1, T, H], among the features."""
+def _noting(forward: Callable[..., Any], cache: RaggedCache, index: int) -> Callable[..., Any]:
+    """A layer's forward that also puts what comes out, [1, T, H], among the features of the forward in flight."""
 
     def layer_forward(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
-        features[index] = out[0] if isinstance(out, tuple) else out
+        assert cache.features is not None
+        cache.features[index] = out[0] if isinstance(out, tuple) else out
         return out
 
     return layer_forward
@@ -91,7 +92,6 @@ class ModelView:
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         self.recorder: CapturedSteps | None = None
-        self._features: dict[int, Tensor] = {}  # of the forward in flight
         self._layers_kept: tuple[int, ...] = ()
         self._chain = TokenTree.chain(max(RECORDED) - 1).tensors(model.device)
         prove(self)
@@ -139,7 +139,7 @@ class ModelView:
         if wrong := [layer for layer in layers if not 0 <= layer < len(own)]:
             raise ValueError(f"no layer {wrong[0]}: the model has {len(own)} layers, counted from 0")
         for index in set(layers) - set(self._layers_kept):
-            vars(own[index])["forward"] = _noting(own[index].forward, self._features, index)
+            vars(own[index])["forward"] = _noting(own[index].forward, self.cache, index)
         self._layers_kept = tuple(layers)
 
     @property
@@ -174,7 +174,7 @@ class ModelView:
                 for all.
         """
         given = {"use_cache": True, "logits_to_keep": rows, self._cache_argument: self.cache}
-        with self.cache.forward(nodes):
+        with self.cache.forward(nodes) as features:
             out = self.module(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         logits = out.logits[0]
         if self.cache.way is Way.OWN:  # the model's own attention knows nothing of lost slots
@@ -182,9 +182,7 @@ class ModelView:
             logits = torch.where(lost[:, None] if isinstance(rows, int) else lost[rows, None], torch.nan, logits)
         if not self._layers_kept:
             return Output(logits)
-        features = torch.stack([self._features[layer][0] for layer in self._layers_kept])
-        self._features.clear()
-        return Output(logits, features)
+        return Output(logits, torch.stack([features[layer][0] for layer in self._layers_kept]))
 
     def _positions(self, nodes: Nodes) -> Tensor:
         # Drafts may reach past a table of positions near the end of a text; they are never accepted there.
