@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,13 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.engine.packing import Nodes
+from specdec.engine.roles import Target
 from specdec.errors import Unsupported, warn
-from specdec.hf.cache import Way
+from specdec.hf.cache import RaggedCache, Way
 from specdec.hf.plain import TREE, Plain, draw_texts, family_of, run_plainly
 from specdec.hf.windows import Asked, is_window, is_within, named_windows
-
-if TYPE_CHECKING:
-    from specdec.hf.view import ModelView
 
 SHORT, LONG, LONGEST = 7, 64, 1024
 """Tokens of the short text; of the longer one, at least; and the longest window that it goes past."""
@@ -41,6 +39,28 @@ ROUGH, TRIES = 0.2, 3
 """With more than one pair of texts: where two experts are all but even, rounding may choose between them."""
 
 _REFUSED: WeakKeyDictionary[PreTrainedModel, tuple[dict[int, object], str, str]] = WeakKeyDictionary()
+
+
+class View(Target, Protocol):
+    """What is proved, as `specdec.hf.view.ModelView` has it.
+
+    Attributes:
+        source: the user's model. module: the copy that runs. cache: attends in the way that is tried.
+        layer_shapes: (G, D, Dv) of each layer; found out here. written: what forwards write to.
+    """
+
+    source: PreTrainedModel
+    module: PreTrainedModel
+    cache: RaggedCache
+    layer_shapes: list[tuple[int, int, int]]
+    written: set[int]
+
+    @property
+    def traits(self) -> dict[int, object]: ...
+
+    def check_untouched(self, run: Callable[[], object]) -> None: ...
+
+    def prefill(self, texts: Mapping[int, tuple[int, Tensor]], chunk: int = ...) -> None: ...
 
 
 def check_forward(model: PreTrainedModel) -> None:
@@ -55,7 +75,7 @@ def check_forward(model: PreTrainedModel) -> None:
         raise Unsupported(f"{family_of(model)}, whose forward takes no position_ids")
 
 
-def prove(view: ModelView) -> None:
+def prove(view: View) -> None:
     """Let the view attend in the fastest way that is right.
 
     Raises:
@@ -73,7 +93,7 @@ def prove(view: ModelView) -> None:
         raise
 
 
-def _prove(view: ModelView) -> None:
+def _prove(view: View) -> None:
     model, cache = view.source, view.cache
     ends = [LONG, *(window + 8 for window in _named_windows(model).values() if window <= LONGEST)]
     lengths = [SHORT, max(1, min(max(ends), _context(model) - TREE.depth - 1))]
@@ -109,7 +129,7 @@ def _prove(view: ModelView) -> None:
 
 
 @contextmanager
-def _taking_back(view: ModelView) -> Generator[None]:
+def _taking_back(view: View) -> Generator[None]:
     """Where a model is refused for writing to buffers, as what observes activations does, random texts leave nothing in
     them."""
     held = [(buffer, buffer.clone()) for buffer in view.source.buffers()]
@@ -131,7 +151,7 @@ def _context(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**15
 
 
-def _check_windows(view: ModelView, plain: Plain, asked: dict[int, Asked]) -> None:
+def _check_windows(view: View, plain: Plain, asked: dict[int, Asked]) -> None:
     """Whether layers see as far as their masks' rules say, however long the text.
 
     Raises:
@@ -149,7 +169,7 @@ def _check_windows(view: ModelView, plain: Plain, asked: dict[int, Asked]) -> No
             raise Unsupported(f"{family}, whose own attention has a window too long to try out", f"{far}")
 
 
-def _suits_kernels(view: ModelView, asked: dict[int, Asked]) -> bool:
+def _suits_kernels(view: View, asked: dict[int, Asked]) -> bool:
     """Whether the kernels do all that the layers asked of their attention."""
     _, key_dim, value_dim = view.layer_shapes[0]
     return (
@@ -164,7 +184,7 @@ def _suits_kernels(view: ModelView, asked: dict[int, Asked]) -> bool:
     )
 
 
-def _difference(view: ModelView, plain: Callable[[int], Plain]) -> Unsupported | None:
+def _difference(view: View, plain: Callable[[int], Plain]) -> Unsupported | None:
     """What is wrong with the ragged forward as the view runs it now; None if nothing is. `plain` gives a pair of texts
     for each of a few seeds."""
     for seed in range(1 if view.module.dtype in TOLERANCE else TRIES):
@@ -174,7 +194,7 @@ def _difference(view: ModelView, plain: Callable[[int], Plain]) -> Unsupported |
 
 
 @torch.no_grad()
-def _difference_of(view: ModelView, plain: Plain) -> Unsupported | None:
+def _difference_of(view: View, plain: Plain) -> Unsupported | None:
     device, n_nodes, family = view.device, len(TREE), family_of(view.source)
     bits, depths = TREE.tensors(device)
     prompts = [text[:-n_nodes] for text in plain.texts]
