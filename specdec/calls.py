@@ -22,6 +22,7 @@ from specdec.engine.seeds import Seeds
 from specdec.engine.stats import Stats
 from specdec.engine.text import Text
 from specdec.errors import Unsupported, warn
+from specdec.fallbacks import remedy
 from specdec.hf import names
 from specdec.hf.call import Assistance, Request
 from specdec.hf.names import LoopCall, PreTrainedModel
@@ -176,7 +177,7 @@ class Calls:
         """What this loop of transformers' returns, and say why it runs; a warm-up runs none."""
         self._here.has_come = True
         if why.reason not in self._stats.fallbacks:
-            warn(f"specdec runs transformers' own loop: {why}")
+            warn(f"specdec runs transformers' own loop: {why}. {remedy(why.reason)}".rstrip())
         self._stats.fallbacks[why.reason] += 1
         return None if self._here.purpose is Purpose.WARM_UP else loop()
 

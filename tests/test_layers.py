@@ -27,7 +27,7 @@ LAYERS = (
     {"verifiers", "graphs"},
     {"kernels"},
     {"progress"},
-    {"arguments", "errors"},
+    {"arguments", "errors", "fallbacks"},
 )
 """Folders and modules of specdec/. A module imports from its own folder and from the rows below."""
 KNOWS_TRANSFORMERS = {"hf", "zoo", "training", "cli"}

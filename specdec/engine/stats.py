@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import needs_cli
+from specdec.fallbacks import remedy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,8 +147,9 @@ class Stats:
             ("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())),
         ]
         lines += [(name, said) for name in ("tree", "control") if (said := getattr(self, name)) is not None]
+        for reason, count in self.fallbacks.items():
+            lines.append(("ran transformers' own loop", f"{count} x: {reason}. {remedy(reason)}".rstrip()))
         for name, counts in (
-            ("ran transformers' own loop", self.fallbacks),
             ("decoded without the draft", self.dropped_drafts),
             ("ran eagerly", self.eager),
             ("not drafted for", self.undrafted_texts),

@@ -201,7 +201,7 @@ class Assistance:
         generation_config = call.generation_config
         for name in ("use_mtp", "speculation_type", "assistant_early_exit", "assistant_ensemble_weight"):
             if getattr(generation_config, name, None):
-                raise Unsupported(name)
+                raise Unsupported(f"assisted generation with {name}")
         if (assistant := unwrapped(call.assistant_model)) is not None:
             tokenizers = None if call.assistant_tokenizer is None else (call.tokenizer, call.assistant_tokenizer)
             return cls(assistant, tokenizers, *_assistants_options(generation_config, assistant, config))
@@ -242,7 +242,7 @@ def _wanted_outputs(generation_config: GenerationConfig) -> frozenset[str] | Non
     if not generation_config.return_dict_in_generate:  # without it nothing else comes out
         return None
     if inner := [name for name in _INNER_OUTPUTS if getattr(generation_config, name)]:
-        raise Unsupported(", ".join(inner))
+        raise Unsupported(f"{', '.join(inner)}, which come out of layers")
     wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 

@@ -219,7 +219,8 @@ def pad_token(generation_config: Any) -> int:
         Unsupported: transformers keeps it elsewhere.
     """
     if not hasattr(generation_config, "_pad_token_tensor"):
-        raise Unsupported(f"transformers {transformers.__version__} has no GenerationConfig._pad_token_tensor", hint())
+        absent = "GenerationConfig._pad_token_tensor"
+        raise Unsupported(f"transformers {transformers.__version__} has no {absent}", hint())
     pad = generation_config._pad_token_tensor
     return 0 if pad is None else int(pad)
 
