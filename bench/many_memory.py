@@ -62,7 +62,7 @@ def taken(model: PreTrainedModel, prompts: list[Tensor], rows: int, new_tokens: 
         model.specdec.warmup(batch_sizes=(rows,), max_length=2 * SHORTEST)
     for n_rows in (rows, 1):  # the last one leaves the smallest caches
         decode(model, [prompt[:8] for prompt in prompts[:n_rows]], n_rows, 32)
-    decoder = model.specdec.decoders.get(model.specdec.draft)
+    decoder = model.specdec._decoders.get(model.specdec.draft)
     views = [decoder.target, decoder.drafter.view]
     held = sum(view.cache_bytes(view.cache.n_batch, view.cache.n_slots) for view in views)
     longest = max(map(len, prompts)) + new_tokens

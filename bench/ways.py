@@ -155,7 +155,7 @@ def adapting(way: Way) -> Way:
     What is compiled and recorded serves on: a decoder made for it would compile all of it once more.
     """
     assert way.model is not None
-    for decoder in way.model.specdec.decoders.kept.values():
+    for decoder in way.model.specdec._decoders.kept.values():
         decoder.adapt = None
         decoder.policies.clear()
     return Way(f"{way.label}, adaptive", way.call, way.read_bytes, way.model)

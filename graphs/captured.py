@@ -161,7 +161,7 @@ class Readback:
     """A report on its way to the host.
 
     Args:
-        report: [B, D + 6] int64. On a GPU it is copied without waiting, into memory the device can write by itself.
+        report: [B, D + 7] int64. On a GPU it is copied without waiting, into memory the device can write by itself.
     """
 
     def __init__(self, report: Tensor) -> None:

@@ -21,6 +21,7 @@ from specdec.graphs import backend
 from specdec.graphs.guards import Guards
 from specdec.kernels.cpu import compiler_error, first_words
 from specdec.kernels.library import OPS
+from specdec.progress import compiling
 
 log = logging.getLogger("specdec")
 
@@ -117,7 +118,7 @@ class _Step:
         if self._why_eager is None:
             self._backend.has_begun, n_graphs = False, self._backend.n_graphs
             try:
-                result = self._first_call(*arguments) if self._compiled is None else self._compiled(*arguments)
+                result = (self._compiled or self._first_call)(*arguments)
                 self._steps.was_compiling |= self._backend.n_graphs > n_graphs  # also again: a guard did not hold
                 return result
             except (RecompileError, torch.OutOfMemoryError):  # nothing may compile now; or memory can be made for it
@@ -133,6 +134,10 @@ class _Step:
         return self._function(*arguments)
 
     def _first_call(self, *arguments: Any) -> Any:
+        with compiling(f"a step ({self._function.__name__})"):
+            return self._with_or_without_regions(*arguments)
+
+    def _with_or_without_regions(self, *arguments: Any) -> Any:
         """With layers as regions; where torch refuses these, without, from then on."""
         global _has_regions
         if _has_regions:

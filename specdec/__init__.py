@@ -1,4 +1,12 @@
-"""specdec: lossless speculative decoding for Hugging Face causal language models."""
+"""Lossless speculative decoding for Hugging Face causal language models.
+
+    model = specdec.compile(model, draft="ngram")  # or a smaller model, or its name
+    model.generate(**inputs, max_new_tokens=256)  # as before, faster, with the same output distribution
+    print(model.specdec.stats)
+
+`compile` wraps one model; `generate_many` decodes any number of prompts with it, a batch at a time. `Drafter`, `Draft`
+and `TokenTree` are what a drafter of your own is made of.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +23,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Draft", "Drafter", "Result", "SpecdecWarning", "TokenTree", "__version__", "compile", "generate_many",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

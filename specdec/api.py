@@ -2,68 +2,116 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 from specdec.config import Config
 from specdec.drafters.registry import check_draft, draft_model
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.roles import Drafter
+from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported, warn
 from specdec.handle import Handle
 from specdec.hf import names
+from specdec.hf.load import load_draft, load_tokenizer
 from specdec.hf.names import PreTrainedModel, PreTrainedTokenizerBase
 from specdec.hf.wrap import unwrapped, with_replaced, within_adapters, wrap
+
+if TYPE_CHECKING:
+
+    class CompiledModel(PreTrainedModel):
+        """What `compile` returns, for type checkers: a model of the user's own class, with a handle."""
+
+        specdec: Handle
 
 
 def compile(  # the name is the point: specdec.compile
     model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | None = None, *,
     tokenizer: PreTrainedTokenizerBase | None = None, draft_tokenizer: PreTrainedTokenizerBase | None = None,
-    **options: Any,
-) -> PreTrainedModel:  # fmt: skip
-    """Wrap a causal LM: same class, same weights, same `generate()`, same output law, fewer steps.
+    depth: int | None = None, tree: TokenTree | None = None, verifier: str = "auto", adapt: bool | None = None,
+    max_ngram: int = 3, compile: bool = True, progress: bool = True, **unknown: Any,
+) -> CompiledModel:  # fmt: skip
+    """Wrap a causal LM: same class, same weights, same `generate()`, same output distribution, fewer steps.
+
+        model = specdec.compile(model, draft="Qwen/Qwen3-0.6B")
+        model.generate(**inputs, max_new_tokens=256)
+        print(model.specdec.stats)
 
     Args:
         model: a decoder-only transformers model, or a PEFT model around one. It is not changed, and shares its weights
             with the result.
-        draft: a smaller transformers model, `"ngram"` (look the text's last words up in the text), a `Drafter`, or None
-            to decode without drafting.
+        draft: a smaller transformers model, or its folder or hub id, which is loaded in the target's dtype and on its
+            device; `"ngram"`, which looks the text's last words up in the text (prompt lookup); a `Drafter` of your
+            own; or None, to decode without drafting.
         tokenizer, draft_tokenizer: the model's and the draft's, where these differ, or pad one tokenizer's vocabulary
-            to different sizes. The draft then proposes the tokens that both have.
-        options: fields of `specdec.config.Config`.
+            to different sizes. The draft then proposes the tokens that both have. A draft given by its name brings its
+            own.
+        depth: tokens drafted a step, as a chain; None takes 5 for a draft model and 8 for n-grams.
+        tree: a `TokenTree` that a draft model drafts instead of a chain: several candidates a place.
+        verifier: how candidates are drawn and accepted when sampling, see `specdec.config.Config`.
+        adapt: whether to draft less, or nothing, where that is faster. None does so where a seed's text does not
+            depend on its drafts: greedily, and with `verifier="coupled"`.
+        max_ngram: longest suffix that n-grams look up.
+        compile: False runs every step eagerly, for debugging.
+        progress: say on a terminal when something is compiled, and show how far a warm-up is.
 
     Returns:
-        A model whose `specdec` attribute holds the statistics, the seeds, `warmup()` and `tune()`. Calls it cannot
-        speed up run transformers' own loop and warn once with the reason.
+        A model whose `specdec` attribute is its handle (`specdec.handle.Handle`): statistics, seeds, `warmup()`,
+        `tune()`. Calls it cannot speed up run transformers' own loop, and warn once with the reason.
 
     Raises:
-        TypeError: `model`, `draft` or a tokenizer is none of the above, or an option is unknown.
-        ValueError: the model is compiled already, draft and target do not fit together (vocabulary, device), or one
-            tokenizer is missing.
+        TypeError: `model`, `draft`, a tokenizer or an option is none of the above, or an option is unknown.
+        ValueError: the model is compiled already, draft and target do not fit together (vocabulary, device), one
+            tokenizer is missing, a draft of that name cannot be loaded, or an option has a value that cannot be.
     """
-    if hasattr(model, "specdec"):
+    if unknown:
+        raise TypeError(_unknown(next(iter(unknown))))
+    config = Config(
+        depth=depth, tree=tree, verifier=verifier, adapt=adapt, max_ngram=max_ngram, compile=compile, progress=progress
+    )
+    if hasattr(model, "specdec") or hasattr(within_adapters(model), "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
-    draft = unwrapped(draft)
-    if isinstance(inner := within_adapters(model), PreTrainedModel) and inner is not model:
-        return with_replaced(
-            model, inner, compile(inner, draft, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, **options)
-        )
-    if not isinstance(model, PreTrainedModel):
+    inner = within_adapters(model)
+    if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    source = _source(inner, unwrapped(draft), tokenizer, draft_tokenizer)
+    wrapped = _wrapped(inner, source, config)
+    return with_replaced(model, inner, wrapped)
+
+
+def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> Any:
+    """What drafts, loaded where it is a name, and with both tokenizers where these are given."""
+    if isinstance(draft, str) and draft != "ngram":
+        if get_close_matches(draft.lower().replace("-", "").replace("_", ""), ["ngram"], cutoff=0.8):
+            raise ValueError(f'draft must be "ngram", a folder or hub id, a model, a Drafter or None, got {draft!r}')
+        if tokenizer is not None and draft_tokenizer is None:
+            draft_tokenizer = load_tokenizer(draft)
+        draft = load_draft(draft, target)
     if (tokenizer is None) != (draft_tokenizer is None):
         missing = "tokenizer" if tokenizer is None else "draft_tokenizer"
         raise ValueError(f"tokenizer and draft_tokenizer go together, and there is no {missing}")
+    return draft if tokenizer is None else ForeignDraft(draft, tokenizer, draft_tokenizer)
+
+
+def _wrapped(model: PreTrainedModel, source: Any, config: Config) -> Any:
     try:  # a release that lacks a loop would never ask, and so never say why nothing is decoded here
         names.check()
     except Unsupported as why:
         warn(f"specdec runs transformers' own loop: {why}")
     if "generate" in vars(model):
         warn("specdec leaves this model's calls alone: it has a generate() of its own, as custom_generate loads it")
-    source: Any = draft if tokenizer is None else ForeignDraft(draft, tokenizer, draft_tokenizer)
-    config = Config(**options)
     check_draft(source, model, config)
     if config.tree is not None and draft_model(source) is None:
         raise ValueError(
-            f"tree={config.tree.parents} is what a draft model drafts, and the draft is {draft!r}; n-grams are chains, "
-            "and a Drafter brings its own"
+            f"tree={config.tree.parents} is what a draft model drafts, and the draft is {source!r}; "
+            "n-grams are chains, and a Drafter brings its own"
         )
     return wrap(Handle(model, source, config))
+
+
+def _unknown(name: str) -> str:
+    options = ["draft", "tokenizer", "draft_tokenizer", *(field.name for field in fields(Config))]
+    near = get_close_matches(name, options, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"compile() has no option {name!r}{hint}; it has {', '.join(options)}"

@@ -20,7 +20,7 @@ def whole(name: str, value: Any, least: int = 1, hint: str = "") -> int:
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} must not be a {type(value).__name__}, got {value!r}")
+        raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})")
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}{hint}")
     return number
@@ -33,5 +33,5 @@ def flag(name: str, value: Any) -> bool:
         TypeError: it is something else, a number for one.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must not be a {type(value).__name__}, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
     return value

@@ -80,7 +80,8 @@ def generate_many(
             prompts in turns: what they say must depend on the text alone.
 
     Raises:
-        TypeError: `prompts` is a batch in one mapping, or a text; a size is no whole number, or a flag no bool.
+        TypeError: `prompts` is one mapping, or has texts in place of token ids; a size is no whole number, or a flag no
+            bool.
         ValueError: `model` is not from `specdec.compile`, a size is not positive, there is a streamer, or the seeds
             that were set are not one a prompt.
         RuntimeError: there is no memory for the rows, steps fail without any text's ending in between, or another
@@ -88,18 +89,20 @@ def generate_many(
     """
     if not isinstance(getattr(model, "specdec", None), Handle):
         raise ValueError("generate_many() takes a model from specdec.compile()")
-    with model.specdec.calls.seeds.one_call():  # seeds that were set are this one's, also where it goes no further
+    with model.specdec._calls.seeds.one_call():  # seeds that were set are this one's, also where it goes no further
         max_batch_size = whole("max_batch_size", max_batch_size)
         if max_prompt_length is not None:
             max_prompt_length = whole("max_prompt_length", max_prompt_length)
         flag("in_order", in_order), flag("progress", progress)
         if isinstance(prompts, Mapping | str):
-            kind = "a batch in one mapping" if isinstance(prompts, Mapping) else repr(prompts)
-            raise TypeError(f"generate_many() takes one prompt a text, of token ids, and got {kind}")
+            kind = "one mapping" if isinstance(prompts, Mapping) else repr(prompts)
+            raise TypeError(f"prompts must be a sequence of prompts, each of token ids, and got {kind}")
         if settings.get("streamer") is not None:
             raise ValueError("generate_many() decodes several texts at once, and a streamer takes one")
         if max_prompt_length is None:
             prompts = list(prompts)
+            for index, prompt in enumerate(prompts):
+                _check_ids(prompt, f"prompt {index}")
             max_prompt_length = max((_length(prompt) for prompt in prompts), default=1)
         return _Run(model, prompts, max_batch_size, max_prompt_length, settings).results(in_order, progress)
 
@@ -115,7 +118,7 @@ class _Run:
         self._total = len(prompts) if isinstance(prompts, Sized) else None
         self._n_rows, self._longest = n_rows if self._total is None else min(n_rows, max(self._total, 1)), longest
         self._prompts = prompts
-        self._seeds = self._handle.calls.seeds.take(self._total)
+        self._seeds = self._handle._calls.seeds.take(self._total)
         self._done: list[Result] = []
         self._under_way: dict[Text, tuple[int, float | None]] = {}  # which prompt's, and its deadline
         self._call: Call | None = None  # the first prompt's, which all others resemble
@@ -156,11 +159,11 @@ class _Run:
         # Memory for all of it at once, where texts may come to that: limits can be beyond any model's positions.
         config = self._model.config.get_text_config()
         room = max(self._longest, min(longest, getattr(config, "max_position_embeddings", longest)))
-        with self._handle.calls.alone():
+        with self._handle._calls.alone():
             n_ended = -1
             while n_ended:
                 n_ended = 0
-                decoder = self._handle.decoders.get(self._call.draft, request.law, self._call.config)
+                decoder = self._handle._decoders.get(self._call.draft, request.law, self._call.config)
                 run = decoder.run(queue, self._n_rows, longest, room, request.law, request.eos_ids)
                 while isinstance(emitted := self._next(run), list):
                     n_ended += self._collect([piece.text for piece in emitted])
@@ -210,7 +213,7 @@ class _Run:
                     raise ValueError(f"a prompt of {len(ids)} tokens is longer than {self._longest}, the most allowed")
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:  # others would fail with it, in a step
                     raise ValueError(f"tokens {ids.min()} to {ids.max()}, of a model that has {vocabulary}")
-                with self._handle.calls.serving(Purpose.ASK, knows_model=self._call is not None):
+                with self._handle._calls.serving(Purpose.ASK, knows_model=self._call is not None):
                     call = self._model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **self._settings)
                 if not isinstance(call, Call):  # transformers' own result
                     out = getattr(call, "sequences", call)  # with return_dict_in_generate
@@ -247,12 +250,23 @@ def _length(prompt: Prompt) -> int:
     return len(ids) if isinstance(ids, Sequence) else 0
 
 
+def _check_ids(prompt: Any, name: str = "a prompt") -> None:
+    """Whether this may be token ids.
+
+    Raises:
+        TypeError: it is text.
+    """
+    if isinstance(prompt, str | bytes) or (isinstance(prompt, list) and any(isinstance(x, str) for x in prompt[:1])):
+        raise TypeError(f"{name} must be token ids, as in tokenizer(text).input_ids, and is text: {prompt!r:.60}")
+
+
 def _ids(prompt: Prompt, device: torch.device) -> Tensor:
     """[length] int64, without padding.
 
     Raises:
         ValueError, TypeError: it is not one text's token ids.
     """
+    _check_ids(prompt)
     mask = prompt.get("attention_mask") if isinstance(prompt, Mapping) else None
     ids = torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt, device="cpu")
     if ids.dim() == 2 and len(ids) == 1:

@@ -26,6 +26,7 @@ from specdec.fallbacks import remedy
 from specdec.hf import names
 from specdec.hf.call import Assistance, Request
 from specdec.hf.names import LoopCall, PreTrainedModel
+from specdec.progress import show_notes
 
 
 class Purpose(Enum):
@@ -215,7 +216,11 @@ class Calls:
     def _decoded(self, task: Task) -> Any:
         request, decoder = self._prepared(task)
         with decoding(task.call.self), agreed_memory():
-            texts = self._run(decoder, request, task.call.streamer)
+            show_notes(task.config.progress)
+            try:
+                texts = self._run(decoder, request, task.call.streamer)
+            finally:
+                show_notes(False)
             self._stats.decoded += 1
             sequences = request.sequences(task.call.input_ids, texts)
             if request.past is not None:  # the caller's cache grows by what was decoded
@@ -245,6 +250,7 @@ class Calls:
         for emitted in decoder.run(texts, n_batch, request.longest, room, request.law, request.eos_ids):
             for piece in emitted:
                 if streamer is not None:
+                    show_notes(False)  # the text may be on the terminal
                     for token in piece.tokens:
                         streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
                 if piece.text.error is not None:

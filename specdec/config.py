@@ -25,6 +25,7 @@ class Config:
             drafted: greedily, and with "coupled". With True, sampled texts of equal seeds can differ from run to run.
         max_ngram: longest suffix the n-gram drafter looks up.
         compile: False runs every step eagerly, for debugging.
+        progress: say on a terminal when something is compiled, and show how far a warm-up is. Logging says it anyway.
 
     Raises:
         TypeError, ValueError: naming the value that cannot be.
@@ -36,6 +37,7 @@ class Config:
     adapt: bool | None = None
     max_ngram: int = 3
     compile: bool = True
+    progress: bool = True
 
     def __post_init__(self) -> None:
         given = {"max_ngram": whole("max_ngram", self.max_ngram)}
@@ -43,6 +45,7 @@ class Config:
             given["depth"] = whole("depth", self.depth, hint="; draft=None decodes without drafting")
         vars(self).update(given)
         flag("compile", self.compile)
+        flag("progress", self.progress)
         if self.adapt is not None:
             flag("adapt", self.adapt)
         if not isinstance(self.verifier, str) or self.verifier not in VERIFIERS:

@@ -40,13 +40,13 @@ class Decoders:
         model: the user's. draft, config: given to `compile`. stats: what happens is added here.
 
     Attributes:
-        kept: by draft and options, the last used last.
+        kept: by draft and options, the last used last. target: the model as it is decoded with, once it is proved.
     """
 
     def __init__(self, model: PreTrainedModel, draft: DraftSource, config: Config, stats: Stats) -> None:
         self.model, self.draft, self.config = model, draft, config
         self._stats = stats
-        self._target: ModelView | None = None
+        self.target: ModelView | None = None
         self.kept: dict[tuple[object, Config], Decoder] = {}
 
     @agreed_memory()
@@ -58,12 +58,12 @@ class Decoders:
             Unsupported: the model cannot be decoded with.
         """
         with decoding(self.model):  # models are run to prove that they can be
-            target = self._target
+            target = self.target
             if target is None or not (target.is_current and all(d.steps.is_current for d in self.kept.values())):
                 if target is not None:
                     target = None  # its memory is wanted
                     self.free()
-                target = self._target = ModelView(self.model)
+                target = self.target = ModelView(self.model)
             config = config or self.config
             if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
                 config = replace(config, verifier="coupled")
@@ -110,7 +110,7 @@ class Decoders:
 
     def free(self) -> None:
         """Give back the memory of all batches."""
-        self.kept, self._target = {}, None
+        self.kept, self.target = {}, None
         gc.collect()  # copies of models and compiled steps know themselves
 
 

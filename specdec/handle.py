@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,17 +27,17 @@ from specdec.tune.choose import Choice, choose
 
 
 class Handle:
-    """What hangs at `model.specdec`.
+    """What hangs at `model.specdec`; its `repr` says what decodes, and how.
 
     Attributes:
         stats: what happened so far (`specdec.engine.stats.Stats`).
-        model: the user's own. decoders: what it is decoded with. calls: what its `generate()` calls come to.
+        model: the user's own, as given to `compile`.
     """
 
     def __init__(self, model: PreTrainedModel, draft: DraftSource, config: Config) -> None:
         self.model, self.stats = model, Stats()
-        self.decoders = Decoders(model, draft, config, self.stats)
-        self.calls = Calls(model, self.decoders, self.stats)
+        self._decoders = Decoders(model, draft, config, self.stats)
+        self._calls = Calls(model, self._decoders, self.stats)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Handle, (self.model, self.draft, self.config)
@@ -48,25 +48,47 @@ class Handle:
         draft = copy.deepcopy(self.draft, memo) if vars(model) else self.draft
         return Handle(model, draft, self.config)
 
+    def __repr__(self) -> str:
+        return "\n".join(
+            [f"specdec for {_named(self.model)}", *(f"  {name:<9} {said}" for name, said in self._lines())]
+        )
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """What decodes, by its part."""
+        config, target, stats = self.config, self._decoders.target, self.stats
+        if (model := draft_model(self.draft)) is not None:
+            tree = config.tree or TokenTree.chain(config.depth or 5)
+            yield "draft", f"{_named(model)}; {tree.summary} a step"
+        elif isinstance(self.draft, str):
+            yield "draft", f"n-grams of the text, up to {config.depth or 8} tokens a step"
+        else:
+            yield "draft", "none" if self.draft is None else type(self.draft).__name__
+        yield "verifier", f"{config.verifier} when sampling; greedy text is the target's own"
+        way = "" if target is None else f"logits are the model's own; attention: {target.cache.way.name.lower()}"
+        yield "proof", way or "on first use"
+        how = "compiled, replayed as CUDA graphs" if self.model.device.type == "cuda" else "compiled"
+        yield "steps", "; ".join(stats.eager) + ", so eager" if stats.eager else how if config.compile else "eager"
+        yield "calls", stats.verdict or f"{stats.decoded} decoded by specdec"
+
     @property
     def draft(self) -> DraftSource:
         """What drafts, as given to `compile`."""
-        return self.decoders.draft
+        return self._decoders.draft
 
     @property
     def config(self) -> Config:
         """The options given to `compile`, with the tree that `tune()` chose."""
-        return self.decoders.config
+        return self._decoders.config
 
     @property
     def seeds(self) -> Tensor | None:
         """[B] int64. After a call: the seeds it used. Set them to make the next call use these; one per sample,
         counting `num_return_sequences`. Equal seeds, prompts and settings give equal texts, in any batch."""
-        return self.calls.seeds.last
+        return self._calls.seeds.last
 
     @seeds.setter
     def seeds(self, value: Any) -> None:
-        self.calls.seeds.fix(value)
+        self._calls.seeds.fix(value)
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), max_length: int = 512, **settings: Any) -> None:
         """Compile and record the steps that calls of `generate()` will take, with a progress bar.
@@ -81,7 +103,7 @@ class Handle:
             TypeError, ValueError: a size or length that cannot be, or settings `generate()` does not take.
         """
         if not isinstance(batch_sizes, Iterable):
-            raise TypeError(f"batch_sizes must not be a {type(batch_sizes).__name__}, got {batch_sizes!r}")
+            raise TypeError(f"batch_sizes must be a sequence of whole numbers, such as (1, 8), got {batch_sizes!r}")
         sizes, max_length = {whole("batch_sizes", size) for size in batch_sizes}, whole("max_length", max_length, 2)
         if not sizes:
             raise ValueError(f"batch_sizes must be at least one size, got {batch_sizes!r}")
@@ -93,7 +115,8 @@ class Handle:
         for size in sorted(sizes, reverse=True):
             ids = torch.zeros(size, min(64, max_length // 2), dtype=torch.int64, device=model.device)
             length = {"max_new_tokens": max_length - ids.shape[1]}
-            with spinner(f"warm-up, batch size {size}"), self.calls.serving(Purpose.WARM_UP):
+            bar = spinner(f"warm-up, batch size {size}", self.config.progress)
+            with bar, self._calls.serving(Purpose.WARM_UP):
                 model.generate(ids, attention_mask=torch.ones_like(ids), **length, **settings)
 
     def tune(
@@ -126,9 +149,9 @@ class Handle:
                 views = ModelView(self.model), ModelView(draft)
         except Unsupported as reason:
             raise ValueError(f"these calls run transformers' own loop: {reason}") from None
-        with self.calls.alone(waits=True), torch.random.fork_rng(devices=[]):
+        with self._calls.alone(waits=True), torch.random.fork_rng(devices=[]):
             choice = choose(probe, *views, max_nodes, max_depth, self.config)
-            self.decoders.config = replace(self.config, tree=choice.tree, depth=None)
+            self._decoders.config = replace(self.config, tree=choice.tree, depth=None)
             self.stats.tree = str(choice)
             self.free()
         return choice
@@ -153,10 +176,17 @@ class Handle:
         """
         batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
         try:
-            return self.decoders.get(self.draft).buffers.memory(batch_size, max_length)
+            return self._decoders.get(self.draft).buffers.memory(batch_size, max_length)
         except Unsupported as reason:
             raise ValueError(f"calls of this model run transformers' own loop: {reason}") from None
 
     def free(self) -> None:
         """Give back the memory of all batches."""
-        self.decoders.free()
+        self._decoders.free()
+
+
+def _named(model: PreTrainedModel) -> str:
+    """A model in a few words."""
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{type(model).__name__}, {n_parameters / 1e6:,.1f}M parameters, {dtype} on {model.device}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -30,9 +34,32 @@ class _Drawn(_Silent):
         self._bar.update(self._task, description=text)
 
 
+_shown: ContextVar[bool] = ContextVar("specdec_notes_shown", default=False)
+log = logging.getLogger("specdec")
+
+
+def show_notes(shown: bool) -> None:
+    """Whether `compiling` draws on a terminal, from now on, in this thread: not where a text is being written to it."""
+    _shown.set(shown)
+
+
 @contextmanager
-def spinner(what: str) -> Generator[_Silent]:
+def compiling(what: str) -> Generator[None]:
+    """While something is compiled: a line on a terminal, where notes are shown; and in the log, at level INFO."""
+    note = f"compiles {what}: seconds to a minute, once for calls like this; model.specdec.warmup() does it beforehand"
+    log.info(note)
+    start = time.perf_counter()
+    with spinner(note, shown=_shown.get() and sys.stderr.isatty()):
+        yield
+    log.info("compiled %s in %.1f s", what, time.perf_counter() - start)
+
+
+@contextmanager
+def spinner(what: str, shown: bool) -> Generator[_Silent]:
     """While something takes its time."""
+    if not shown:
+        yield _Silent()
+        return
     try:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

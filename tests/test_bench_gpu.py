@@ -379,10 +379,10 @@ def test_what_was_compiled_serves_a_way_that_adapts(run: Run) -> None:
     assert run.chain.model is not None
     before = ways.timed(run.chain, run.prompts, 8, run.compilations)
     handle = run.chain.model.specdec
-    (decoder,) = handle.decoders.kept.values()
+    (decoder,) = handle._decoders.kept.values()
     assert not any(policy.decisions.adapts for policy in decoder.policies.values())
     after = ways.timed(ways.adapting(run.chain), run.prompts, 8, run.compilations)
-    assert list(handle.decoders.kept.values()) == [decoder]
+    assert list(handle._decoders.kept.values()) == [decoder]
     assert all(policy.decisions.adapts for policy in decoder.policies.values())
     assert torch.equal(before.text, after.text)
 

@@ -64,7 +64,7 @@ def without_collector() -> Iterator[None]:
 def _named(wrapped: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, Tensor], **given: Any) -> list[Any]:
     """Weak references to all that a call with a draft of its own has made."""
     same(wrapped, model, **inputs, max_new_tokens=NEW, **given)
-    decoder = [*wrapped.specdec.decoders.kept.values()][-1]
+    decoder = [*wrapped.specdec._decoders.kept.values()][-1]
     parts = [decoder, decoder.drafter, decoder.steps, decoder.buffers, decoder.buffers.state]
     if view := getattr(decoder.drafter, "view", None):
         parts += [given["assistant_model"], view, view.module, view.cache, *view.cache.layers]
@@ -79,7 +79,7 @@ def test_few_drafts_that_calls_name_are_kept(
     model, inputs = tiny("llama"), prompts([6])
     wrapped = wrap(model, tiny("llama", seed=7, num_hidden_layers=1))
     wrapped.generate(**inputs, max_new_tokens=NEW)
-    own, parts = wrapped.specdec.decoders.get(wrapped.specdec.draft), []
+    own, parts = wrapped.specdec._decoders.get(wrapped.specdec.draft), []
     for i in range(N_NAMED + 5):
         given = {"prompt_lookup_num_tokens": 2 + i}
         if draft == "assistant":
@@ -87,7 +87,7 @@ def test_few_drafts_that_calls_name_are_kept(
         parts.append(_named(wrapped, model, inputs, **given))
         del given
     assert [any(part() is not None for part in made) for made in parts] == [False] * 5 + [True] * N_NAMED
-    assert wrapped.specdec.decoders.get(wrapped.specdec.draft) is own
+    assert wrapped.specdec._decoders.get(wrapped.specdec.draft) is own
     del own
     wrapped.specdec.free()
     assert not any(part() is not None for made in parts for part in made)
@@ -242,11 +242,11 @@ def test_configurations_that_are_replaced(on_wrapped: bool, fresh: Tiny, prompts
     wrapped = wrap(model)
     each = wrapped if on_wrapped else model
     each.generation_config = GenerationConfig(max_new_tokens=4, repetition_penalty=1.5)
-    decoder = wrapped.specdec.decoders.get("ngram")
+    decoder = wrapped.specdec._decoders.get("ngram")
     assert same(wrapped, model, **inputs).shape[1] == 10
     each.generation_config = GenerationConfig(max_new_tokens=5)
     assert same(wrapped, model, **inputs).shape[1] == 11
-    assert wrapped.specdec.decoders.get("ngram") is decoder  # which no forward reads
+    assert wrapped.specdec._decoders.get("ngram") is decoder  # which no forward reads
 
 
 def test_what_generate_notes_on_a_model_is_no_change_of_it(fresh: Tiny, prompts: Prompts) -> None:
@@ -255,11 +255,11 @@ def test_what_generate_notes_on_a_model_is_no_change_of_it(fresh: Tiny, prompts:
     decoders = set()
     for n_new in (4, 8, 12):
         wrapped.generate(**prompts([6]), max_new_tokens=n_new, cache_implementation="static")
-        decoders.add(wrapped.specdec.decoders.get("ngram"))
+        decoders.add(wrapped.specdec._decoders.get("ngram"))
     config = CompileConfig(backend="eager", mode=None)
     config._compile_all_devices = True  # transformers compiles by itself on GPUs only
     model.generate(**prompts([6]), max_new_tokens=4, cache_implementation="static", compile_config=config)
-    decoders.add(wrapped.specdec.decoders.get("ngram"))
+    decoders.add(wrapped.specdec._decoders.get("ngram"))
     assert len(decoders) == 1
     assert hasattr(model, "_previous_max_cache_length") and hasattr(model, "_compiled_call")
 
@@ -408,7 +408,7 @@ def test_warnings_are_at_the_users_line(model: PreTrainedModel, prompts: Prompts
 
 def _drafting(wrapped: PreTrainedModel) -> tuple[int, bool | None]:
     """How deep the last call drafted, and whether it was to adapt."""
-    decoder = [*wrapped.specdec.decoders.kept.values()][-1]
+    decoder = [*wrapped.specdec._decoders.kept.values()][-1]
     return decoder.tree.depth, decoder.adapt
 
 
@@ -539,7 +539,9 @@ SIZES: dict[str, Callable[[PreTrainedModel, Any], Any]] = {
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_whole_numbers(name: str, model: PreTrainedModel) -> None:
     for value in WRONG:
-        with pytest.raises(TypeError, match=f"{name.strip()} must not be a {type(value).__name__}, got"):
+        with pytest.raises(
+            TypeError, match=rf"{name.strip()} must be a whole number, got .* \({type(value).__name__}\)"
+        ):
             SIZES[name](model, value)
     for value in FEW:
         with pytest.raises(ValueError, match=f"{name.strip()} must be at least [12], got {int(value)}"):
@@ -560,12 +562,12 @@ def test_all_kinds_of_whole_numbers_are_taken(model: PreTrainedModel, prompts: P
 @pytest.mark.parametrize("value", [1, 0, None, "no", np.bool_(True)])
 def test_flags_are_truth_values(value: Any, model: PreTrainedModel) -> None:
     for name in ("in_order", "progress"):
-        with pytest.raises(TypeError, match=f"{name} must not be a {type(value).__name__}, got {value!r}"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
             specdec.generate_many(wrap(model), [[3]], **{name: value})
-    with pytest.raises(TypeError, match=f"compile must not be a {type(value).__name__}"):
+    with pytest.raises(TypeError, match="compile must be True or False"):
         specdec.compile(model, compile=value)
     if value is not None:
-        with pytest.raises(TypeError, match=f"adapt must not be a {type(value).__name__}"):
+        with pytest.raises(TypeError, match="adapt must be True or False"):
             specdec.compile(model, adapt=value)
 
 
@@ -577,7 +579,7 @@ NO_SEEDS = [
 @pytest.mark.parametrize("seeds", NO_SEEDS)
 def test_what_is_no_seed(seeds: Any, wrapped: PreTrainedModel) -> None:
     wrapped.specdec.seeds = [3]
-    with pytest.raises(TypeError, match="seeds are whole numbers of 64 bits, got "):
+    with pytest.raises(TypeError, match=r"seeds must be whole numbers from -2\*\*63 to 2\*\*63 - 1, got "):
         wrapped.specdec.seeds = seeds
     assert wrapped.specdec.seeds.tolist() == [3]
 
@@ -590,13 +592,13 @@ def test_all_kinds_of_seeds(seeds: Any, wrapped: PreTrainedModel) -> None:
 
 def test_what_else_cannot_be(model: PreTrainedModel) -> None:
     wrapped = wrap(model, model)
-    with pytest.raises(TypeError, match="batch_sizes must not be a int, got 4"):
+    with pytest.raises(TypeError, match=r"batch_sizes must be a sequence of whole numbers, such as \(1, 8\), got 4"):
         wrapped.specdec.warmup(batch_sizes=4)
     with pytest.raises(TypeError, match=r"input_ids must be a tensor \[B, length\] of token ids, got \[\[1, 2\]\]"):
         wrapped.specdec.tune([[1, 2]])
     with pytest.raises(TypeError, match=r"input_ids must be a tensor .* got \(2,\)"):
         wrapped.specdec.tune(torch.tensor([1, 2]))
-    with pytest.raises(TypeError, match="of token ids, and got 'a text'"):
+    with pytest.raises(TypeError, match="each of token ids, and got 'a text'"):
         specdec.generate_many(wrapped, "a text")
     with pytest.raises(ValueError, match=r"verifier must be one of .*got \['auto'\]"):
         wrap(model, model, verifier=["auto"])

@@ -190,9 +190,9 @@ def test_a_model_that_counts_its_calls_is_not_made_anew(fresh: Tiny, prompts: Pr
     model.model.layers[0].mlp.act_fn = Counting()
     wrapped = wrap(model)
     wrapped.generate(**inputs, max_new_tokens=NEW)
-    steps = wrapped.specdec.decoders.get("ngram")
+    steps = wrapped.specdec._decoders.get("ngram")
     wrapped.generate(**inputs, max_new_tokens=NEW)
-    assert wrapped.specdec.decoders.get("ngram") is steps
+    assert wrapped.specdec._decoders.get("ngram") is steps
 
 
 @pytest.mark.parametrize(

@@ -310,4 +310,4 @@ def test_a_model_whose_attention_is_not_built_decodes_the_same(
     model = tiny("llama")
     wrapped = wrap(model)
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=6)
-    assert wrapped.specdec.decoders.get("ngram").target.cache.way is not Way.FUSED
+    assert wrapped.specdec._decoders.get("ngram").target.cache.way is not Way.FUSED

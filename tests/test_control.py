@@ -170,14 +170,14 @@ def test_pinned_always_drafts_the_whole_tree(tree: TokenTree) -> None:
     nodes = len(tree) - 1
     assert set(here.plans) == {Plan(tree.depth, (nodes,) * 3, 3 * len(tree))}
     assert control.levels == (tree.depth,)
-    assert str(control.decisions) == f"always the whole draft, of {tree.depth} levels"
+    assert str(control.decisions) == f"always {tree.depth} tokens deep, the whole draft"
 
 
 def test_without_a_draft_there_is_nothing_to_choose() -> None:
     control = policy_of(TokenTree.chain(0), (0,), True)
     assert isinstance(control, Fixed)
     assert control.plan([Track(), Track()]) == Plan(0, (0, 0), 2)
-    assert str(control.decisions) == "nothing to draft"
+    assert str(control.decisions) == "there is no draft"
 
 
 @pytest.mark.parametrize("adapt", [None, True, False])
@@ -270,6 +270,6 @@ def test_decisions_are_data(tree: TokenTree) -> None:
 def test_decisions_as_a_sentence() -> None:
     found = Decisions(2, True, 1, 3, [0.5, 0.25], {2: {1: 0.001}}, {4: {4: 7.0, 8: 10.0}})
     assert str(found) == (
-        "1 levels now, after 3 changes; survival by level 0.50, 0.25; draft of 2 by texts 1: 1.0 ms; "
-        "forward of 4 texts or more by tokens 4: 7000.0, 8: 10000.0 ms"
+        "now 1 of up to 2 tokens deep, after 3 changes; chances to be accepted: 0.50, 0.25; ms of a draft 2 deep, by "
+        "batch size: 1 takes 1.0; ms of the target from batch size 4 on, by tokens: 4 takes 7000.0, 8 takes 10000.0"
     )

@@ -116,7 +116,7 @@ def test_a_seeds_text_beside_what_steps_take(
         out = wrapped.generate(**prompts([9, 4]), do_sample=True, temperature=2.0, max_new_tokens=60)
         texts.append(out.tolist())
         allowed.append(wrapped.specdec.stats.to_dict()["allowed"])
-        pinned = wrapped.specdec.stats.control == "always the whole draft, of 3 levels"
+        pinned = wrapped.specdec.stats.control == "always 3 tokens deep, the whole draft"
         assert pinned == (adapt is None and verifier == "auto")
     assert (len(set(allowed)) == 1) == pinned
     assert all(text == texts[0] for text in texts) == (pinned or verifier == "coupled")

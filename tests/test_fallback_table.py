@@ -36,7 +36,7 @@ def reasons() -> Iterator[tuple[str, str]]:
 
 
 def test_the_table_is_what_the_sources_say() -> None:
-    said = {reason: place for reason, place in reasons()}
+    said = dict(reasons())
     listed = {re.sub(r"\{\w+\}", "{}", fallback.reason) for fallback in FALLBACKS}
     assert len(listed) == len(FALLBACKS)
     assert {r: place for r, place in said.items() if r not in listed} == {}

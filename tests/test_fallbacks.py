@@ -96,7 +96,7 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
     model = tiny("llama")
     wrapped = wrap(model, "ngram")
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=5)
-    decoder = wrapped.specdec.decoders.get("ngram")
+    decoder = wrapped.specdec._decoders.get("ngram")
 
     def full(self: RaggedCache, *_: Any) -> None:
         raise torch.OutOfMemoryError
@@ -107,7 +107,7 @@ def test_out_of_memory_falls_back_and_frees_what_was_made(
             wrapped, model, f"out of memory: a batch of {len(RAGGED)}", **prompts(RAGGED),
             max_new_tokens=300,
         )  # fmt: skip
-    assert wrapped.specdec.decoders.get("ngram") is not decoder
+    assert wrapped.specdec._decoders.get("ngram") is not decoder
     gone = weakref.ref(decoder)
     del decoder
     assert gone() is None
@@ -119,7 +119,7 @@ def test_memory_that_lacked_is_free_again_when_transformers_loop_starts(
 ) -> None:
     wrapped = wrap(tiny("llama"), "ngram")
     wrapped.generate(**prompts(RAGGED), max_new_tokens=5)
-    gone, are_gone = [weakref.ref(part) for part in _parts(wrapped.specdec.decoders.get("ngram"))], []
+    gone, are_gone = [weakref.ref(part) for part in _parts(wrapped.specdec._decoders.get("ngram"))], []
 
     def full(self: RaggedCache, *_: Any) -> None:
         raise torch.OutOfMemoryError

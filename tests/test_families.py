@@ -38,9 +38,9 @@ def test_greedy_tokens(family: str, tiny: Tiny, prompts: Prompts) -> None:
             assert stats.steps > 0
             if draft is model:
                 assert stats.acceptance_by_position == [1.0] * 5
-            decoder = wrapped.specdec.decoders.get(draft)
+            decoder = wrapped.specdec._decoders.get(draft)
             model.generate(**inputs, max_new_tokens=2)  # whatever it notes on its modules is no change
-            assert wrapped.specdec.decoders.get(draft) is decoder
+            assert wrapped.specdec._decoders.get(draft) is decoder
 
 
 @pytest.mark.parametrize("family", REFUSED)

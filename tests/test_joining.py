@@ -204,7 +204,7 @@ def test_a_law_that_is_none_past_the_end_of_a_text_harms_nobody(fresh: Tiny) -> 
     def sample(new: int, lawless: list[int]) -> list[int]:
         target = fresh("llama")
         wrapped = specdec.compile(target, fresh("llama"), compile=False, depth=5)
-        wrapped.specdec.decoders.get(wrapped.specdec.draft)  # proved while it is whole
+        wrapped.specdec._decoders.get(wrapped.specdec.draft)  # proved while it is whole
         with torch.no_grad():
             target.get_input_embeddings().weight[lawless] = torch.nan
         wrapped.specdec.seeds = [3]

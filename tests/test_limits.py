@@ -37,12 +37,12 @@ def test_limits_beyond_any_memory(
     source = tiny("llama", seed=7, num_hidden_layers=1) if draft == "model" else draft
     wrapped = wrap(model, source)
     same(wrapped, model, **ids, **limit, **settings)
-    assert wrapped.specdec.decoders.get(wrapped.specdec.draft).buffers.state.tokens.shape[1] < 1000
+    assert wrapped.specdec._decoders.get(wrapped.specdec.draft).buffers.state.tokens.shape[1] < 1000
     many = specdec.generate_many(
         wrapped, [ids["input_ids"][0]] * 3, max_batch_size=2, progress=False, **limit, **settings
     )
     assert all(torch.equal(r.tokens, model.generate(**ids, **limit, **settings)[0]) for r in many)
-    assert wrapped.specdec.decoders.get(wrapped.specdec.draft).buffers.state.tokens.shape[1] < 1000
+    assert wrapped.specdec._decoders.get(wrapped.specdec.draft).buffers.state.tokens.shape[1] < 1000
 
 
 @pytest.mark.parametrize("draft", ["ngram", "model", "tree"])
@@ -86,7 +86,7 @@ def test_past_its_positions_a_draft_drafts_nothing(
     draft = fresh(family, **short)
     longest, n_forwards = 0, 0
     wrapped = wrap(model, draft, depth=3)
-    drafter = wrapped.specdec.decoders.get(draft).drafter
+    drafter = wrapped.specdec._decoders.get(draft).drafter
     forward = drafter.view.forward
 
     def watch(tokens: Tensor, nodes: Any, rows: Any = 0) -> Tensor:

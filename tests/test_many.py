@@ -283,7 +283,7 @@ def test_arguments(wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Pr
     for sizes in ({"max_batch_size": 0}, {"max_prompt_length": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(sizes))} must be at least 1, got 0"):
             generate_many(wrapped, TEXTS, **sizes)
-    with pytest.raises(TypeError, match="one prompt a text"):
+    with pytest.raises(TypeError, match="each of token ids, and got one mapping"):
         generate_many(wrapped, prompts([3, 4]))
     with pytest.raises(ValueError, match="streamer"):
         generate_many(wrapped, TEXTS, streamer=object())

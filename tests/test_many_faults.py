@@ -25,7 +25,8 @@ from specdec.hf.cache import RaggedCache
     (torch.ones(41, dtype=torch.int64), ValueError, "a prompt of 41 tokens is longer than 40"),
     (torch.ones(3), ValueError, "one text's token ids, got torch.float32"),
     (torch.ones(2, 3, dtype=torch.int64), ValueError, r"of shape \(2, 3\)"),
-    ({"attention_mask": [1]}, KeyError, "input_ids"), ("w5 w6", TypeError, "data type 'str'"),
+    ({"attention_mask": [1]}, KeyError, "input_ids"), 
+    ("w5 w6", TypeError, r"must be token ids, as in tokenizer\(text\).input_ids, and is text: 'w5 w6'"),
     ([], ValueError, "token ids"), ([-1, 5], ValueError, "tokens -1 to 5, of a model that has 97"),
     ([5, 97], ValueError, "tokens 5 to 97"),
 ])  # fmt: skip
@@ -157,7 +158,7 @@ def test_no_memory_in_a_step(
 ) -> None:  # fmt: skip
     """Texts under way are lost, the others decoded, with new buffers: no error may keep the old ones alive."""
     expected = [generated(model, ids, max_length=45, pad_token_id=0) for ids in TEXTS]
-    decoder = weakref.ref(wrapped.specdec.decoders.get(wrapped.specdec.draft))
+    decoder = weakref.ref(wrapped.specdec._decoders.get(wrapped.specdec.draft))
     _raise_once(monkeypatch, Launcher, "start", torch.OutOfMemoryError("no memory"), 80)
     results = list(generate_many(wrapped, TEXTS, max_batch_size=3, max_length=45, pad_token_id=0))
     assert [result.index for result in results] == list(range(len(TEXTS)))
@@ -172,7 +173,7 @@ def test_no_memory_for_the_rows(
     wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    wrapped.specdec.decoders.get(wrapped.specdec.draft)  # models are proved
+    wrapped.specdec._decoders.get(wrapped.specdec.draft)  # models are proved
     _raise_once(monkeypatch, RaggedCache, "allocate", torch.OutOfMemoryError("no memory"), 1)
     results = generate_many(wrapped, TEXTS, max_batch_size=3, **SETTINGS)
     first = next(results)

@@ -145,7 +145,7 @@ def test_a_conversation(family: str, draft: str, configured: bool, tiny: Tiny, p
 def test_what_is_known_is_not_computed_again(tiny: Tiny, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
     model, written = tiny("llama"), []
     wrapped, ids = wrap(model, None), prompts([40])["input_ids"]
-    target = wrapped.specdec.decoders.get(None).target
+    target = wrapped.specdec._decoders.get(None).target
     original = target._write
     monkeypatch.setattr(
         target, "_write", lambda pieces: (written.append(sum(len(x) for _, x in pieces.values())), original(pieces))

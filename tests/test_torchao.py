@@ -28,9 +28,9 @@ def test_weights_quantised_after_a_call(fresh: Tiny, prompts: Prompts) -> None:
     wrapped.specdec.stats.reset()
     assert not torch.equal(same(wrapped, model, **asked), plain)
     assert wrapped.specdec.stats.steps == 2
-    steps = wrapped.specdec.decoders.get(wrapped.specdec.draft)
+    steps = wrapped.specdec._decoders.get(wrapped.specdec.draft)
     same(wrapped, model, **asked)
-    assert wrapped.specdec.decoders.get(wrapped.specdec.draft) is steps
+    assert wrapped.specdec._decoders.get(wrapped.specdec.draft) is steps
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 from side_by_side import RAGGED, Prompts, Tiny, same, wrap
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteriaList
 
 import specdec
 from specdec import TokenTree
@@ -46,7 +46,7 @@ def opposite(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def decoder_of(wrapped: PreTrainedModel) -> Decoder:
-    return wrapped.specdec.decoders.get(wrapped.specdec.draft)
+    return wrapped.specdec._decoders.get(wrapped.specdec.draft)
 
 
 @pytest.mark.parametrize("shape", TREES)
@@ -192,6 +192,30 @@ def test_every_count_is_what_plain_forwards_say(shape: str, family: str, tiny: T
     found = {name: getattr(stats, name) for name in vars(expected) if name != "tree"}
     assert found == {name: value for name, value in vars(expected).items() if name != "tree"}
     assert all(min(counts) > 0 for counts in stats.slots.values()), "every child is taken some time"
+
+
+@pytest.mark.parametrize("budget", [12, 20])
+@pytest.mark.parametrize("shape", TREES)
+def test_counts_end_with_the_text_whoever_ends_it(
+    shape: str, budget: int, model: PreTrainedModel, prompts: Prompts
+) -> None:
+    """The device at an end of text, or the host where the user's criteria end it; also before a later one that the
+    device has seen in the same step."""
+    draft, inputs = near(model), prompts([9])
+    text = model.generate(**inputs, max_new_tokens=budget)[0, 9:].tolist()
+    firsts = [n for n in range(1, 12) if text[n - 1] not in text[: n - 1]]
+    assert len(firsts) > 3
+    for n in firsts:
+        ends = StoppingCriteriaList([lambda ids, scores, n=n, **_: torch.tensor([ids.shape[1] >= 9 + n])])
+        ways: list[dict[str, Any]] = [{"eos_token_id": text[n - 1]}, {"stopping_criteria": ends}]
+        if text[n] not in text[:n]:
+            ways.append({"stopping_criteria": ends, "eos_token_id": text[n]})
+        counts = []
+        for way in ways:
+            wrapped = wrap(model, draft, tree=TREES[shape])
+            assert wrapped.generate(**inputs, max_new_tokens=budget, **way)[0, 9:].tolist() == text[:n]
+            counts.append((wrapped.specdec.stats.proposed, wrapped.specdec.stats.accepted))
+        assert counts == counts[:1] * len(counts), n
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

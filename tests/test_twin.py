@@ -172,12 +172,12 @@ def _changes(wrapped: PreTrainedModel, model: PreTrainedModel, prompts: Prompts,
     """A change is seen by the next call, and nothing else makes the decoder anew."""
     inputs = prompts(RAGGED)
     before = same(wrapped, model, **inputs, max_new_tokens=8)
-    decoder = wrapped.specdec.decoders.get("ngram")
+    decoder = wrapped.specdec._decoders.get("ngram")
     same(wrapped, model, **inputs, max_new_tokens=8)
-    assert wrapped.specdec.decoders.get("ngram") is decoder
+    assert wrapped.specdec._decoders.get("ngram") is decoder
     change()
     assert not torch.equal(same(wrapped, model, **inputs, max_new_tokens=8), before)
-    assert wrapped.specdec.decoders.get("ngram") is not decoder  # so it has been proved again
+    assert wrapped.specdec._decoders.get("ngram") is not decoder  # so it has been proved again
 
 
 @pytest.mark.parametrize("what", REPLACED)
@@ -253,9 +253,9 @@ def test_what_compiled_steps_have_read(fresh: Tiny, prompts: Prompts, monkeypatc
     model.model.layers[0].mlp = Read(model.model.layers[0].mlp, table)
     wrapped = specdec.compile(model, draft=None)
     before = same(wrapped, model, **inputs)
-    decoder = wrapped.specdec.decoders.get(None)
+    decoder = wrapped.specdec._decoders.get(None)
     same(wrapped, model, **inputs)
-    assert wrapped.specdec.decoders.get(None) is decoder
+    assert wrapped.specdec._decoders.get(None) is decoder
     holders: list[tuple[Any, Any]] = [(table, -1), (STEERING["scale"], 0), (globals(), "SCALE")]
     for holder, key in holders:
         value, holder[key] = holder[key], 3.0
@@ -400,7 +400,7 @@ def test_what_cannot_be_copied_is_shared(where: str, fresh: Tiny, prompts: Promp
                 # transformers copies configurations for what it writes down
                 assert torch.equal(wrapped.generate(**inputs), expected)
         assert sum(wrapped.specdec.stats.proposed) > 0
-        view = wrapped.specdec.decoders.get(draft).target
+        view = wrapped.specdec._decoders.get(draft).target
         if where == "model":
             assert [getattr(view.module, f"thing_{i}") is thing for i, thing in enumerate(things)] == [True] * 7
 

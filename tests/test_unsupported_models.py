@@ -75,7 +75,7 @@ def test_models_that_are_somewhere_else_run_transformers_own_loop(
         wrapped, IDS, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig(), False, None, {}
     )
     with pytest.warns(UserWarning, match=f"transformers' own loop: .*{reason}"):
-        out = wrapped.specdec.calls.decode(Task(call, None, Config(), lambda: "theirs"))
+        out = wrapped.specdec._calls.decode(Task(call, None, Config(), lambda: "theirs"))
     assert out == "theirs"
     assert list(wrapped.specdec.stats.fallbacks.values()) == [1]
 

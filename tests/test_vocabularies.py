@@ -82,7 +82,7 @@ def partial(tiny: Tiny) -> tuple[PreTrainedModel, Words]:
 
 
 def overlap_of(wrapped: PreTrainedModel) -> Overlap | None:
-    return wrapped.specdec.decoders.get(wrapped.specdec.draft).drafter._overlap
+    return wrapped.specdec._decoders.get(wrapped.specdec.draft).drafter._overlap
 
 
 # What is shared.
@@ -159,7 +159,7 @@ def test_of_the_same_model_in_another_order_everything_is_accepted(
 ) -> None:
     draft, tokenizer = permuted
     wrapped = wrap(model, draft, tokenizer=words(range(N)), draft_tokenizer=tokenizer, **SHAPES[shape])
-    depth = wrapped.specdec.decoders.get(wrapped.specdec.draft).tree.depth
+    depth = wrapped.specdec._decoders.get(wrapped.specdec.draft).tree.depth
     same(wrapped, model, **prompts(lengths), max_new_tokens=3 * (depth + 1))
     assert wrapped.specdec.stats.accepted == [3 * len(lengths)] * depth
     assert not wrapped.specdec.stats.fallbacks
@@ -257,7 +257,7 @@ def test_coupled_texts_are_those_without_a_draft(
 def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prompts) -> None:
     draft, tokenizer = partial
     wrapped = wrap(model, draft, depth=2, tokenizer=words(range(N)), draft_tokenizer=tokenizer)
-    decoder: Decoder = wrapped.specdec.decoders.get(wrapped.specdec.draft)
+    decoder: Decoder = wrapped.specdec._decoders.get(wrapped.specdec.draft)
     law = law_of(LogitsProcessorList(), True, model.device)
     prompt = prompts([9])["input_ids"][0]
     drafted = []
@@ -306,7 +306,7 @@ def test_an_assistant_of_one_call(model: PreTrainedModel, prompts: Prompts) -> N
         for _ in range(2):
             assert torch.equal(wrapped.generate(**inputs, max_new_tokens=8, **given), expected)
         assert wrapped.specdec.stats.accepted == [16] * 3
-        assert len(wrapped.specdec.decoders.kept) == 1
+        assert len(wrapped.specdec._decoders.kept) == 1
         texts = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         results = specdec.generate_many(wrapped, texts, max_batch_size=2, max_new_tokens=8, **given)
         for row, result in enumerate(results):

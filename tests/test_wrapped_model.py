@@ -171,7 +171,7 @@ def test_greedy_calls_leave_torchs_generator_alone(fresh: Tiny, prompts: Prompts
 
 def test_seeds_are_whole_numbers_and_can_be_taken_back(fresh: Tiny, prompts: Prompts) -> None:
     wrapped = wrap(fresh("llama"))
-    with pytest.raises(TypeError, match=r"whole numbers of 64 bits, got \[1\.5\]"):
+    with pytest.raises(TypeError, match=r"must be whole numbers .*, got \[1\.5\]"):
         wrapped.specdec.seeds = [1.5]
     wrapped.specdec.seeds = [1, 2, 3]
     wrapped.specdec.seeds = None

@@ -112,20 +112,19 @@ class Decoder:
     def _take(self, flight: Flight, policy: Policy, start: float) -> list[Emitted]:
         """What a step's report says of the texts that had not ended."""
         emitted = []
-        for row, text, report in flight.wait():
-            if text.finished:
-                continue
+        for row, text, report in [each for each in flight.wait() if not each[1].finished]:
             new = report.tokens
             if report.broken:
                 why = f"the target's logits in row {row} of the batch hold a NaN: there is no law to sample from"
                 new = new[:-1] if text.error else []  # what came before an error of the user's own counts
                 text.error = text.error or RuntimeError(why)
+            reach = len(report.tokens) if report.finished else text.max_new_tokens - len(text.tokens)
             taken = text.take(new, report.finished)
-            if len(taken) < len(new):
+            if text.finished:  # what comes after its end is nobody's, also where the host ended it
                 judged = self.tree.depths[report.n_judged]  # the deepest level of so many nodes
-                self.stats.uncount(len(taken), min(len(new), self.tree.depth), judged)
-            elif flight.plan.depth and not (report.finished or report.broken):
-                policy.count(text.track, report.n_found, report.n_judged, len(new) - 1)
+                self.stats.uncount(len(taken), report.n_accepted, min(judged, reach))
+            elif flight.plan.depth:
+                policy.count(text.track, report.n_found, report.n_judged, report.n_accepted)
             emitted.append(Emitted(text, taken))
         policy.learn(flight.plan, flight.seconds)
         n_tokens, seconds = sum(len(piece.tokens) for piece in emitted), time.perf_counter() - start

@@ -30,7 +30,7 @@ class Seeds:
         """Use these for the next call: whole numbers, one a text; None takes back what was set.
 
         Raises:
-            TypeError: they are not whole numbers of 64 bits.
+            TypeError: they are not whole numbers that int64 holds.
         """
         self.last = self._waiting = None if value is None else _whole(value)
 
@@ -72,7 +72,7 @@ def _draw(generator: torch.Generator | None = None) -> int:
 
 def _whole(value: Any) -> Tensor:
     """[n] int64; see `Seeds.fix`."""
-    wrong = TypeError(f"seeds are whole numbers of 64 bits, got {value!r}")
+    wrong = TypeError(f"seeds must be whole numbers from -2**63 to 2**63 - 1, got {value!r}")
     try:
         given = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):

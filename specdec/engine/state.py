@@ -35,6 +35,7 @@ class BatchState:
         allowed: [B] int64, how many drafted nodes of each the target is to judge, at most.
         new_tokens: [B, D + 1] int64, what the last step added to each text.
         n_new: [B] int64, how many of them count. n_judged: [B] int64, how many drafted nodes the target judged.
+        n_accepted: [B] int64, how many of them it accepted, up to the text's end.
         proposed, accepted, reached: [N] int64, by node, summed over live samples and steps: how often the node was
             drafted, was on the accepted path (the root always is), and was there with children to go on to.
         broken: [B] bool, the target's law held a NaN.
@@ -42,6 +43,7 @@ class BatchState:
 
     _PER_SAMPLE = (
         "limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new", "allowed", "n_judged",
+        "n_accepted",
     )  # fmt: skip
 
     def __init__(
@@ -51,9 +53,8 @@ class BatchState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._longest = n_columns - 1
-        self.limits, self.lengths, self.seeds, self.n_new, self.allowed, self.n_judged = (
-            zeros(n_rows) for _ in range(6)
-        )
+        self.limits, self.lengths, self.seeds, self.n_new, self.allowed = (zeros(n_rows) for _ in range(5))
+        self.n_judged, self.n_accepted = (zeros(n_rows) for _ in range(2))
         self._allowed = Upload(self.allowed)
         self.tokens = zeros(n_rows, n_columns)
         self.finished, self.broken = (zeros(n_rows, dtype=torch.bool) for _ in range(2))
@@ -188,7 +189,8 @@ class BatchState:
         reach = torch.where(ends.any(1), n_new, room)
         node = torch.arange(len(self.proposed), device=bonus.device, dtype=torch.int64)
         self.proposed += ((node < n_nodes[:, None]) & (self._depths <= reach[:, None])).sum(0)
-        counted = (place <= torch.minimum(n_accepted, reach)[:, None]) & ~self.finished[:, None]
+        within = torch.minimum(n_accepted, reach)
+        counted = (place <= within[:, None]) & ~self.finished[:, None]
         taken = (path[..., None] == node) & counted[..., None]  # [B, D + 1, N]
         self.accepted += taken.sum((0, 1))
         goes_on = (place < reach[:, None])[..., None] & (self._first_child < n_nodes[:, None])[:, None]
@@ -202,11 +204,12 @@ class BatchState:
         self.new_tokens.copy_(new)
         self.n_new.copy_(n_new)
         self.n_judged.copy_((n_nodes - 1).clamp(min=0))
+        self.n_accepted.copy_(within)
 
     def report(self) -> Tensor:
-        """[B, D + 6] int64 for the host, a `Report` of each sample."""
-        rest = (self.n_new, self.draft.counts, self.n_judged, self.finished.long(), self.broken.long())
-        return torch.cat([self.new_tokens, torch.stack(rest, 1)], 1)
+        """[B, D + 7] int64 for the host, a `Report` of each sample."""
+        counts = (self.n_new, self.draft.counts, self.n_judged, self.n_accepted)
+        return torch.cat([self.new_tokens, torch.stack([*counts, self.finished.long(), self.broken.long()], 1)], 1)
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ class Report:
 
     Attributes:
         tokens: new ones. n_found: how many nodes were drafted. n_judged: how many of them the target judged.
+        n_accepted: how many of those it accepted, up to the text's end.
         finished: whether the text has ended. broken: whether there was no law to sample from, or the user's code
             failed.
     """
@@ -222,11 +226,12 @@ class Report:
     tokens: list[int]
     n_found: int
     n_judged: int
+    n_accepted: int
     finished: bool
     broken: bool
 
     @classmethod
     def of(cls, row: list[int]) -> Report:
         """One row of `BatchState.report`."""
-        *tokens, n_new, n_found, n_judged, finished, broken = row
-        return cls(tokens[:n_new], n_found, n_judged, bool(finished), bool(broken))
+        *tokens, n_new, n_found, n_judged, n_accepted, finished, broken = row
+        return cls(tokens[:n_new], n_found, n_judged, n_accepted, bool(finished), bool(broken))

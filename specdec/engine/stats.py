@@ -139,23 +139,29 @@ class Stats:
 
     def lines(self) -> list[tuple[str, str]]:
         """What there is to say, and what of."""
-        undrafted = f", {self.undrafted} of them undrafted" if self.undrafted and self.accepted else ""
+        undrafted = f", {self.undrafted} of them without a draft" if self.undrafted and self.accepted else ""
+        spent = {"prefill": "prompts", "compile": "steps that compiled", "decode": "all other steps"}
         lines = [
-            ("tokens", f"{self.tokens} in {self.steps} steps{undrafted}"),
-            ("tokens per step and sample", f"{self.tokens_per_step:.2f}"),
-            ("acceptance by position", "  ".join(f"{a:.2f}" for a in self.acceptance_by_position) or "no draft"),
-            ("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())),
+            ("new tokens", f"{self.tokens} in {self.steps} steps of the target{undrafted}"),
+            ("tokens per step", f"{self.tokens_per_step:.2f} of each sample; without a draft it is 1"),
+            ("drafted tokens accepted", self._accepted()),
+            ("seconds", ", ".join(f"{value:.2f} {spent.get(name, name)}" for name, value in self.seconds.items())),
         ]
-        lines += [(name, said) for name in ("tree", "control") if (said := getattr(self, name)) is not None]
+        lines += [("tree chosen by tune()", self.tree)] if self.tree is not None else []
+        lines += [("how much is drafted", self.control)] if self.control is not None else []
         for reason, count in self.fallbacks.items():
             lines.append(("ran transformers' own loop", f"{count} x: {reason}. {remedy(reason)}".rstrip()))
         for name, counts in (
             ("decoded without the draft", self.dropped_drafts),
             ("ran eagerly", self.eager),
-            ("not drafted for", self.undrafted_texts),
+            ("samples without a draft", self.undrafted_texts),
         ):
             lines += [(name, f"{count} x: {reason}") for reason, count in counts.items()]
         return lines
+
+    def _accepted(self) -> str:
+        shares = [f"{a:.0%}" for a in self.acceptance_by_position]
+        return f"{' '.join(shares)}, by position in the draft" if shares else "none was drafted"
 
     def table(self) -> Table:
         """A table for a terminal (rich)."""

@@ -118,6 +118,11 @@ class TokenTree:
         """The nodes with children, ascending."""
         return tuple(node for node, count in enumerate(self.n_children) if count)
 
+    @property
+    def summary(self) -> str:
+        """Its shape in a few words."""
+        return f"chain of {self.depth}" if self.is_chain else f"tree of {len(self) - 1} nodes, depth {self.depth}"
+
     @cached_property
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, len(self) - 1))

@@ -40,7 +40,7 @@ class Handle(Protocol):
     def model(self) -> PreTrainedModel: ...
 
     @property
-    def calls(self) -> Calls: ...
+    def _calls(self) -> Calls: ...
 
 
 def wrap(handle: Handle) -> PreTrainedModel:
@@ -87,25 +87,25 @@ def _subclass(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def _made(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.specdec.calls.sample(partial(parent._sample, self, *args, **kwargs))
+        return self.specdec._calls.sample(partial(parent._sample, self, *args, **kwargs))
 
     def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.specdec.calls.assisted(partial(parent._assisted_decoding, self, *args, **kwargs))
+        return self.specdec._calls.assisted(partial(parent._assisted_decoding, self, *args, **kwargs))
 
     def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         loop = partial(parent._beam_search, self, *args, **kwargs)
-        return self.specdec.calls.fall_back(Unsupported("beams"), loop)
+        return self.specdec._calls.fall_back(Unsupported("beams"), loop)
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         loop = partial(parent.init_continuous_batching, self, *args, **kwargs)
-        return self.specdec.calls.fall_back(Unsupported("continuous batching"), loop)
+        return self.specdec._calls.fall_back(Unsupported("continuous batching"), loop)
 
     def counted(name: str) -> Any:
         method = getattr(parent, name)
 
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.specdec.calls.count(partial(method, self, *args, **kwargs))
+            return self.specdec._calls.count(partial(method, self, *args, **kwargs))
 
         return call
 

@@ -58,8 +58,7 @@ class Choice:
 
     def _of(self, tree: TokenTree) -> str:
         tokens, milliseconds = expected_tokens(tree, self.acceptance), 1000 * self.cost.of(tree)
-        shape = f"chain of {tree.depth}" if tree.is_chain else f"tree of {len(tree) - 1} nodes, depth {tree.depth}"
-        return f"{shape}, {tokens:.2f} tokens in {milliseconds:.1f} ms a step"
+        return f"{tree.summary}, {tokens:.2f} tokens in {milliseconds:.1f} ms a step"
 
 
 def choose(
@@ -72,7 +71,7 @@ def choose(
         probe: decodes with a tree, and says what happened; with True, compiled and timed.
     """
     slots: Counter[tuple[int, int]] = Counter()
-    with spinner("tunes") as bar:
+    with spinner("tunes", config.progress) as bar:
         for tree in PROBES:
             if tree.is_chain or config.verifier != "block":
                 bar.say(f"tunes: acceptance with {len(tree) - 1} drafted nodes")

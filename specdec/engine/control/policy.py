@@ -59,16 +59,18 @@ class Decisions:
 
     def __str__(self) -> str:
         if not self.n_levels:
-            return "nothing to draft"
+            return "there is no draft"
         if not self.adapts:
-            return f"always the whole draft, of {self.n_levels} levels"
-        parts = [(f"draft of {d} by texts", curve) for d, curve in self.draft_seconds.items()]
-        parts += [(f"forward of {n} texts or more by tokens", curve) for n, curve in self.forward_seconds.items()]
-        seconds = "; ".join(
-            f"{name} {', '.join(f'{size}: {1000 * x:.1f}' for size, x in curve.items())} ms" for name, curve in parts
-        )
-        rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance)
-        return f"{self.depth} levels now, after {self.changes} changes; survival by level {rates}; {seconds}"
+            return f"always {self.n_levels} tokens deep, the whole draft"
+        parts = [(f"a draft {d} deep, by batch size", curve) for d, curve in self.draft_seconds.items()]
+        parts += [(f"the target from batch size {n} on, by tokens", curve) for n, curve in self.forward_seconds.items()]
+        seconds = [
+            f"ms of {name}: {', '.join(f'{size} takes {1000 * x:.1f}' for size, x in curve.items())}"
+            for name, curve in parts
+        ]
+        now = f"now {self.depth} of up to {self.n_levels} tokens deep, after {self.changes} changes"
+        rates = f"chances to be accepted: {', '.join(f'{rate:.2f}' for rate in self.acceptance)}"
+        return "; ".join([now, rates, *seconds])
 
 
 class Policy(Protocol):
