@@ -1,12 +1,12 @@
-"""Many prompts from a JSONL file, their texts to another; the same command goes on where it was stopped.
+"""Many prompts from one JSONL file, their texts to another; after an interruption the same command goes on.
 
     python examples/many_prompts.py prompts.jsonl texts.jsonl
     python examples/many_prompts.py prompts.jsonl texts.jsonl --model Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B
 
-A line of the input is {"prompt": "...", ...}. A line of the output is the same object with "index", its place among the
-prompts, counted from 0, and with "text", which the model adds, or with "error", which says why there is none. Lines are
-written when their texts are complete, so they are not in the order of the input. After Ctrl-C or a crash only the texts
-that were under way are computed again, and the result is the same. To try an error again, delete its line.
+A line of the input is {"prompt": "...", ...}. Its line of the output is the same object with "index", its place in the
+input, counted from 0, and either "text", what the model adds, or "error", why there is none. Lines are written as their
+texts are complete, not in the order of the input. After Ctrl-C, kill -9 or a crash only the texts that were under way
+are computed again. Use the same options then: the file does not hold them. To try an error again, delete its line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
 from specdec import zoo
@@ -79,42 +79,50 @@ def main(argv: Sequence[str] | None = None, compile: bool = True) -> None:
     parser.add_argument("--max-batch-size", type=int, default=8, help="texts decoded at once (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy decoding")
     args = parser.parse_args(argv)
+    if min(args.max_new_tokens, args.max_batch_size) < 1 or args.temperature < 0:
+        parser.error("--max-new-tokens and --max-batch-size must be positive, and --temperature must not be negative")
     try:
         records = read_prompts(args.prompts)
         there = read_results(args.texts, records)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    todo = [index for index in range(len(records)) if index not in there]
     print(f"{len(there)} of {len(records)} results are in {args.texts}")
+    todo = [index for index in range(len(records)) if index not in there]
+    if not todo:
+        return
 
     dtype, device = ("auto", "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+
+    def load(name: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+
     if args.model is None:
         target, draft, tokenizer = zoo.load_pair(device=device)
     else:
-        target, draft = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device), "ngram"
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        target, draft, tokenizer = load(args.model), "ngram", AutoTokenizer.from_pretrained(args.model)
     if args.draft is not None:
-        is_model = args.draft != "ngram"
-        draft = AutoModelForCausalLM.from_pretrained(args.draft, dtype=dtype).to(device) if is_model else "ngram"
+        draft = args.draft if args.draft == "ngram" else load(args.draft)
     model = specdec.compile(target, draft, compile=compile)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    settings = {"max_batch_size": args.max_batch_size, "max_new_tokens": args.max_new_tokens, **sampling}
 
     ids = [tokenizer(records[index]["prompt"])["input_ids"] for index in todo]
     model.specdec.seeds = todo  # a sampled text depends on its index alone
     with args.texts.open("a", encoding="utf-8") as file:
-        for result in specdec.generate_many(
-            model, ids, max_batch_size=args.max_batch_size, in_order=False, max_new_tokens=args.max_new_tokens, **sampling
-        ):  # fmt: skip
+        for result in specdec.generate_many(model, ids, in_order=False, **settings):
             index = todo[result.index]
             if result.error is None:
                 new = {"text": tokenizer.decode(result.tokens[len(ids[result.index]) :], skip_special_tokens=True)}
             elif isinstance(result.error, Exception):
                 new = {"error": f"{type(result.error).__name__}: {result.error}"}
-            else:  # Ctrl-C, which ends the loop once all complete results are out
+            else:  # under way when Ctrl-C was pressed, which is raised after the last result
                 continue
             file.write(json.dumps({"index": index, **records[index], **new}) + "\n")
             file.flush()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; the same command goes on from here") from None
