@@ -1,4 +1,4 @@
-"""A model with a draft on a GPU, and the same model without specdec: tokens per second, and whether the texts are equal.
+"""A model on a GPU, with specdec and without it: tokens per second, and whether the texts are equal.
 
     python examples/gpu.py                                               # the bundled pair, which is very small
     python examples/gpu.py --model Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class BigramDrafter(specdec.Drafter):
         for token, follower in pairs[:, counts.argsort()].T.tolist():  # the most frequent comes last, so it stays
             self.follower[token] = follower
 
-    def draft(self, state, law, live, depth):
+    def draft(self, state: Any, law: Any, live: torch.Tensor, depth: int) -> specdec.Draft:
         tokens = [state.pending]  # [B], the last token of each text
         for _ in range(depth):
             tokens.append(self.follower[tokens[-1].clamp(min=0)])
