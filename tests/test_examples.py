@@ -224,6 +224,7 @@ def test_a_file_that_holds_something_else_is_left_alone(
     assert out.read_text() == there
 
 
+@pytest.mark.slow
 def test_the_evaluation_harness_gets_the_same_answers(
     wrapped: list[PreTrainedModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
