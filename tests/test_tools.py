@@ -16,7 +16,6 @@ from bench import (
     backend,
     control,
     end_to_end,
-    lm_eval_client,
     many,
     many_memory,
     overhead,
@@ -55,7 +54,6 @@ TOOLS: dict[str, Tool] = {
     "many": lambda out, compile: many.main("bundled", 2, 2, 4, 1, "", compile=compile, out=out),
     "trees": lambda out, compile: trees.main("bundled", "0", 1, 4, 1, out=out),
     "overhead": lambda out, compile: overhead.main("bundled"),
-    "lm_eval_client": lambda out, compile: lm_eval_client.main(1, 4, 1, compile),
     "verifiers": lambda out, compile: verifiers.main("1.0", "2", 2, 1, 4, out=out),
     "many_memory": lambda out, compile: many_memory.main("bundled", 1, 4, compile),
     "warmup": lambda out, compile: warmup.main(child=1),
@@ -69,14 +67,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(overhead, name, value)
     for module, name, value in ((many, "LONGEST", 24), (many_memory, "SHORTEST", 8), (many_memory, "LONGEST", 12)):
         monkeypatch.setattr(module, name, value)
-    prompt = torch.arange(1, 9, dtype=torch.int64)[None]
-
-    def ask(model: Any, tokenizer: Any, asked: Any, batch_size: int) -> Any:
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=4)
-        return {"all": out.tolist()}, {"all": 0.0}
-
-    monkeypatch.setattr(lm_eval_client, "requests", lambda *_: {"all": []})
-    monkeypatch.setattr(lm_eval_client, "answers", ask)
 
 
 def _fails(tool: str, out: Path, compile: bool, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +103,7 @@ def _some_trees(*_: Any) -> dict[str, Any]:
     return {"trees": {"best tree": TokenTree.from_widths(2)}, "expected": {"best tree": 1.0}, "why": ""}
 
 
-@pytest.mark.parametrize("tool", ["demo", "lm_eval_client", "overhead", "padding", "trees"])
+@pytest.mark.parametrize("tool", ["demo", "overhead", "padding", "trees"])
 def test_what_ran_eagerly_though_compiled_was_asked_for(
     tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +112,7 @@ def test_what_ran_eagerly_though_compiled_was_asked_for(
     _fails(tool, tmp_path, True, "ran eagerly: g++: it says no", capsys)
 
 
-@pytest.mark.parametrize("tool", ["demo", "end_to_end", "control", "many", "lm_eval_client"])
+@pytest.mark.parametrize("tool", ["demo", "end_to_end", "control", "many"])
 def test_another_text(
     tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
