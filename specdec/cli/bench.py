@@ -107,7 +107,7 @@ def run(settings: Settings, console: Console) -> Result:
         try:
             paths = _paths(pair, settings, result.notes)
         except (TypeError, ValueError) as error:  # a draft that does not fit to its target
-            raise ValueError(inputs.first_line(error)) from None
+            raise ValueError(inputs.in_a_line(error)) from None
     result.parameters = sum(parameter.numel() for parameter in pair.target.parameters())
     result.dtype, result.two_tokenizers = str(pair.target.dtype).removeprefix("torch."), bool(pair.tokenizers)
     _Run(result, paths, inputs.batches(prompts, settings.batch, sources.device), console).measure()
@@ -173,10 +173,10 @@ class _Run:
         for i, (name, path) in enumerate(self._paths.items(), 1):
             start, what = time.perf_counter(), f"warming up ({i} of {len(self._paths)}): {path.label}"
             with self._works(name):
+                self._console.print(f"{what}{', which compiles its steps' * path.compiles}", style="dim")
                 if stats := _stats(path):  # its warm-up draws a spinner of its own
-                    self._console.print(f"{what}{', which compiles its steps' * path.compiles}", style="dim")
                     path.model.specdec.warmup((self._settings.batch,), longest, **self._settings.call)
-                with self._console.status(what):
+                with self._console.status("decoding all prompts once"):
                     self._texts[name] = self._decode(path)
                 self._check(name)
                 if stats:
@@ -209,20 +209,16 @@ class _Run:
     @contextmanager
     def _works(self, name: str) -> Generator[None]:
         """A way that fails is left out, with the reason."""
-        sources, is_sound = self._settings.sources, False
+        sources = self._settings.sources
         with self._result.faults.of(sources.model or sources.size):
             try:
                 yield
-                is_sound = True
-            except measure.NotMeasured:
-                raise
             except Exception as error:  # of any library, or of code that came with the model
-                raise measure.NotMeasured(
-                    f"{self._paths[name].label} failed: {type(error).__name__}: {inputs.first_line(error)}"
-                ) from None
-            finally:
-                if not is_sound:
-                    self._texts.pop(name, None)
+                self._texts.pop(name, None)
+                if isinstance(error, measure.NotMeasured):
+                    raise
+                why = f"{type(error).__name__}: {inputs.in_a_line(error)}"
+                raise measure.NotMeasured(f"{self._paths[name].label} failed: {why}") from None
 
     def _check(self, name: str) -> None:
         """Whether a way did what it claims to.

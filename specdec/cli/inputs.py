@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class Sources:
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"--device {self.device}: {first_line(error)}") from None
+            raise ValueError(f"--device {self.device}: {in_a_line(error)}") from None
 
     @property
     def draft_model(self) -> str | None:
@@ -144,9 +145,9 @@ class Sources:
             return AutoModelForCausalLM.from_pretrained(where, dtype=self.dtype).to(self.device).eval()
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
+def in_a_line(error: BaseException) -> str:
+    """What an error says, or the first of it."""
+    return textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def _named(option: str, where: str, what: str = "") -> Generator[None]:
     try:
         yield
     except Exception as error:  # whatever a library, or code that comes with a model, says
-        raise ValueError(f"{option} {where}: {what}{first_line(error)}") from None
+        raise ValueError(f"{option} {where}: {what}{in_a_line(error)}") from None
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
@@ -182,7 +183,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
             try:
                 found.append((where, read(line)))
             except ValueError as error:
-                raise ValueError(f"{where}: {first_line(error)}") from None
+                raise ValueError(f"{where}: {in_a_line(error)}") from None
     if not found:
         raise ValueError(f"--prompts {path}: there is no prompt in it")
     return found

@@ -101,18 +101,28 @@ def plot(result: Result, path: str) -> None:
 
     figure = Figure(figsize=(7, 1.2 + 0.45 * len(result.ways)), layout="constrained")
     axes = figure.subplots()
-    bars(axes, {way.label: way.speed for way in result.ways}, [way.stats is not None for way in result.ways])
-    for i, way in enumerate(reversed(result.ways)):
-        axes.plot(way.middle, [i, i], color="0.2", linewidth=1.5, marker="|")
+    ours = [way.stats is not None for way in result.ways]
+    bars(axes, {way.label: way.speed for way in result.ways}, ours, [way.middle for way in result.ways])
     axes.set_title(_title(result), loc="left", fontsize=10)
     figure.savefig(path, dpi=150, format="png")
 
 
-def bars(axes: Axes, speeds: Mapping[str, float], ours: Sequence[bool]) -> None:
-    """Tokens a second by label, the first of which the others are compared with; specdec's are marked `ours`."""
+def bars(
+    axes: Axes, speeds: Mapping[str, float], ours: Sequence[bool], middles: Sequence[tuple[float, float]] | None = None
+) -> None:
+    """Tokens a second by label, the first of which the others are compared with; specdec's are marked `ours`.
+
+    Args:
+        middles: what the middle half of each one's rounds lies between, if that is drawn.
+    """
     labels, values = list(speeds)[::-1], list(speeds.values())[::-1]
     colors = ["tab:blue" if is_ours else "0.7" for is_ours in reversed(ours)]
-    drawn = axes.barh([label.replace(", ", ",\n") for label in labels], values, color=colors, height=0.6)
-    axes.bar_label(drawn, [f"{value:.0f}  ({value / values[-1]:.2f}×)" for value in values], padding=8)
+    noise = None
+    if middles is not None:
+        away = [(value - low, high - value) for value, (low, high) in zip(speeds.values(), middles, strict=True)]
+        noise = list(zip(*reversed(away), strict=True))
+    names = [label.replace(", ", ",\n") for label in labels]
+    drawn = axes.barh(names, values, color=colors, height=0.6, xerr=noise, ecolor="0.2", capsize=3)
+    axes.bar_label(drawn, [f"{value:.0f}  ({value / values[-1]:.2f}×)" for value in values], padding=4)
     axes.set(xlabel="tokens per second (median)", xlim=(0, 1.3 * max(values)))
     axes.spines[["top", "right"]].set_visible(False)
