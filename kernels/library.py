@@ -41,7 +41,7 @@ if INTERPRETED and triton is None:
 
 @dataclass(frozen=True)
 class Op:
-    """What is registered: for `specdec info` and the tests.
+    """What is registered: for `specdec info --verbose` and the tests.
 
     Attributes:
         schema: as given to `register`. call: what the library calls; `call.op` is the dispatcher's overload.

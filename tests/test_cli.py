@@ -14,10 +14,24 @@ from typer.testing import CliRunner
 
 import specdec.kernels.cache.kv_cache
 import specdec.kernels.verify.verify_greedy  # noqa: F401
+from specdec import zoo
 from specdec.cli import info, measure
 from specdec.cli.app import app
+from specdec.errors import Unsupported
+from specdec.hf import call as hf_call
 
 QUICK = ["demo", "--no-compile", "--max-new-tokens", "12", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`target` and `draft`: the bundled pair, as a user's own models are saved."""
+    folder = tmp_path_factory.mktemp("models")
+    *models, tokenizer = zoo.load_pair()
+    for name, model in zip(("target", "draft"), models, strict=True):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
 
 
 def call(*arguments: str) -> Any:
@@ -82,14 +96,60 @@ def test_bad_options_are_explained(arguments: list[str], message: str) -> None:
     assert message in done.output and "Traceback" not in done.output
 
 
-def test_info_names_versions_and_every_op() -> None:
+def test_info_is_short() -> None:
     done = call("info")
     assert done.exit_code == 0, done.output
     for version in measure.versions().values():
         assert version in done.output
+    assert "C++ compiler" in done.output and "decode here" in done.output
+    assert len(done.output.splitlines()) <= 10
+
+
+def test_info_names_every_op() -> None:
+    done = call("info", "--verbose")
+    assert done.exit_code == 0, done.output
     listed = {name for name, *_ in info.ops()}
     assert all(name in done.output for name in listed)
     assert {name for name in dir(torch.ops.specdec) if not name.startswith("_") and name != "name"} <= listed
+
+
+@pytest.mark.parametrize("draft", [None, "ngram", "{folder}/draft"])
+def test_info_tries_a_model(draft: str | None, folder: Path) -> None:
+    drafts = [] if draft is None else ["--draft", draft.format(folder=folder)]
+    done = call("info", "--model", str(folder / "target"), *drafts)
+    assert done.exit_code == 0, done.output
+    assert "LlamaForCausalLM, 4M parameters, float32" in done.output and "this model decodes here" in done.output
+    assert ("draft " in done.output) == (draft == "{folder}/draft")
+
+
+def test_info_says_why_a_model_does_not_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise Unsupported("a stand-in", "with details")
+
+    monkeypatch.setattr(hf_call, "check_model", refuse)
+    done = call("info", "--model", str(folder / "target"))
+    assert done.exit_code == 1 and "decodes here" not in done.output
+    assert "a stand-in: with details" in done.output and "README.md" in done.output
+
+
+def test_info_says_what_to_do_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "compiler_error", lambda: "g++: not found")
+    done = call("info")
+    assert done.exit_code == 0 and "g++: not found" in done.output and "install g++ or clang" in done.output
+
+
+def test_info_says_what_a_release_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks() -> None:
+        raise Unsupported("this transformers has no loop", "install transformers<9")
+
+    monkeypatch.setattr(info.names, "check", lacks)
+    done = call("info")
+    assert done.exit_code == 1 and "install transformers<9" in done.output
+
+
+def test_info_of_a_model_that_is_not_there() -> None:
+    done = call("info", "--model", "no/such/folder")
+    assert done.exit_code == 2 and "there is no such folder" in done.output and "Traceback" not in done.output
 
 
 def test_train_shows_the_trainers_own_options() -> None:

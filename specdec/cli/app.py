@@ -1,11 +1,13 @@
-"""The command line: `python -m specdec demo | info | train`."""
+"""The command line: `python -m specdec demo | bench | info | train`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,6 +31,15 @@ class Size(str, Enum):
     m300 = "300m"
 
 
+class Dtype(str, Enum):
+    """What a model computes in; auto is what it was saved in."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 class Draft(str, Enum):
     """Where drafts come from."""
 
@@ -48,20 +59,25 @@ def _png(path: Path | None) -> Path | None:
     return _to_be_written(path)
 
 
+JsonFile = Annotated[
+    Path | None, Option("--json", help="Write the result as JSON.", dir_okay=False, callback=_to_be_written)
+]
+PlotFile = Annotated[Path | None, Option("--plot", help="Write a plot (PNG).", dir_okay=False, callback=_png)]
+Compile = Annotated[bool, Option(help="Compile specdec's step, or run it eagerly.")]
+Model = Annotated[str | None, Option(help="Folder or hub id.  [default: the bundled pair]")]
+DraftModel = Annotated[str | None, Option(help="Folder or hub id of a draft model, or ngram.")]
+
+
 @app.command()
 def demo(
-    json_file: Annotated[
-        Path | None, Option("--json", help="Write the result as JSON.", dir_okay=False, callback=_to_be_written)
-    ] = None,
-    plot_file: Annotated[
-        Path | None, Option("--plot", help="Write a plot (PNG).", dir_okay=False, callback=_png)
-    ] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     prompt: Annotated[str | None, Option(help="Python source to continue.  [default: a function's head]")] = None,
     size: Annotated[Size, Option(help="Target: the bundled one, or as costly as a larger model.")] = Size.bundled,
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens to write.")] = 128,
     draft: Annotated[Draft, Option(help="Draft with the bundled model, or from the text's own n-grams.")] = Draft.model,
     repeats: Annotated[int, Option(min=1, help="Timed runs of each way to decode; medians are shown.")] = 5,
-    compile: Annotated[bool, Option(help="Compile specdec's step, or run it eagerly.")] = True,
+    compile: Compile = True,
 ) -> None:
     """Decode a prompt with the bundled models, and compare speed and text with transformers.
 
@@ -77,22 +93,81 @@ def demo(
     except (OSError, ValueError) as error:
         raise _failure(error) from None
     demo_.show(result, console)
-    try:
-        if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        if plot_file is not None:
-            demo_.plot(result, str(plot_file))
-    except OSError as error:
-        raise _failure(error) from None
+    _write(json_file, result, plot_file, partial(demo_.plot, result))
     result["faults"].exit()
 
 
 @app.command()
-def info() -> None:
-    """Show versions, device, compiler, the implementation of every op, and the bundled pair's figures."""
+def bench(
+    model: Model = None,
+    draft: DraftModel = None,
+    prompts: Annotated[
+        Path | None,
+        Option(
+            help='A prompt a line; a file.jsonl has {"prompt": "..."} in each. Chat templates are not applied. '
+            " [default: a few built in]",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
+    ] = None,
+    size: Annotated[
+        Size, Option(help="Of the bundled target, without --model: as costly as a larger one.")
+    ] = Size.bundled,
+    dtype: Annotated[Dtype, Option(help="Of both models.")] = Dtype.auto,
+    device: Annotated[str | None, Option(help="Of both models.  [default: cuda where there is one, else cpu]")] = None,
+    batch: Annotated[int, Option(min=1, help="Prompts decoded at once.")] = 1,
+    temperature: Annotated[float, Option(min=0, help="0 decodes greedily.")] = 0.0,
+    new_tokens: Annotated[int, Option(min=1, help="Tokens to write after each prompt.")] = 128,
+    repeats: Annotated[int, Option(min=1, help="Timed rounds; medians are shown.")] = 5,
+    compile: Compile = True,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """Compare the ways to decode a model of yours, and say which one to take.
+
+    transformers' generate(), its assisted generation, specdec without a draft, with n-grams and with a draft model
+    decode the same prompts in turns. Ctrl-C ends it with what is measured so far, and exit code 130. Exits with 1 if a
+    way failed, or if specdec's text differs from transformers' by more than rounding.
+    """
+    from specdec.cli import bench as bench_
+    from specdec.cli import inputs, report
+
+    console = Console()
+    try:
+        sources = inputs.Sources(model, draft, size.value, dtype.value, device or inputs.default_device())
+        settings = bench_.Settings(sources, prompts, batch, temperature, new_tokens, repeats, compile)
+        result = bench_.run(settings, console)
+    except (OSError, ValueError) as error:
+        raise _failure(error) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted before anything was measured")
+        raise typer.Exit(130) from None
+    report.show(result, console)
+    _write(json_file, result.to_dict(), plot_file if result.ways else None, partial(report.plot, result))
+    if result.interrupted:
+        result.faults.say()
+        raise typer.Exit(130)
+    result.faults.exit()
+
+
+@app.command()
+def info(
+    model: Model = None,
+    draft: DraftModel = None,
+    verbose: Annotated[bool, Option("--verbose", help="Every op, and the bundled pair's figures, too.")] = False,
+) -> None:
+    """Say whether this machine, these versions and this model will decode here, and if not what to do.
+
+    Exits with 1 if not.
+    """
     from specdec.cli import info as info_
 
-    info_.show(Console())
+    try:
+        decodes = info_.show(Console(), model, draft, verbose)
+    except (OSError, TypeError, ValueError) as error:
+        raise _failure(error) from None
+    raise typer.Exit(not decodes)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -103,6 +178,17 @@ def train(context: typer.Context) -> None:
     trainer = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     trainer.command()(train_pair)
     trainer(args=context.args, prog_name=context.command_path)
+
+
+def _write(json_file: Path | None, result: dict[str, Any], plot_file: Path | None, plot: Callable[[str], None]) -> None:
+    """The files that were asked for."""
+    try:
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if plot_file is not None:
+            plot(str(plot_file))
+    except OSError as error:
+        raise _failure(error) from None
 
 
 def _failure(error: Exception) -> typer.Exit:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from specdec.cli import measure
+from specdec.cli import measure, report
 
 PROMPT = '''class LRUCache:
     """A cache that forgets the least recently used entry."""
@@ -192,18 +192,14 @@ def plot(result: dict[str, Any], path: str) -> None:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    names = list(result["tokens_per_second"])[::-1]
-    speeds = [result["tokens_per_second"][name] for name in names]
-    colors = ["tab:blue" if name == "specdec" else "0.7" for name in names]
-    bars = left.barh([result["labels"][name].replace(", ", ",\n") for name in names], speeds, color=colors, height=0.6)
-    base = result["tokens_per_second"]["transformers"]
-    left.bar_label(bars, [f"{speed:.0f}  ({speed / base:.2f}×)" for speed in speeds], padding=4)
-    left.set(xlabel="tokens per second (median)", xlim=(0, 1.3 * max(speeds)))
+    speeds = result["tokens_per_second"]
+    report.bars(
+        left, {result["labels"][name]: speed for name, speed in speeds.items()}, [n == "specdec" for n in speeds]
+    )
     left.set_title(f"{result['parameters'] / 1e6:.0f}M target, float32, greedy", loc="left", fontsize=10)
     shares = result["acceptance_by_position"]
     right.bar(range(1, len(shares) + 1), shares, color="tab:blue", width=0.6)
     right.set(xlabel="position in the draft", ylabel="share accepted", ylim=(0, 1), xticks=range(1, len(shares) + 1))
     right.set_title(f"{result['tokens_per_step']:.2f} tokens per step", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")

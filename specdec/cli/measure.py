@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ LOOKUP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Path:
-    """One way to decode greedily.
+    """One way to decode.
 
     Attributes:
         label: for tables and plots.
@@ -50,9 +51,10 @@ class Path:
     max_batch: int | None = None
 
     def __call__(self, prompts: Tensor, new_tokens: int, **more: Any) -> Tensor:
-        """[B, length + new_tokens] ids: the prompts [B, length] and exactly `new_tokens` greedy tokens each."""
-        options = {"do_sample": False, "max_new_tokens": new_tokens, **self.options, **more}
-        return self.model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        """[B, length + new_tokens] ids: the prompts [B, length] and exactly `new_tokens` tokens each, which are greedy
+        unless `more` says otherwise."""
+        call = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "max_new_tokens": new_tokens}
+        return self.model.generate(prompts, **call | {**self.options, **more})
 
 
 def load_pair(
@@ -77,18 +79,31 @@ def load_pair(
     return target, draft, tokenizer
 
 
-def all_paths(target: PreTrainedModel, draft: PreTrainedModel, *, compiled: bool = True) -> dict[str, Path]:
+def all_paths(
+    target: PreTrainedModel, draft: PreTrainedModel | None, *, compiled: bool = True,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] = MappingProxyType({}),
+) -> dict[str, Path]:  # fmt: skip
     """Every way to decode `target`, by name; `"transformers"` comes first and is what the others are compared with.
 
     The models' end-of-text tokens are switched off, so that all paths write the same number of tokens.
 
     Args:
+        draft: None leaves out what needs one.
         compiled: False runs specdec eagerly and leaves out what exists only compiled.
+        tokenizers: `tokenizer` and `draft_tokenizer`, where the draft's tokens are not the target's.
     """
     for model in (target, draft):
-        model.generation_config.eos_token_id = None
+        if model is not None:
+            model.generation_config.eos_token_id = None
     static = CompileConfig()
     static._compile_all_devices = True  # transformers compiles by itself on GPUs only
+    assisted: dict[str, Any] = {"assistant_model": draft}
+    if tokenizers:
+        assisted |= {"tokenizer": tokenizers["tokenizer"], "assistant_tokenizer": tokenizers["draft_tokenizer"]}
+
+    def ours(label: str, draft: Any, **more: Any) -> Path:
+        return Path(label, specdec.compile(target, draft, compile=compiled, **more), compiles=compiled)
+
     paths = {
         "transformers": Path("transformers", target),
         "transformers_compiled": Path(
@@ -97,13 +112,14 @@ def all_paths(target: PreTrainedModel, draft: PreTrainedModel, *, compiled: bool
         "transformers_lookup": Path(
             "transformers, prompt lookup", target, {"prompt_lookup_num_tokens": LOOKUP_TOKENS}, max_batch=1
         ),
-        "transformers_assisted": Path("transformers, assisted", target, {"assistant_model": draft}, max_batch=1),
-        "specdec_plain": Path("specdec, no draft", specdec.compile(target, compile=compiled), compiles=compiled),
-        "specdec_ngram": Path(
-            "specdec, n-grams", specdec.compile(target, "ngram", compile=compiled), compiles=compiled
-        ),
-        "specdec": Path("specdec, draft model", specdec.compile(target, draft, compile=compiled), compiles=compiled),
+        "transformers_assisted": Path("transformers, assisted", target, assisted, max_batch=1),
+        "specdec_plain": ours("specdec, no draft", None),
+        "specdec_ngram": ours("specdec, n-grams", "ngram"),
     }
+    if draft is None:
+        del paths["transformers_assisted"]
+    else:
+        paths["specdec"] = ours("specdec, draft model", draft, **tokenizers)
     if not compiled:
         del paths["transformers_compiled"]
     return paths
@@ -112,7 +128,15 @@ def all_paths(target: PreTrainedModel, draft: PreTrainedModel, *, compiled: bool
 def compare(
     runs: Mapping[str, Callable[[], Any]], repeats: int, after_each: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` of them. All take turns, and every round another one goes first.
+    """Seconds of each run, `repeats` of them, see `rounds`."""
+    measured = list(rounds(runs, repeats, after_each))
+    return {name: [seconds[name] for seconds in measured] for name in runs}
+
+
+def rounds(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, after_each: Callable[[str], None] = lambda name: None
+) -> Iterator[dict[str, float]]:
+    """Seconds of each run, round by round. All take turns, and every round another one goes first.
 
     Take medians, and compare only what was measured in one call: the machine's mood then falls on all alike. Nothing
     is warmed up here.
@@ -121,16 +145,15 @@ def compare(
         after_each: called with the name of the run that ended, outside the clock.
     """
     names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
-        first = turn % len(names)
+        first, seconds = turn % len(names), {}
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
             runs[name]()
             synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name] = time.perf_counter() - start
             after_each(name)
-    return seconds
+        yield seconds
 
 
 class NotMeasured(Exception):
@@ -138,12 +161,16 @@ class NotMeasured(Exception):
 
 
 def check(label: str, stats: Stats) -> None:
-    """Whether what was counted is specdec's own decoding, compiled if that was asked for.
+    """Whether what was counted is specdec's own decoding, with its draft, compiled if that was asked for.
 
     Raises:
         NotMeasured: with the reason.
     """
-    for how, reasons in (("transformers' own loop", stats.fallbacks), ("eagerly", stats.eager)):
+    for how, reasons in (
+        ("transformers' own loop", stats.fallbacks),
+        ("without its draft", stats.dropped_drafts),
+        ("eagerly", stats.eager),
+    ):
         if reasons:
             raise NotMeasured(f"{label} ran {how}: {', '.join(reasons)}")
 
@@ -164,10 +191,14 @@ class Faults(list[str]):
         if not is_same:
             self.append(f"{part}: another text than transformers'")
 
-    def exit(self) -> None:
-        """Say them on stderr and end with 1, if there are any."""
+    def say(self) -> None:
+        """A line each, on stderr."""
         for line in self:
             print(f"failed: {line}", file=sys.stderr)
+
+    def exit(self) -> None:
+        """Say them and end with 1, if there are any."""
+        self.say()
         if self:
             raise typer.Exit(1)
 

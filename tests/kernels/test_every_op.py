@@ -200,7 +200,7 @@ def test_an_op_takes_the_path_it_says(name: str, device: torch.device, monkeypat
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter by itself")
 def test_info_names_the_paths() -> None:
     def info(**more: str) -> str:
-        command = [sys.executable, "-m", "specdec", "info"]
+        command = [sys.executable, "-m", "specdec", "info", "--verbose"]
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
         return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
