@@ -27,8 +27,9 @@ def compile(  # the name is the point: specdec.compile
             with the result.
         draft: a smaller transformers model, `"ngram"` (look the text's last words up in the text), a `Drafter`, or None
             to decode without drafting.
-        tokenizer, draft_tokenizer: the model's and the draft's, where these differ, or pad one tokenizer's vocabulary
-            to different sizes. The draft then proposes the tokens that both have.
+        tokenizer: the model's, where the draft has another, or where one tokenizer's vocabulary is padded to different
+            sizes. The draft then proposes the tokens that both have.
+        draft_tokenizer: the draft's; the two go together.
         options: fields of `specdec.config.Config`.
 
     Returns:
