@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/ are tests: one namespace a page, and the bundled pair for every model named."""
+"""Python blocks of README.md and docs/ are tests: a page is one namespace, and the bundled pair stands for any model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import zoo
+from specdec.hf import names
 
 _patches = pytest.MonkeyPatch()
 
 
 def _model(name: str, **_: Any) -> torch.nn.Module:
-    """The bundled target for a model of 4 billion parameters or more, by its name; the bundled draft for a smaller one."""
+    """The bundled target, or for a name that says less than 4 billion parameters, the bundled draft."""
     billions = re.search(r"([\d.]+)B", name, re.IGNORECASE)
     target, draft, _ = zoo.load_pair()
     return target if billions is None or float(billions[1]) >= 4 else draft
 
 
-def _setup(_: dict[str, Any]) -> None:
+def _setup(namespace: dict[str, Any]) -> None:
     """Blocks name real models, on GPUs; what they show holds for small ones, uncompiled, on a CPU."""
     torch.set_num_threads(1)
     _patches.setattr(AutoModelForCausalLM, "from_pretrained", _model)
     _patches.setattr(AutoTokenizer, "from_pretrained", lambda name: zoo.load_pair()[2])
     _patches.setattr(specdec, "compile", partial(specdec.compile, compile=False))
+    _patches.setattr(torch, "compile", lambda function, **_: function)
+    namespace["BEFORE_5_24"] = names.output_name() == "past_key_values"  # for `<!-- skip: next if(...) -->`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

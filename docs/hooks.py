@@ -13,9 +13,14 @@ from specdec.fallbacks import FALLBACKS
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = (
-    "CONTRIBUTING.md", "CHANGELOG.md", "specdec/zoo/README.md", "examples/*.py", "bench/results/**/*.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "constraints.txt",
+    "specdec/zoo/README.md",
+    "examples/*.py",
+    "bench/results/**/*.md",
     "bench/results/**/*.png",
-)  # fmt: skip
+)
 """Files that pages link to, and that are elsewhere in the repository: the same links work there and on the site."""
 
 
