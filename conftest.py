@@ -1,4 +1,4 @@
-"""Python blocks of README.md and docs/ are tests: a page is one namespace, and the bundled pair stands for any model."""
+"""Python blocks of README.md and docs/ are tests: a page is one namespace, the bundled pair stands for any model."""
 
 from __future__ import annotations
 
