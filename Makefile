@@ -21,7 +21,7 @@ SHARED := -q -n logical --maxprocesses 8 --dist loadfile
 
 INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 
-.PHONY: demo test test-oldest test-newest bench lint gpu gpu-test gpu-there setup clean
+.PHONY: demo test test-oldest test-newest bench docs lint gpu gpu-test gpu-there setup clean
 
 demo: setup
 	$(RUN) -m specdec demo
@@ -57,6 +57,11 @@ bench: setup
 	$(RUN) -m bench.end_to_end --sizes $(SIZES) --prompts $(PROMPTS)
 	$(RUN) -m bench.backend --sizes $(SIZES)
 	$(RUN) -m bench.verification
+
+# The site: docs/ becomes site/, and a broken link is an error. The variable switches off an advertisement for another
+# tool, which mkdocs-material prints.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --clean
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check
@@ -107,5 +112,5 @@ $(VENV)/.dev: $(VENV)/.setup
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .benchmarks .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist site *.egg-info .benchmarks .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

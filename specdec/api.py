@@ -44,9 +44,9 @@ def compile(  # the name is the point: specdec.compile
         draft: a smaller transformers model, or its folder or hub id, which is loaded in the target's dtype and on its
             device; `"ngram"`, which looks the text's last words up in the text (prompt lookup); a `Drafter` of your
             own; or None, to decode without drafting.
-        tokenizer, draft_tokenizer: the model's and the draft's, where these differ, or pad one tokenizer's vocabulary
-            to different sizes. The draft then proposes the tokens that both have. A draft given by its name brings its
-            own.
+        tokenizer: the model's, where the draft has another, or where one tokenizer's vocabulary is padded to different
+            sizes. The draft then proposes the tokens that both have.
+        draft_tokenizer: the draft's; the two go together. A draft given by its name brings its own.
         depth: tokens drafted a step, as a chain; None takes 5 for a draft model and 8 for n-grams.
         tree: a `TokenTree` that a draft model drafts instead of a chain: several candidates a place.
         verifier: how candidates are drawn and accepted when sampling, see `specdec.config.Config`.

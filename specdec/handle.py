@@ -94,8 +94,9 @@ class Handle:
         """Compile and record the steps that calls of `generate()` will take, with a progress bar.
 
         Args:
-            batch_sizes: prompts of the calls. max_length: the longest text, prompt and new tokens; on a GPU buffers are
-                made for it, and longer texts record their steps again. No more than the model has positions.
+            batch_sizes: prompts of the calls.
+            max_length: the longest text, prompt and new tokens; on a GPU buffers are made for it, and longer texts record
+                their steps again. No more than the model has positions.
             settings: of the calls, as for `generate()`: `do_sample=True, top_p=0.9`. Values that are numbers of a law
                 (temperature, top_p, min_p) may change later; `top_k` and which of them there are may not.
 
@@ -130,8 +131,11 @@ class Handle:
         which, and by how much over the best chain, `stats.tree` says. Torch's generator is left as it was.
 
         Args:
-            input_ids, attention_mask: prompts like those to come, [B, length]. max_nodes: the most nodes, the root
-                included. max_depth: the most levels. settings: of the calls, as for `generate()`.
+            input_ids: prompts like those to come, [B, length].
+            attention_mask: of these prompts.
+            max_nodes: the most nodes, the root included.
+            max_depth: the most levels.
+            settings: of the calls, as for `generate()`.
 
         Raises:
             TypeError, ValueError: there is no draft model, no prompts, or too few nodes or levels for a draft.
