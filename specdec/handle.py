@@ -95,8 +95,8 @@ class Handle:
 
         Args:
             batch_sizes: prompts of the calls.
-            max_length: the longest text, prompt and new tokens; on a GPU buffers are made for it, and longer texts record
-                their steps again. No more than the model has positions.
+            max_length: the longest text, prompt and new tokens; on a GPU buffers are made for it, and longer texts
+                record their steps again. No more than the model has positions.
             settings: of the calls, as for `generate()`: `do_sample=True, top_p=0.9`. Values that are numbers of a law
                 (temperature, top_p, min_p) may change later; `top_k` and which of them there are may not.
 
