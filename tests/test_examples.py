@@ -81,7 +81,7 @@ def test_a_chat_computes_only_what_is_new(
 
     def ask(_: str) -> str:
         if not answers:  # the model is there, and warm
-            view = wrapped[0].specdec.decoders.get(draft).target
+            view = wrapped[0].specdec._decoders.get(draft).target
             write = view._write
             monkeypatch.setattr(
                 view, "_write", lambda p: (written.append(sum(len(ids) for _, ids in p.values())), write(p))

@@ -15,11 +15,25 @@ from typer import Option
 
 # What a command needs is imported inside it: `specdec --help` waits for nothing.
 app = typer.Typer(
-    help="Lossless speculative decoding for PyTorch and transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from specdec import __version__
+
+        print(f"specdec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Lossless speculative decoding for PyTorch and transformers."""
 
 
 class Size(str, Enum):
