@@ -11,6 +11,7 @@ from rich.table import Table
 HEADER = ("", "tokens/s", "vs transformers", "tokens/step", "text", "first call")
 LEFT = ("", "text")  # columns of words; the others hold numbers
 COLORS = {
+    "transformers": "0.3",
     "transformers_compiled": "0.45",
     "transformers_lookup": "0.62",
     "transformers_assisted": "0.78",
@@ -96,33 +97,25 @@ def section(entry: dict[str, Any]) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Speed relative to transformers' `generate()`: a panel a batch size, a group of bars a model size."""
+    """Tokens a second of every way: a panel a model size and batch size."""
     from matplotlib.figure import Figure
 
     entries = result["results"]
-    batches = sorted({entry["batch"] for entry in entries})
-    sizes = list(dict.fromkeys(entry["size"] for entry in entries))
-    labels = {row["path"]: row["label"] for entry in entries for row in entry["paths"]}
-    names = [name for name in COLORS if name in labels]
-    figure = Figure(figsize=(max(7.0, 2.0 + 1.8 * len(sizes) * len(batches)), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
-    width = 0.85 / max(len(names), 1)
-    for axes, batch in zip(panels, batches, strict=True):
-        for entry in (e for e in entries if e["batch"] == batch):
-            rows = {row["path"]: row for row in entry["paths"]}
-            present = [name for name in names if name in rows]
-            for i, name in enumerate(present):
-                x = sizes.index(entry["size"]) + (i - (len(present) - 1) / 2) * width
-                bars = axes.bar(x, rows[name]["ratio"], width * 0.92, color=COLORS[name])
-                axes.bar_label(bars, [f"{rows[name]['ratio']:.1f}"], fontsize=7, padding=1)
-        axes.axhline(1, color="0.2", linewidth=0.8, linestyle="--")
-        axes.set_xticks(range(len(sizes)), sizes)
-        axes.set(xlabel="target", xlim=(-0.6, len(sizes) - 0.4))
-        axes.set_title(f"batch {batch}", loc="left", fontsize=10)
+    rows = max(len(entry["paths"]) for entry in entries)
+    figure = Figure(figsize=(1.5 + 4.2 * len(entries), 1.0 + 0.36 * rows), layout="constrained")
+    for axes, entry in zip(figure.subplots(1, len(entries), squeeze=False)[0], entries, strict=True):
+        paths = entry["paths"][::-1]
+        bars = axes.barh(
+            [row["label"] for row in paths],
+            [row["tokens_per_second"] for row in paths],
+            color=[COLORS[row["path"]] for row in paths],
+        )
+        axes.bar_label(bars, [f"{row['tokens_per_second']:.0f}  ({row['ratio']:.2f}x)" for row in paths], padding=3)
+        axes.set_title(f"{entry['parameters'] / 1e6:.0f}M target, batch {entry['batch']}", loc="left", fontsize=10)
+        axes.margins(x=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("speed relative to transformers (dashed: 1)")
-    handles = [panels[0].bar(0, 0, color=COLORS[name]) for name in names]
-    figure.legend(handles, [labels[n] for n in names], loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        axes.tick_params(axis="y", length=0)
+    figure.supxlabel("tokens per second", fontsize=10)
     figure.savefig(path, dpi=150, format="png")
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, and how specdec decodes with each: what README's table of models says.
+"""Tiny random models of many families, and how specdec decodes with each: what the table in docs/models.md says.
 
 python tests/families.py        # the table, from models made and proved here and now
 """
@@ -93,7 +93,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 DENSE = {
-    "qwen2_moe": "windows that its layers do not tell", "gpt_oss": "attention sinks",
+    "qwen2_moe": "its layers do not tell their windows", "gpt_oss": "attention sinks",
 }  # fmt: skip
 SINCE_5_24 = ["gptj", "codegen"]
 """Attended by themselves in earlier releases of transformers, under a mask."""
@@ -119,7 +119,7 @@ def table() -> str:
     fused = [f"`{family}`" for family in DECODED if family not in others]
     fused += [f"`{family}` (from transformers 5.24 on)" for family in SINCE_5_24]
     rows = {
-        "a step's fused kernel": ", ".join(fused),
+        "specdec's fused kernel": ", ".join(fused),
         "PyTorch, under a mask": ", ".join(f"`{family}` ({why})" for family, why in DENSE.items()),
         "the model's own, under a mask": ", ".join(f"`{family}`" for family in FLAT if family not in SINCE_5_24),
         "transformers' own loop": ", ".join(f"`{family}`" for family in REFUSED),

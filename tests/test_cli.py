@@ -129,7 +129,7 @@ def test_info_says_why_a_model_does_not_decode(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(hf_call, "check_model", refuse)
     done = call("info", "--model", str(folder / "target"))
     assert done.exit_code == 1 and "decodes here" not in done.output
-    assert "a stand-in: with details" in done.output and "README.md" in done.output
+    assert "a stand-in: with details" in done.output and "docs/models.md" in done.output
 
 
 def test_info_says_what_to_do_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,8 +131,8 @@ def test_proving_leaves_things_as_they_were(fresh: Tiny) -> None:
     assert not view.cache.layers
 
 
-def test_the_table_in_the_readme_is_this_one() -> None:
-    assert table() in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_table_in_the_documentation_is_this_one() -> None:
+    assert table() in (Path(__file__).parents[1] / "docs/models.md").read_text(encoding="utf-8")
 
 
 def test_many_prompts_of_what_cannot_be_proved(tiny: Tiny, prompts: Prompts) -> None:

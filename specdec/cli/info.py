@@ -132,7 +132,7 @@ def show(console: Console, model: str | None, draft: str | None, verbose: bool) 
         table.add_row("verdict", Text(what, style="green"))
     else:
         table.add_row("verdict", Text(problem, style="red"))
-        table.add_row("", "Calls of generate() still work, by transformers' own loop. What decodes: README.md, Models.")
+        table.add_row("", "Calls of generate() still work, by transformers' own loop. What decodes: docs/models.md.")
     console.print(table)
     if verbose:
         _show_all(console)

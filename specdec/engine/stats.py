@@ -160,8 +160,9 @@ class Stats:
         return lines
 
     def _accepted(self) -> str:
-        shares = [f"{a:.0%}" for a in self.acceptance_by_position]
-        return f"{' '.join(shares)}, by position in the draft" if shares else "none was drafted"
+        if not any(self.proposed):
+            return "none was drafted"
+        return f"{' '.join(f'{share:.0%}' for share in self.acceptance_by_position)}, by position in the draft"
 
     def table(self) -> Table:
         """A table for a terminal (rich)."""
