@@ -60,8 +60,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['settings']['wait_policy']}. Medians of {result['settings']['repeats']} "
         "interleaved rounds: milliseconds of the kernel, and in brackets how many times as long `torch.mm` takes. "
         "*a forward's*: all these products of one forward. A process here gives the kernel up to "
-        f"**{result['max_rows']}** rows (`skinny_linear.max_rows`). Where the load is above the number of cores, threads "
-        "shared them with other programs: compare with the library then, and not with other numbers of threads.",
+        f"**{result['max_rows']}** rows (`skinny_linear.max_rows`). Where the load is above the number of cores, "
+        "threads shared them with other programs: compare with the library then, not with other tables.",
     ]
     for entry in result["results"]:
         out += report.markdown_table(title(entry), *lines(entry))
