@@ -22,8 +22,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from specdec.kernels.attention.masked_attention import MAX_QUERIES
 from specdec.kernels.cpu import has_kernels
 from specdec.kernels.library import runs_triton
-from specdec.kernels.linear import joined_linear
-from specdec.kernels.linear.skinny_linear import MAX_ROWS, MIN_WEIGHTS
+from specdec.kernels.linear import joined_linear, skinny_linear
+from specdec.kernels.linear.skinny_linear import MIN_WEIGHTS
 
 log = logging.getLogger("specdec")
 
@@ -108,8 +108,8 @@ def _keeps_linear(node: fx.Node, x: Tensor, weight: Tensor) -> str | None:
     if not isinstance(n_weights, int) or n_weights < MIN_WEIGHTS or weight.ndim != 2 or not weight.is_contiguous():
         return f"a weight {list(weight.shape)}, less than {MIN_WEIGHTS} numbers or not contiguous"
     n_rows = math.prod(x.shape[:-1])  # `Size.numel` would make a constant of a symbol
-    if isinstance(n_rows, int) and n_rows > MAX_ROWS:
-        return f"{n_rows} rows, more than {MAX_ROWS}"
+    if isinstance(n_rows, int) and not skinny_linear.is_few(n_rows):
+        return f"{n_rows} rows, more than {skinny_linear.max_rows()}"
     return None
 
 

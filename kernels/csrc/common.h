@@ -1,4 +1,4 @@
-// What the C++ kernels share: vectors, and a register tile of dot products. Every file of them begins with it.
+// What the C++ kernels share: vectors and their sums. Every file of them begins with it.
 #pragma once
 
 #include <cmath>
@@ -57,53 +57,10 @@ static inline vec folded(const vec& v) {
 
 static inline float total(const vec& v) { return folded<LANES / 2>(v)[0]; }
 
-// out[c] = total(v[c]) of four vectors.
+// out[c] = total(v[c]) of COUNT vectors, four at most.
+template <int COUNT>
 static inline void totals(const vec* v, float* out) {
-  const vec pairs = halved<LANES / 4>(halved<LANES / 2>(v[0], v[1]), halved<LANES / 2>(v[2], v[3]));
-  const vec sums = folded<LANES / 8>(pairs);
-  std::memcpy(out, &sums, 4 * sizeof(float));
-}
-
-// out[r, c] = x[r] . w[c] for ROWS rows of x and COLS rows of w: ROWS * COLS accumulators in registers.
-template <int ROWS, int COLS>
-static inline void tile(const float* x, const float* w, float* out, int64_t stride, int64_t K) {
-  vec acc[ROWS][COLS] = {};
-  int64_t k = 0;
-  for (; k + LANES <= K; k += LANES) {
-    vec b[COLS];
-    for (int c = 0; c < COLS; c++) {
-      b[c] = load(w + c * K + k);
-      __builtin_prefetch(w + (c + COLS) * K + k);
-    }
-    for (int r = 0; r < ROWS; r++) {
-      const vec a = load(x + r * K + k);
-      for (int c = 0; c < COLS; c++) acc[r][c] += a * b[c];
-    }
-  }
-  for (int r = 0; r < ROWS; r++) {
-    float* const sums = out + r * stride;
-    if constexpr (COLS == 4) totals(acc[r], sums);
-    else
-      for (int c = 0; c < COLS; c++) sums[c] = total(acc[r][c]);
-    for (int c = 0; c < COLS; c++)
-      for (int64_t j = k; j < K; j++) sums[c] += x[r * K + j] * w[c * K + j];
-  }
-}
-
-// out[r, c] for any number of rows of x and COLS rows of w.
-template <int COLS>
-static inline void columns(const float* x, const float* w, float* out, int64_t rows, int64_t stride, int64_t K) {
-  int64_t t = 0;
-  for (; t + 8 <= rows; t += 8) tile<8, COLS>(x + t * K, w, out + t * stride, stride, K);
-  x += t * K;
-  out += t * stride;
-  switch (rows - t) {
-    case 1: tile<1, COLS>(x, w, out, stride, K); break;
-    case 2: tile<2, COLS>(x, w, out, stride, K); break;
-    case 3: tile<3, COLS>(x, w, out, stride, K); break;
-    case 4: tile<4, COLS>(x, w, out, stride, K); break;
-    case 5: tile<5, COLS>(x, w, out, stride, K); break;
-    case 6: tile<6, COLS>(x, w, out, stride, K); break;
-    case 7: tile<7, COLS>(x, w, out, stride, K); break;
-  }
+  const vec pairs[] = {halved<LANES / 2>(v[0], v[1 % COUNT]), halved<LANES / 2>(v[2 % COUNT], v[3 % COUNT])};
+  const vec sums = folded<LANES / 8>(halved<LANES / 4>(pairs[0], pairs[1]));
+  std::memcpy(out, &sums, COUNT * sizeof(float));
 }
