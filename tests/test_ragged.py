@@ -25,6 +25,7 @@ from specdec.engine.control.plan import Shape
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.slots import Rows
+from specdec.engine.state import Report
 from specdec.engine.stats import Stats
 from specdec.engine.text import Text
 from specdec.graphs.compiled import CompiledSteps
@@ -284,8 +285,8 @@ def test_a_step_of_a_draft_a_root_alone_and_nothing(
     decoder.step.draft(state, law_of(), decoder.launcher.count(2 if tree is not None else 3), decoder.tree.depth)
     before = [(layer.keys[:, 0].clone(), layer.values[:, 0].clone()) for layer in decoder.target.cache.layers]
     report = decoder.step.judge(state, law_of(), decoder.launcher.count(2 + n_drafted + spare)).tolist()
-    n_new, n_judged = [row[-5] for row in report], [row[-3] for row in report]
-    assert n_judged == [0, n_drafted, 0]
+    n_new, n_judged = zip(*((len(said.tokens), said.n_judged) for said in map(Report.of, report)), strict=True)
+    assert n_judged == (0, n_drafted, 0)
     assert n_new[0] == 0
     assert n_new[1] == decoder.tree.depth + 1 if tree is not None else n_new[1] >= 1
     assert n_new[2] == 1
