@@ -27,7 +27,7 @@ from specdec.hf import call as hf_call
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 Call = Callable[..., Any]
-OURS = ("specdec_plain", "specdec_ngram", "specdec")
+OURS = ("specdec_plain", "specdec_ngram", "specdec", "specdec_both")
 ALL = ("transformers", "transformers_assisted", *OURS)
 
 
@@ -176,7 +176,7 @@ def test_what_falls_back_is_left_out(bench: Call, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hf_call, "check_model", refuse)
     shown, result = bench(code=1)
     assert names(result) == ("transformers", "transformers_assisted")
-    assert len(result["faults"]) == 3 and all("transformers' own loop: a stand-in" in line for line in result["faults"])
+    assert len(result["faults"]) == 4 and all("transformers' own loop: a stand-in" in line for line in result["faults"])
     assert "failed: bundled: specdec, n-grams" in shown
 
 
