@@ -85,7 +85,7 @@ def test_all_ways_are_shown_and_written(bench: Call, tmp_path: Path) -> None:
         low, high = way["middle_half"]
         assert low <= way["tokens_per_second"] <= high and way["warmup_seconds"] > 0
         assert (way["stats"] is not None) == (way["name"] in OURS)
-    assert [way["depth"] for way in result["ways"]] == [0, 0, 0, 8, 5]
+    assert [way["depth"] for way in result["ways"]] == [0, 0, 0, 8, 5, 8]
     assert result["ways"][-1]["draft_cost"] > 0 and result["ways"][2]["stats"]["tokens_per_step"] == 1
     assert result["verdict"]["sentence"] in shown and result["verdict"]["code"] in shown
     assert result["versions"] == measure.versions() and result["machine"] == measure.machine()
