@@ -18,6 +18,7 @@ OUT ?= bench/results/gpu
 SECTIONS ?= correctness,roofs,decode,profile,products,batches,draft_1b
 
 SHARED := -q -n logical --maxprocesses 8 --dist loadfile
+STOLEN := $(SHARED:loadfile=worksteal)
 
 INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 
@@ -27,13 +28,13 @@ demo: setup
 	$(RUN) -m specdec demo
 
 # The library; and the kernels: in Triton's interpreter, compiled ahead of time for GPUs that are not there, and as they
-# run here. Files of tests are shared out among as many processes as there are cores.
+# run here. Files of tests are shared out among as many processes as there are cores, tests of kernels one by one.
 test: setup $(VENV)/.torchao
 	$(RUN) -m pytest $(SHARED) -m "not kernels and not aot and not torchao and not lowering"
 	PYTHONPATH=$(VENV)/torchao $(RUN) -m pytest -q tests/test_torchao.py
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(SHARED) -m "kernels and not aot"
-	$(RUN) -m pytest $(SHARED) -m aot
-	$(RUN) -m pytest $(SHARED) -m "kernels and not aot"
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(STOLEN) -m "kernels and not aot"
+	$(RUN) -m pytest $(STOLEN) -m aot
+	$(RUN) -m pytest $(STOLEN) -m "kernels and not aot"
 
 # The library with the oldest versions that pyproject.toml allows, in an environment of their own, and every step compiled
 # for a GPU that is not there: what its torch makes of them is counted. Not part of `make test`: .ci/weekly runs it.

@@ -46,7 +46,7 @@ def test_a_step_compiles_around_the_kernels(
     for compiled in (False, True):
         model = specdec.compile(target, draft, depth=1, adapt=False, compile=compiled)
         model.specdec.seeds = [5, 6]
-        texts.append(model.generate(**prompts(LENGTHS), max_new_tokens=6, do_sample=do_sample, top_k=0))
+        texts.append(model.generate(**prompts(LENGTHS), max_new_tokens=3, do_sample=do_sample, top_k=0))
         assert not model.specdec.stats.fallbacks
     assert model.specdec.stats.seconds["compile"] > 0
     assert torch.equal(*texts)
@@ -74,7 +74,7 @@ def test_layers_computed_at_once_give_the_same_texts(
             torch.nn.init.normal_(x, generator=torch.Generator().manual_seed(len(x)))
     inputs = prompts(LENGTHS)
     model = specdec.compile(target, "ngram", adapt=False)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=8), target.generate(**inputs, max_new_tokens=8))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4), target.generate(**inputs, max_new_tokens=4))
     assert not model.specdec.stats.fallbacks and not model.specdec.stats.eager
     n_steps = model.specdec.stats.steps
     assert started[-2:] == ["_joined_linear_kernel", "_gated_linear_kernel"]
@@ -106,7 +106,7 @@ def _sample() -> list[list[int]]:
     texts = []
     for law in ({"top_k": 0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"min_p": 0.05, "top_k": 0}):
         model.specdec.seeds = [11, 12]
-        texts += model.generate(ids, do_sample=True, max_new_tokens=4, **law)[:, 5:].tolist()
+        texts += model.generate(ids, do_sample=True, max_new_tokens=2, **law)[:, 5:].tolist()
     return texts
 
 
