@@ -18,6 +18,7 @@ COLORS = {
     "specdec_plain": "#9ecae1",
     "specdec_ngram": "#4292c6",
     "specdec": "#08519c",
+    "specdec_both": "#08306b",
 }
 
 

@@ -127,7 +127,7 @@ class CapturedSteps:
         """Whether it is compiled; recording takes little."""
         return self._compiled.has(key)
 
-    def get(self, step: Callable[..., Any], key: Hashable, size: int, compiles: bool = True) -> Callable[..., Any]:
+    def get(self, step: Callable[..., Any], key: Hashable, size: Hashable, compiles: bool = True) -> Callable[..., Any]:
         """`step` under `key`, for tensors of this size; where it is not to compile, recorded as it is or as it was
         compiled before."""
         shape = key, size

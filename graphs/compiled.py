@@ -214,7 +214,7 @@ class CompiledSteps:
         """Whether `get` has it without compiling."""
         return not self.enabled or key in self._steps or compiler_error() is not None
 
-    def get(self, function: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
+    def get(self, function: Callable[..., Any], key: Hashable, size: Hashable) -> Callable[..., Any]:
         """`function`, compiled under `key`; one compiled function serves all sizes.
 
         Where it can't be compiled it runs as it is, with one warning; with SPECDEC_STRICT=1 in the environment that is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def compile(  # the name is the point: specdec.compile
-    model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | None = None, *,
+    model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | Sequence[PreTrainedModel | str] | None = None, *,
     tokenizer: PreTrainedTokenizerBase | None = None, draft_tokenizer: PreTrainedTokenizerBase | None = None,
     depth: int | None = None, tree: TokenTree | None = None, verifier: str = "auto", adapt: bool | None = None,
     max_ngram: int = 3, compile: bool = True, progress: bool = True, **unknown: Any,
@@ -42,8 +43,9 @@ def compile(  # the name is the point: specdec.compile
         model: a decoder-only transformers model, or a PEFT model around one. It is not changed, and shares its weights
             with the result.
         draft: a smaller transformers model, or its folder or hub id, which is loaded in the target's dtype and on its
-            device; `"ngram"`, which looks the text's last words up in the text (prompt lookup); a `Drafter` of your
-            own; or None, to decode without drafting.
+            device; `"ngram"`, which looks the text's last words up in the text (prompt lookup); both, as
+            `[draft, "ngram"]`: the model drafts where the text has nothing to say; a `Drafter` of your own; or None, to
+            decode without drafting.
         tokenizer: the model's, where the draft has another, or where one tokenizer's vocabulary is padded to different
             sizes. The draft then proposes the tokens that both have.
         draft_tokenizer: the draft's; the two go together. A draft given by its name brings its own.
@@ -75,13 +77,18 @@ def compile(  # the name is the point: specdec.compile
     inner = within_adapters(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    source = _source(inner, unwrapped(draft), tokenizer, draft_tokenizer)
+    source = _source(inner, draft, tokenizer, draft_tokenizer)
     wrapped = _wrapped(inner, source, config)
     return with_replaced(model, inner, wrapped)
 
 
 def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> Any:
     """What drafts, loaded where it is a name, and with both tokenizers where these are given."""
+    if isinstance(draft, list | tuple):
+        models = [each for each in draft if each != "ngram"]
+        given = (target, models[0], tokenizer, draft_tokenizer) if len(models) == 1 else None
+        return tuple(_source(*given) if given and each is models[0] else each for each in draft)
+    draft = unwrapped(draft)
     if isinstance(draft, str) and draft != "ngram":
         if get_close_matches(draft.lower().replace("-", "").replace("_", ""), ["ngram"], cutoff=0.8):
             raise ValueError(f'draft must be "ngram", a folder or hub id, a model, a Drafter or None, got {draft!r}')

@@ -116,6 +116,8 @@ class Decoders:
 
 def _name(draft: DraftSource) -> object:
     """What tells a draft from others for as long as it lives: who holds this must hold that."""
+    if isinstance(draft, tuple):
+        return tuple(map(_name, draft))
     return draft if isinstance(draft, str | ForeignDraft) else id(draft)
 
 

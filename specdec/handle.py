@@ -15,7 +15,7 @@ from specdec.arguments import whole
 from specdec.calls import Calls, Purpose
 from specdec.config import Config
 from specdec.decoders import Decoders, decoding
-from specdec.drafters.registry import DraftSource, draft_model
+from specdec.drafters.registry import MODEL_DEPTH, NGRAM_DEPTH, DraftSource, draft_model
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
@@ -56,13 +56,14 @@ class Handle:
     def _lines(self) -> Iterator[tuple[str, str]]:
         """What decodes, by its part."""
         config, target, stats = self.config, self._decoders.target, self.stats
-        if (model := draft_model(self.draft)) is not None:
-            tree = config.tree or TokenTree.chain(config.depth or 5)
-            yield "draft", f"{_named(model)}; {tree.summary} a step"
-        elif isinstance(self.draft, str):
-            yield "draft", f"n-grams of the text, up to {config.depth or 8} tokens a step"
-        else:
-            yield "draft", "none" if self.draft is None else type(self.draft).__name__
+        for source in self.draft if isinstance(self.draft, tuple) else (self.draft,):
+            if (model := draft_model(source)) is not None:
+                tree = config.tree or TokenTree.chain(config.depth or MODEL_DEPTH)
+                yield "draft", f"{_named(model)}; {tree.summary} a step"
+            elif isinstance(source, str):
+                yield "draft", f"n-grams of the text, up to {config.depth or NGRAM_DEPTH} tokens a step"
+            else:
+                yield "draft", "none" if source is None else type(source).__name__
         yield "verifier", f"{config.verifier} when sampling; greedy text is the target's own"
         way = "" if target is None else f"logits are the model's own; attention: {target.cache.way.name.lower()}"
         yield "proof", way or "on first use"

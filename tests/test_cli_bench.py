@@ -27,7 +27,7 @@ from specdec.hf import call as hf_call
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 Call = Callable[..., Any]
-OURS = ("specdec_plain", "specdec_ngram", "specdec")
+OURS = ("specdec_plain", "specdec_ngram", "specdec", "specdec_both")
 ALL = ("transformers", "transformers_assisted", *OURS)
 
 
@@ -85,7 +85,7 @@ def test_all_ways_are_shown_and_written(bench: Call, tmp_path: Path) -> None:
         low, high = way["middle_half"]
         assert low <= way["tokens_per_second"] <= high and way["warmup_seconds"] > 0
         assert (way["stats"] is not None) == (way["name"] in OURS)
-    assert [way["depth"] for way in result["ways"]] == [0, 0, 0, 8, 5]
+    assert [way["depth"] for way in result["ways"]] == [0, 0, 0, 8, 5, 8]
     assert result["ways"][-1]["draft_cost"] > 0 and result["ways"][2]["stats"]["tokens_per_step"] == 1
     assert result["verdict"]["sentence"] in shown and result["verdict"]["code"] in shown
     assert result["versions"] == measure.versions() and result["machine"] == measure.machine()
@@ -176,7 +176,7 @@ def test_what_falls_back_is_left_out(bench: Call, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hf_call, "check_model", refuse)
     shown, result = bench(code=1)
     assert names(result) == ("transformers", "transformers_assisted")
-    assert len(result["faults"]) == 3 and all("transformers' own loop: a stand-in" in line for line in result["faults"])
+    assert len(result["faults"]) == 4 and all("transformers' own loop: a stand-in" in line for line in result["faults"])
     assert "failed: bundled: specdec, n-grams" in shown
 
 

@@ -122,7 +122,7 @@ def test_a_seeds_text_is_the_same_in_any_company(
 class _AnyPlan(Adaptive):
     """Drafts as much, and lets as much be judged, as chance will have it."""
 
-    def __init__(self, tree: TokenTree, depths: Sequence[int], adapts: bool) -> None:
+    def __init__(self, tree: TokenTree, depths: Sequence[int], adapts: bool, *_: object) -> None:
         super().__init__(Shape(tree, depths))
         self.chance = random.Random(0)
 
@@ -278,7 +278,7 @@ def test_a_step_of_a_draft_a_root_alone_and_nothing(
     rows = Rows(iter(texts), state, decoder.target, decoder.drafter, decoder.buffers.grow)
     assert not rows.fill(3)
     assert not rows.write()
-    rows.read(rows.live)
+    rows.read(rows.live, rows.live)
     state.stop(0)
     n_drafted = len(decoder.tree) - 1
     state.allowed.copy_(torch.tensor([n_drafted, n_drafted, n_drafted if kind == "ngram" else 0]))

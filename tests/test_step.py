@@ -121,7 +121,7 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
             ("traced", *(steps.get(f, f.__name__, 0) for f in (decoder.step.draft, decoder.step.judge))),
         ):
             state, rows = filled(decoder, prompts, 8, torch.tensor([3]))
-            rows.read(rows.live)
+            rows.read(rows.live, rows.live)
             state.allowed.fill_(len(decoder.tree) - 1)
             reports[name] = []
             for _ in range(3):

@@ -270,7 +270,7 @@ def test_a_step_is_one_graph(model: PreTrainedModel, partial: Any, prompts: Prom
             rows = Rows(iter([Text(prompt, 8)]), state, decoder.target, decoder.drafter, decoder.buffers.grow)
             rows.fill(1)
             rows.write()
-            rows.read(rows.live)
+            rows.read(rows.live, rows.live)
             with torch.fx.experimental._config.patch(use_duck_shape=False):  # as steps are compiled
                 draft_(state, law, decoder.launcher.count(1), 2)
             drafted.append(state.draft.tokens.clone())

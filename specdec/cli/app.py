@@ -57,6 +57,7 @@ class Dtype(str, Enum):
 class Draft(str, Enum):
     """Where drafts come from."""
 
+    both = "both"
     model = "model"
     ngram = "ngram"
 
@@ -89,7 +90,9 @@ def demo(
     prompt: Annotated[str | None, Option(help="Python source to continue.  [default: a function's head]")] = None,
     size: Annotated[Size, Option(help="Target: the bundled one, or as costly as a larger model.")] = Size.bundled,
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens to write.")] = 128,
-    draft: Annotated[Draft, Option(help="Draft with the bundled model, or from the text's own n-grams.")] = Draft.model,
+    draft: Annotated[
+        Draft, Option(help="Draft with the bundled model, from the text's own n-grams, or by both.")
+    ] = Draft.both,
     repeats: Annotated[int, Option(min=1, help="Timed runs of each way to decode; medians are shown.")] = 5,
     compile: Compile = True,
 ) -> None:

@@ -117,7 +117,7 @@ def run(settings: Settings, console: Console) -> Result:
 def _paths(pair: inputs.Pair, settings: Settings, notes: list[str]) -> dict[str, Path]:
     """The ways that are compared; why others are not is noted."""
     every = measure.all_paths(pair.target, pair.draft, compiled=settings.compiled, tokenizers=pair.tokenizers)
-    names = [BASE, "specdec_plain", "specdec_ngram"] + ["specdec"] * (pair.draft is not None)
+    names = [BASE, "specdec_plain", "specdec_ngram"] + ["specdec", "specdec_both"] * (pair.draft is not None)
     theirs = "transformers_lookup" if settings.sources.draft == "ngram" else "transformers_assisted"
     if (path := every.get(theirs)) is None:
         pass

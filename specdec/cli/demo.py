@@ -34,13 +34,13 @@ class Settings:
     """What to decode and how.
 
     Attributes:
-        prompt: text to continue. size: "bundled" or one of `zoo.SIZES`. draft: "model" or "ngram".
+        prompt: text to continue. size: "bundled" or one of `zoo.SIZES`. draft: "both", "model" or "ngram".
         new_tokens: tokens to add. compiled: False runs specdec eagerly. repeats: timed runs of each path.
     """
 
     prompt: str = PROMPT
     size: str = "bundled"
-    draft: str = "model"
+    draft: str = "both"
     new_tokens: int = 128
     compiled: bool = True
     repeats: int = 5
@@ -93,9 +93,11 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.new_tokens > room:
         raise ValueError(f"the prompt has {tokens.shape[1]} tokens: there is room for {max(room, 0)} more")
     paths = measure.all_paths(target, draft, compiled=settings.compiled)
-    if settings.draft == "ngram":
-        ours = {"transformers_assisted": "transformers_lookup", "specdec": "specdec_ngram"}
-        paths |= {name: paths[other] for name, other in ours.items()}
+    ours = {
+        "ngram": {"transformers_assisted": "transformers_lookup", "specdec": "specdec_ngram"},
+        "both": {"specdec": "specdec_both"},
+    }
+    paths |= {name: paths[other] for name, other in ours.get(settings.draft, {}).items()}
     paths = {name: paths[name] for name in COMPARED}
 
     warmup_seconds = _warm_up(paths["specdec"], tokens, console)

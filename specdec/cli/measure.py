@@ -120,6 +120,7 @@ def all_paths(
         del paths["transformers_assisted"]
     else:
         paths["specdec"] = ours("specdec, draft model", draft, **tokenizers)
+        paths["specdec_both"] = ours("specdec, model and n-grams", [draft, "ngram"], **tokenizers)
     if not compiled:
         del paths["transformers_compiled"]
     return paths

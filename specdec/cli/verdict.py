@@ -103,6 +103,7 @@ CODE = {
     "specdec_plain": "model = specdec.compile(model{options})",
     "specdec_ngram": 'model = specdec.compile(model, draft="ngram", depth={depth}{options})',
     "specdec": "model = specdec.compile(model, draft=draft, depth={depth}{tokenizers}{options})",
+    "specdec_both": 'model = specdec.compile(model, draft=[draft, "ngram"]{tokenizers}{options})',
 }
 
 
@@ -139,7 +140,7 @@ def verdict(ways: Sequence[Way], *, two_tokenizers: bool = False, compiled: bool
     code = CODE[best.name].format(
         depth=best.depth,
         lookup=lookup,
-        tokenizers=_TOKENIZERS[best.name] if two_tokenizers else "",
+        tokenizers=_TOKENIZERS.get(best.name, "") if two_tokenizers else "",
         options="" if compiled else ", compile=False",
     )
     return Verdict(_joined(sentences), code)
@@ -147,6 +148,7 @@ def verdict(ways: Sequence[Way], *, two_tokenizers: bool = False, compiled: bool
 
 _TOKENIZERS = {
     "specdec": ", tokenizer=tokenizer, draft_tokenizer=draft_tokenizer",
+    "specdec_both": ", tokenizer=tokenizer, draft_tokenizer=draft_tokenizer",
     "transformers_assisted": ", tokenizer=tokenizer, assistant_tokenizer=draft_tokenizer",
 }
 

@@ -11,7 +11,7 @@ from specdec.drafters.vocabulary import Overlap
 from specdec.engine.draft import Draft
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.packing import Nodes
-from specdec.engine.state import BatchState
+from specdec.engine.state import READ, BatchState
 from specdec.engine.tree import TokenTree
 from specdec.hf.names import PreTrainedModel
 from specdec.hf.view import ModelView
@@ -54,25 +54,30 @@ class ModelDrafter:
     Args:
         model: the draft model, on the target's device.
         tree: the shape of the draft, at least one level, and at most SUPPORT_SIZE children a node.
+        reads_at_once: last tokens of a text that a step reads at most before it drafts; what is more is read between
+            steps.
         verifier: says how children are drawn.
         overlap: what its vocabulary and the target's share; None where they are the same.
 
-    The draft's cache trails the target's by one token: its root is the token before the pending one. After a fully
-    accepted draft that token's entry is missing, otherwise writing it again changes nothing; feeding both every time
-    keeps the step's shape fixed. Node n of the tree is node n + 1 of the draft's own, and leaves are never run.
+    Its cache trails the target's: after a fully accepted draft the entry before the pending token's is missing,
+    otherwise writing it again changes nothing; and of steps for which it did not draft, all are. So each step first
+    reads the text's last tokens, as many of each as the state says. Leaves are never run.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None
-    ) -> None:
+        self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None,
+        reads_at_once: int = READ,
+    ) -> None:  # fmt: skip
         if tree.depth < 1:
             raise ValueError("the tree of a draft model needs a level of drafts at least")
         self.view, self.tree, self.verifier = ModelView(model), tree, verifier
         device = self.view.device
-        self._bits, self._depths = TokenTree((-1, *(p + 1 for p in tree.parents))).tensors(device)
+        self._bits, self._depths = tree.tensors(device)
+        self._text = TokenTree.chain(reads_at_once - 1).tensors(device)
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
         self._overlap = None if overlap is None else overlap.to(device)
         n_tokens = model.config.get_text_config().vocab_size if overlap is None else len(overlap.draft_ids)
+        self.reads_at_once = reads_at_once
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.support_size = min(SUPPORT_SIZE, n_tokens)
         self._levels = [_Level(tree, depth, device) for depth in range(1, tree.depth + 1)]
@@ -89,8 +94,8 @@ class ModelDrafter:
         self.view.allocate(n_batch, n_slots)
 
     def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
-        # The token before the pending one is written by `draft`.
-        unread = {row: (max(n_known - 2, 0), self._read_as(text[:-2])) for row, (n_known, text) in texts.items()}
+        # The last tokens are read by `draft`.
+        unread = {row: (max(n_known - READ, 0), self._read_as(text[:-READ])) for row, (n_known, text) in texts.items()}
         self.view.prefill(unread)
 
     def _read_as(self, tokens: Tensor) -> Tensor:
@@ -103,23 +108,22 @@ class ModelDrafter:
         return logits if self._overlap is None else self._overlap.logits(logits)
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
-        root, alive, n_slots = state.lengths - 1, (~state.finished).long(), self.view.cache.n_slots
-        # Node 0 is the token before the pending one; a one-token text has none, and its entry goes to scratch.
-        before = state.tokens.gather(1, root.clamp(min=0)[:, None])[:, 0]
-        pairs = torch.arange(2 * len(live), device=live.device, dtype=torch.int64)
-        nodes = Nodes.packed(root, 2 * alive, pairs, 2, n_slots, self._bits, self._depths)
-        fed = torch.where(nodes.node == 0, before[nodes.sample], state.pending[nodes.sample])
-        logits = self._forward(fed, nodes, 1 + 2 * live)
-        pending = Nodes.packed(root, alive, live, 1, n_slots, self._bits, self._depths, first=1)
+        n_slots = self.view.cache.n_slots
+        n_read = torch.where(state.finished, 0, torch.minimum(state.unread, state.lengths + 1))
+        first = state.lengths + 1 - n_read
+        text = Nodes.packed(first, n_read, state.fed, self.reads_at_once, n_slots, *self._text)
+        pending = Nodes.packed(state.lengths, n_read.clamp(max=1), live, 1, n_slots, self._bits, self._depths)
+        last = (text.starts[pending.sample + 1] - 1).clamp(min=0)
+        logits = self._forward(state.tokens[text.sample, first[text.sample] + text.node], text, last)
         levels: list[tuple[Tensor, ...]] = []
         for above, level in enumerate(self._levels[:depth]):
             if above > 0:
                 fed = levels[-1][0][:, self._levels[above - 1].run].flatten()
-                logits = self._forward(fed, pending.spread(level.nodes + 1, n_slots))
+                logits = self._forward(fed, pending.spread(level.nodes, n_slots))
             levels.append(self._children(logits, law, state, pending.sample, above, level))
         row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
         tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))
-        counts = torch.full_like(root, tokens.shape[1])
+        counts = torch.full_like(state.lengths, tokens.shape[1])
         if self.context is not None:  # past its positions it knows nothing; that depends on nothing but the length
             counts = torch.where(state.lengths + 1 + self.tree.depth <= self.context, counts, 0)
         return Draft(tokens, counts, DraftLaw(*rest) if rest else None)

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from specdec.config import Config
+from specdec.drafters.mixed import MixedDrafter
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
@@ -18,11 +19,14 @@ from specdec.hf.names import PreTrainedModel
 from specdec.hf.support import has_own_forward, moving_rope
 from specdec.verifiers import VERIFIERS
 
-DraftSource: TypeAlias = PreTrainedModel | ForeignDraft | Drafter | str | None
+DraftSource: TypeAlias = PreTrainedModel | ForeignDraft | Drafter | str | tuple[Any, ...] | None
+
+MODEL_DEPTH, NGRAM_DEPTH = 5, 8
+"""Tokens drafted a step, unless the user says how many."""
 
 
 def draft_model(draft: DraftSource) -> PreTrainedModel | None:
-    """The model that drafts, if one does."""
+    """The model that drafts, if one does, alone."""
     draft = draft.model if isinstance(draft, ForeignDraft) else draft
     return draft if isinstance(draft, PreTrainedModel) else None
 
@@ -40,6 +44,14 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
     Raises:
         TypeError: it is none of what a draft can be. ValueError: draft, target and options do not fit together.
     """
+    if isinstance(draft, tuple):
+        model = _beside_ngrams(draft)
+        if config.tree is not None:
+            raise ValueError(
+                f"tree={config.tree.parents} is what a draft model drafts alone; with n-grams it drafts a chain"
+            )
+        check_draft(model, target, config)
+        return
     if isinstance(draft, ForeignDraft):
         draft.overlap(target)
         draft = draft.model
@@ -74,6 +86,19 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
         raise TypeError(f'draft must be "ngram", a model, a Drafter or None, got {type(draft).__name__}')
 
 
+def _beside_ngrams(draft: tuple[Any, ...]) -> PreTrainedModel | ForeignDraft:
+    """The draft model of two sources.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    models = [source for source in draft if isinstance(source, PreTrainedModel | ForeignDraft)]
+    if len(draft) != 2 or len(models) != 1 or "ngram" not in [each for each in draft if isinstance(each, str)]:
+        given = ", ".join(repr(each) if isinstance(each, str) else type(each).__name__ for each in draft)
+        raise ValueError(f'several drafts are a model and "ngram", got [{given}]')
+    return models[0]
+
+
 def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) -> Drafter:
     """The drafter that the user means, for a target.
 
@@ -83,10 +108,15 @@ def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) ->
     depth = config.depth
     if draft is None:
         return NoDrafter()
-    if isinstance(draft, PreTrainedModel | ForeignDraft):
-        model, overlap = (draft.model, draft.overlap(target)) if isinstance(draft, ForeignDraft) else (draft, None)
-        tree = config.tree or TokenTree.chain(depth or 5)
-        return ModelDrafter(model, tree, VERIFIERS[config.verifier], overlap)
+    if isinstance(draft, PreTrainedModel | ForeignDraft | tuple):
+        by_model = _beside_ngrams(draft) if isinstance(draft, tuple) else draft
+        foreign = isinstance(by_model, ForeignDraft)
+        model, overlap = (by_model.model, by_model.overlap(target)) if foreign else (by_model, None)
+        verifier = VERIFIERS[config.verifier]
+        if isinstance(draft, tuple):
+            depths = depth or MODEL_DEPTH, depth or NGRAM_DEPTH
+            return MixedDrafter(model, *depths, config.max_ngram, verifier, overlap)
+        return ModelDrafter(model, config.tree or TokenTree.chain(depth or MODEL_DEPTH), verifier, overlap)
     if isinstance(draft, str):
-        return NgramDrafter(depth or 8, config.max_ngram)
+        return NgramDrafter(depth or NGRAM_DEPTH, config.max_ngram)
     return draft

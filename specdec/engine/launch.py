@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from specdec.engine.control import Plan
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.roles import Steps
 from specdec.engine.slots import Rows
-from specdec.engine.state import BatchState, Report
+from specdec.engine.state import READ, BatchState, Report
 from specdec.engine.step import TreeStep
 from specdec.engine.text import Text
 from specdec.engine.walk import walk
@@ -48,20 +48,34 @@ class Launcher:
         self._step, self._steps = step, steps
         self._counts: dict[int, Tensor] = {}
 
-    def start(self, state: BatchState, law: SamplingLaw, plan: Plan, rows: Rows, live: dict[int, Text]) -> Flight:
-        """A step with this plan, for the live rows."""
+    def start(
+        self, state: BatchState, law: SamplingLaw, plan: Plan, rows: Rows, live: dict[int, Text],
+        found: dict[int, list[int]],
+    ) -> Flight:  # fmt: skip
+        """A step with this plan, for the live rows; the drafter drafts for those of which nothing was found."""
         step, n_batch, device = self._step, len(state.lengths), self._step.target.device
         compiling = False
         begin = read = Mark(device)
-        if plan.depth:
-            rows.read(drafted_for(live, plan))
+        others = {row: text for row, text in live.items() if row not in found}
+        wanted = {row: text for row, text in drafted_for(live, plan).items() if row in others}
+        if plan.depth and wanted:
+            reads = rows.read(others, wanted)
             read = Mark(device)
-            counted = self.count(self.bucket(min(max(len(live), 2), n_batch), n_batch))
-            draft = self._steps.get(step.draft, ("draft", law.key, n_batch == 1, plan.depth), len(counted))
+            n_drafted = sum(map(bool, reads))
+            counted = self.count(self.bucket(min(max(n_drafted, 2), n_batch), n_batch))
+            n_fed, fewest = sum(reads), READ * len(counted)
+            state.feed(reads, self.count(fewest if n_fed <= fewest else self.bucket(n_fed, n_batch * n_fed)))
+            key, size = ("draft", law.key, n_batch == 1, plan.depth), (len(counted), len(state.fed))
+            draft = self._steps.get(step.draft, key, size)
             draft(state, law, counted, plan.depth)
             compiling |= self._steps.was_compiling
+            plan = replace(plan, n_drafted=n_drafted)
+            rows.skip({row: text for row, text in live.items() if row in found})
         else:
+            plan = replace(plan, n_drafted=0)
             rows.skip(live)
+        if found:
+            state.overlay(found, keeps=bool(plan.n_drafted))
         drafted = Mark(device)
         allowed = dict(zip(live, plan.allowed, strict=True))
         state.allow([allowed.get(row, 0) for row in range(n_batch)])

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -16,11 +17,15 @@ from specdec.engine.laws import SamplingLaw
 from specdec.engine.memory import Buffers
 from specdec.engine.roles import Drafter, Steps, Target
 from specdec.engine.slots import Rows
-from specdec.engine.stats import Stats
+from specdec.engine.stats import SourceCounts, Stats
 from specdec.engine.step import TreeStep
 from specdec.engine.text import Text
 from specdec.verifiers import AUTO
 from specdec.verifiers.base import Verifier
+
+SOURCES = "draft model", "n-grams"
+"""By `Track.source`, what drafted."""
+LookUp: TypeAlias = Callable[[Mapping[int, Text]], dict[int, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Decoder:
         self.step = TreeStep(target, drafter, verifier)
         self.launcher = Launcher(self.step, steps)
         self.buffers = Buffers(target, drafter, steps)
+        self.look_up: LookUp | None = getattr(drafter, "look_up", None)  # users' drafters need not have it
         self.policies: dict[object, Policy] = {}
 
     def run(
@@ -68,7 +74,7 @@ class Decoder:
         rows = Rows(iter(texts), state, self.target, self.drafter, self.buffers.grow)
         policy = self._policy(law)
         policy.ready = self._ready(law, n_rows)
-        lag = 0 if law.by_text else self.steps.lag  # processors see the text up to here
+        lag = 0 if law.by_text or self.look_up else self.steps.lag  # both see the text up to here
         flights: deque[Flight] = deque()
         try:
             while True:
@@ -82,7 +88,8 @@ class Decoder:
                 if not live or (rows.is_writing and not rows.is_under_way):  # the first step is of all
                     continue
                 start = time.perf_counter()
-                plan = self._plan(policy, law, live, n_rows)
+                found = self._found(live)
+                plan = self._plan(policy, law, live, found, n_rows)
                 # What the drafter has to read must have arrived; and a step of texts that will have ended is wasted.
                 waits = bool(flights) and (
                     any(rows.unread(drafted_for(live, plan)).values()) or _all_end(live, flights)
@@ -90,7 +97,7 @@ class Decoder:
                 if not waits:
                     unread = len(flights) * (self.tree.depth + 1)  # at most; what came of them is not known yet
                     self.buffers.grow(min(rows.length + unread, longest))
-                    flights.append(self.launcher.start(state, law, plan, rows, live))
+                    flights.append(self.launcher.start(state, law, plan, rows, live, found))
                 while flights and (waits or len(flights) > lag):
                     # The one host read, between two steps: what was added decides which samples go on.
                     yield self._take(flights.popleft(), policy, start)
@@ -120,10 +127,13 @@ class Decoder:
                 text.error = text.error or RuntimeError(why)
             reach = len(report.tokens) if report.finished else text.max_new_tokens - len(text.tokens)
             taken = text.take(new, report.finished)
+            if self.look_up is not None:
+                source = self.stats.sources.setdefault(SOURCES[text.track.source], SourceCounts())
+                source.count(min(report.n_judged, reach), min(report.n_accepted, len(taken)))
             if text.finished:  # what comes after its end is nobody's, also where the host ended it
                 judged = self.tree.depths[report.n_judged]  # the deepest level of so many nodes
                 self.stats.uncount(len(taken), report.n_accepted, min(judged, reach))
-            elif flight.plan.depth:
+            elif flight.plan.depth or any(flight.plan.allowed):
                 policy.count(text.track, report.n_found, report.n_judged, report.n_accepted)
             emitted.append(Emitted(text, taken))
         policy.learn(flight.plan, flight.seconds)
@@ -147,7 +157,7 @@ class Decoder:
             rows.fill(n)
             while rows.is_writing:
                 rows.write()
-            flight = self.launcher.start(state, law, plan, rows, rows.live)
+            flight = self.launcher.start(state, law, plan, rows, rows.live, {})
             flight.wait()
             policy.learn(plan, flight.seconds)
 
@@ -164,16 +174,31 @@ class Decoder:
         depths = self.drafter.depths
         return tuple(d for d in depths if d == depths[-1] or self.launcher.is_ready(law, n_rows, d))
 
-    def _plan(self, policy: Policy, law: SamplingLaw, live: dict[int, Text], n_rows: int) -> Plan:
+    def _found(self, live: dict[int, Text]) -> dict[int, list[int]]:
+        """By row, the drafts that these texts have by themselves, where the drafter is not needed."""
+        found = {} if self.look_up is None else self.look_up(live)
+        for row, text in live.items():
+            text.track.source = int(row in found)
+        return found
+
+    def _plan(
+        self, policy: Policy, law: SamplingLaw, live: dict[int, Text], found: dict[int, list[int]], n_rows: int
+    ) -> Plan:
         """What the next step does: what the policy says, but for texts that the drafter cannot read to their ends,
         for which nothing is drafted."""
         if 0 in policy.levels and n_rows == 1 and not self.launcher.is_ready(law, 1, 0):
             return policy.uniform(1, 0)  # a function of its own: compiled at once, not in the middle of a later text
         plan = policy.plan([text.track for text in live.values()])
+        if self.look_up is not None:
+            drafted = plan.depth and policy.shape.nodes_to[min(plan.depth, policy.shape.source_levels[0])]
+            plan = plan.within([len(found[row]) if row in found else drafted for row in live])
         context = getattr(self.drafter, "context", None)  # users' drafters need not have one
         if context is None or not plan.depth:
             return plan
-        fits = [len(text.prompt) + len(text.tokens) + self.tree.depth <= context for text in live.values()]
+        fits = [
+            row in found or len(text.prompt) + len(text.tokens) + self.tree.depth <= context
+            for row, text in live.items()
+        ]
         if all(fits):
             return plan
         reason = f"texts past the draft's context of {context} tokens"
@@ -186,7 +211,9 @@ class Decoder:
         """The policy of calls of this law; it remembers what earlier ones took and got accepted."""
         adapts = (law.greedy or self.verifier.coupled) if self.adapt is None else self.adapt
         if law.key not in self.policies:
-            self.policies[law.key] = policy_of(self.tree, self.drafter.depths, adapts)
+            self.policies[law.key] = policy_of(
+                self.tree, self.drafter.depths, adapts, getattr(self.drafter, "source_levels", None)
+            )
         return self.policies[law.key]
 
 

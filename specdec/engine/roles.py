@@ -47,7 +47,7 @@ class Steps(Protocol):
     def has(self, key: Hashable) -> bool:
         """Whether `get` has it without compiling."""
 
-    def get(self, step: Callable[..., Any], key: Hashable, size: int) -> Callable[..., Any]:
+    def get(self, step: Callable[..., Any], key: Hashable, size: Hashable) -> Callable[..., Any]:
         """`step` under `key`, for tensors of this size."""
 
 

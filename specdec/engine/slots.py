@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec.engine.decide import agreed_memory
 from specdec.engine.roles import Drafter, Target
-from specdec.engine.state import BatchState
+from specdec.engine.state import READ, BatchState
 from specdec.engine.text import Text
 
 CHUNK = 256
@@ -124,10 +124,22 @@ class Rows:
         """How many tokens the drafter knows of those texts of which it does not know all."""
         return {row: self._unread[row] for row in live if row in self._unread}
 
-    def read(self, live: dict[int, Text]) -> None:
-        """The drafter takes in what it does not know."""
-        unread = self.unread(live)
-        if unread:
-            self._drafter.read({row: (known, live[row].ids) for row, known in unread.items()})
-            for row in unread:
-                del self._unread[row]
+    def read(self, live: dict[int, Text], wanted: dict[int, Text]) -> list[int]:
+        """Let the drafter take in those wanted of the live texts.
+
+        Returns:
+            By row, how many last tokens it has yet to read in the step: none of texts that it does not know.
+        """
+        counts, behind = [0] * len(self._texts), {}
+        for row in live.keys() - self._unread.keys():
+            counts[row] = READ
+        at_once = getattr(self._drafter, "reads_at_once", 0)  # users' drafters need not say
+        for row, known in self.unread(wanted).items():
+            text = wanted[row]
+            counts[row] = len(text.prompt) + len(text.tokens) - max(known - READ, 0)
+            if not known or counts[row] > at_once:
+                behind[row], counts[row] = (known, text.ids), READ
+            del self._unread[row]
+        if behind:
+            self._drafter.read(behind)
+        return counts

@@ -16,6 +16,10 @@ from specdec.engine.tree import TokenTree
 from specdec.graphs.captured import Upload
 from specdec.verifiers.base import DraftLaw
 
+READ = 2
+"""Tokens of each text that a drafter reads in a step after one in which it has drafted: the pending one, and the one
+before it, which it may have drafted itself and then not read."""
+
 
 class BatchState:
     """Texts, lengths and ends of a batch of samples; every step updates it in place, without asking the host.
@@ -33,6 +37,8 @@ class BatchState:
         finished: [B] bool; also where there is no text, or not all of its prompt is in the cache.
         draft: what was drafted last for each text.
         allowed: [B] int64, how many drafted nodes of each the target is to judge, at most.
+        unread: [B] int64, how many of each text's last tokens, the pending one included, a drafter reads in this step
+            before it drafts; none where it drafts nothing. fed: [F] int64, 0, 1, ..., F - 1, as many as these at least.
         new_tokens: [B, D + 1] int64, what the last step added to each text.
         n_new: [B] int64, how many of them count. n_judged: [B] int64, how many drafted nodes the target judged.
         n_accepted: [B] int64, how many of them it accepted, up to the text's end.
@@ -43,7 +49,7 @@ class BatchState:
 
     _PER_SAMPLE = (
         "limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new", "allowed", "n_judged",
-        "n_accepted",
+        "n_accepted", "unread",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +62,9 @@ class BatchState:
         self.limits, self.lengths, self.seeds, self.n_new, self.allowed = (zeros(n_rows) for _ in range(5))
         self.n_judged, self.n_accepted = (zeros(n_rows) for _ in range(2))
         self._allowed = Upload(self.allowed)
+        self.unread = zeros(n_rows) + READ
+        self.fed = torch.arange(READ * n_rows, dtype=torch.int64, device=device)
+        self._unread = Upload(self.unread)
         self.tokens = zeros(n_rows, n_columns)
         self.finished, self.broken = (zeros(n_rows, dtype=torch.bool) for _ in range(2))
         self.eos_ids = zeros(n_ends)
@@ -118,6 +127,11 @@ class BatchState:
         """Of each row, let so many drafted nodes be judged."""
         self._allowed.send(n_nodes)
 
+    def feed(self, n_tokens: list[int], fed: Tensor) -> None:
+        """Let a drafter read so many last tokens of each row's text; `fed` [F] int64 counts at least as many."""
+        self._unread.send(n_tokens)
+        self.fed = fed
+
     def _mark_dynamic(self) -> None:
         """One compiled step serves texts of any length, and one serves all batches of several samples."""
         torch._dynamo.maybe_mark_dynamic(self.tokens, 1)
@@ -158,6 +172,26 @@ class BatchState:
         for kept, new in pairs:
             kept[:, : new.shape[1]].copy_(new)
         self.draft.counts.copy_(draft.counts)
+
+    def overlay(self, found: dict[int, list[int]], keeps: bool) -> None:
+        """Propose chains that follow from the texts without chance, which the host has found, by row, one token at
+        least each; of other rows keep what has been drafted, or nothing."""
+        n_rows, width = self.draft.tokens.shape
+        none = [0 if keeps else 1, 0, *[0] * width]
+        given = [[1, len(found[row]), *found[row], *[0] * (width - len(found[row]))] if row in found else none
+                 for row in range(n_rows)]  # fmt: skip
+        sent = torch.tensor(given, dtype=torch.int64, device="cpu", pin_memory=self.lengths.is_cuda)
+        sent = sent.to(self.lengths.device, non_blocking=True)
+        ours, counts, tokens = sent[:, 0] > 0, sent[:, 1], sent[:, 2:]
+        self.draft.counts.copy_(torch.where(ours, counts, self.draft.counts))
+        self.draft.tokens.copy_(torch.where(ours[:, None], tokens, self.draft.tokens))
+        if (law := self.draft.law) is not None:  # each the only child, and certain
+            ours = ours[:, None]
+            law.places.masked_fill_(ours, 0)
+            law.n_hubs.masked_fill_(ours, 1)
+            law.support_probs.masked_fill_(ours[..., None], 0.0)
+            law.support_probs[..., 0].masked_fill_(ours, 1.0)
+            law.support_ids[..., 0] = torch.where(ours, tokens, law.support_ids[..., 0])
 
     def n_nodes(self, n_tokens: int) -> Tensor:
         """[B] int64: how many nodes of each tree a forward of `n_tokens` tokens takes: all roots of unfinished samples,

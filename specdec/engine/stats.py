@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class SourceCounts:
+    """What one of several sources drafted: for how many steps of a sample, how many tokens of them were verified, and
+    how many of those accepted."""
+
+    drafts: int = 0
+    verified: int = 0
+    accepted: int = 0
+
+    def count(self, n_verified: int, n_accepted: int) -> None:
+        """A step of a sample."""
+        self.drafts += n_verified > 0
+        self.verified += n_verified
+        self.accepted += n_accepted
+
+
+@dataclass
 class Stats:
     """Running totals over all `generate()` calls since the last `reset()`.
 
@@ -29,6 +45,7 @@ class Stats:
             drafted there, be it one or several to choose from, and how often one was accepted.
         slots: by number of children k of a node: how often such a node was reached, and how often the path went on
             through its 1st, ..., k-th child.
+        sources: by name, what each source drafted, where there are several.
         seconds: wall-clock seconds by phase: "prefill", "decode", and "compile" for steps that compiled.
         tree: how the tree was chosen, if `tune()` has chosen it.
         decisions: how much was drafted in the last call's last steps, and why (see `specdec.engine.control`).
@@ -47,6 +64,7 @@ class Stats:
     accepted: list[int] = field(default_factory=list)
     slots: dict[int, list[int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "compile": 0.0, "decode": 0.0})
+    sources: dict[str, SourceCounts] = field(default_factory=dict)
     tree: str | None = None
     decisions: Decisions | None = None
     undrafted_texts: Counter[str] = field(default_factory=Counter)
@@ -126,6 +144,7 @@ class Stats:
             "accepted": list(self.accepted),
             "acceptance_by_position": self.acceptance_by_position,
             "acceptance_by_slot": {str(k): list(shares) for k, shares in self.acceptance_by_slot.items()},
+            "sources": {name: dict(vars(counts)) for name, counts in self.sources.items()},
             "seconds": dict(self.seconds),
             "tree": self.tree,
             "control": self.control,
@@ -147,6 +166,9 @@ class Stats:
             ("drafted tokens accepted", self._accepted()),
             ("seconds", ", ".join(f"{value:.2f} {spent.get(name, name)}" for name, value in self.seconds.items())),
         ]
+        for name, source in self.sources.items():
+            mean = source.accepted / source.drafts if source.drafts else 0.0
+            lines.append((f"drafts by {name}", f"{source.drafts}, of each {mean:.2f} tokens accepted"))
         lines += [("tree chosen by tune()", self.tree)] if self.tree is not None else []
         lines += [("how much is drafted", self.control)] if self.control is not None else []
         for reason, count in self.fallbacks.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from specdec.engine.control.estimate import Estimate, Track
@@ -44,25 +45,34 @@ def best_plan(
         depths: those to choose from, beside 0.
     """
     n, offers = len(samples), _offers(samples, shape, estimate)
+    has_draft = [track.source != 0 for track in samples]  # which takes no drafting
+    n_drafted = n - sum(has_draft)
     rates, plans = {0: KEEP * n / estimate.costs.forward(n, n)}, {0: shape.uniform(n, 0)}
-    for depth in depths:
-        drafting = estimate.costs.draft(depth, n)
+    for depth in (0, *depths) if n_drafted else (last_depth,):
+        able = [offer for offer in offers if offer.level <= depth or has_draft[offer.sample]]
+        if not able:
+            continue
+        drafting = estimate.costs.draft(depth, n_drafted) if depth and n_drafted else 0.0
         if not last_depth:  # what the drafter would have to read first, spread over the steps that follow
-            drafting += estimate.costs.reading * max(n / FEW, 1) / REGAINED
-        able = [offer for offer in offers if offer.level <= depth]
-        rates[depth], plans[depth] = _cut(able, n, depth, drafting, estimate)
+            drafting += estimate.costs.reading * max(n_drafted / FEW, 1) / REGAINED * bool(depth)
+        rate, plan = _cut(able, n, depth, drafting, estimate)
+        if rate > rates.get(depth, 0.0):
+            rates[depth], plans[depth] = rate, plan
+    if not n_drafted:  # the drafter's depth is no matter, and stays
+        return plans[last_depth] if rates[last_depth] >= rates[0] else replace(plans[0], depth=last_depth)
     depth = max(rates, key=lambda depth: rates[depth])
     return plans[depth if rates[depth] >= KEEP * rates[last_depth] else last_depth]
 
 
 def _offers(samples: Sequence[Track], shape: Shape, estimate: Estimate) -> list[_Offer]:
     """All levels of all samples, those of the most expected tokens a row first."""
-    acceptance, rates, offers = estimate.acceptance, estimate.acceptance.rates, []
+    offers, rates_of = [], [acceptance.rates for acceptance in estimate.sources]
     for i, track in enumerate(samples):
+        acceptance, rates = estimate.sources[track.source], rates_of[track.source]
         chance, quality, worth = acceptance.chance(track), acceptance.quality(track), 1.0
-        for level in range(1, shape.n_levels + 1):
+        for level, rate in enumerate(rates, 1):
             rows = shape.nodes_to[level] - shape.nodes_to[level - 1]
-            worth = min(worth, quality * rates[level - 1] / rows)  # no level comes before the one above it
+            worth = min(worth, quality * rate / rows)  # no level comes before the one above it
             offers.append(_Offer(worth, chance, rows, i, level))
     return sorted(offers, key=lambda offer: (-offer.worth, offer.level, offer.sample))
 

@@ -72,9 +72,9 @@ class StepCosts:
         self.reading = 0.0
 
     def learn(self, plan: Plan, reading: float, draft: float, forward: float) -> None:
-        n = len(plan.allowed)
-        if plan.depth:
-            self.drafts.setdefault(plan.depth, Curve()).learn(n, draft)
+        n, n_drafted = len(plan.allowed), len(plan.allowed) if plan.n_drafted is None else plan.n_drafted
+        if plan.depth and n_drafted:
+            self.drafts.setdefault(plan.depth, Curve()).learn(n_drafted, draft)
         self.forwards.setdefault(scale(n), Curve()).learn(plan.n_tokens, forward)
         if plan.trial == EXPLORE:
             self.reading = max(reading, 0.5 * self.reading)
@@ -100,12 +100,14 @@ class Track:
     Attributes:
         expected, accepted: levels, as all samples would have had them accepted, and as they were.
         steps, found: steps that searched for a draft, and found one.
+        source: what drafts for it in the next step: 0 is the drafter, 1 what the text says itself.
     """
 
     expected: float = 0.0
     accepted: float = 0.0
     steps: float = 0.0
     found: float = 0.0
+    source: int = 0
 
 
 class Acceptance:
@@ -164,13 +166,22 @@ class Acceptance:
 
 
 class Estimate:
-    """What steps cost and bring."""
+    """What steps cost and bring.
+
+    Attributes:
+        costs: of steps. sources: acceptance of what each source drafts, the drafter first.
+    """
 
     def __init__(self, shape: Shape) -> None:
-        self.costs, self.acceptance = StepCosts(), Acceptance(shape.n_levels)
+        self.costs, self.sources = StepCosts(), [Acceptance(n_levels) for n_levels in shape.source_levels]
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """Of what the drafter drafts."""
+        return self.sources[0]
 
     def learn(self, plan: Plan, reading: float, draft: float, forward: float) -> None:
         """A step with this plan, whose samples have been counted, took so many seconds for its parts."""
         self.costs.learn(plan, reading, draft, forward)
-        if plan.depth:
-            self.acceptance.settle()
+        for acceptance in self.sources if any(plan.allowed) else ():
+            acceptance.settle()

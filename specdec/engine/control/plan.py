@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specdec.engine.tree import TokenTree
 
@@ -18,27 +18,34 @@ class Plan:
     Attributes:
         depth: levels to draft, 0 for none. allowed: [n], drafted nodes of each sample that the target judges, at most.
         n_tokens: T, tokens of the target's forward. trial: why it is tried, CALIBRATE or EXPLORE, if not for being the
-            best.
+            best. n_drafted: samples that the drafter drafts for, if not for all: others have found their drafts.
     """
 
     depth: int
     allowed: tuple[int, ...]
     n_tokens: int
     trial: str = ""
+    n_drafted: int | None = None
+
+    def within(self, most: Sequence[int]) -> Plan:
+        """The same where the samples have [n] so many drafted nodes at most."""
+        allowed = tuple(map(min, self.allowed, most))
+        return replace(self, allowed=allowed, n_tokens=min(self.n_tokens, len(allowed) + sum(allowed)))
 
 
 class Shape:
     """What plans can choose from.
 
     Args:
-        tree: a whole draft. depths: levels that can be drafted, ascending (see `Drafter`).
+        tree: a whole draft. depths: levels that can be drafted, ascending (see `Drafter`). source_levels: of what each
+            source drafts, the drafter first.
 
     Attributes:
         n_levels: of the tree. nodes_to: [n_levels + 1], drafted nodes down to each level.
     """
 
-    def __init__(self, tree: TokenTree, depths: Sequence[int]) -> None:
-        self.depths, self.n_levels = depths, tree.depth
+    def __init__(self, tree: TokenTree, depths: Sequence[int], source_levels: Sequence[int] | None = None) -> None:
+        self.depths, self.n_levels, self.source_levels = depths, tree.depth, source_levels or (tree.depth,)
         self.nodes_to = [bisect_right(tree.depths, level) - 1 for level in range(tree.depth + 1)]
 
     def whole_levels(self, n_nodes: int) -> int:

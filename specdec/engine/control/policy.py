@@ -39,6 +39,7 @@ class Decisions:
         acceptance: [n_levels], the acceptance rate of each level: with what probability a path reaches it.
         draft_seconds: as measured, by depth, then by samples. forward_seconds: by samples, or up to twice as many, then
             by tokens.
+        looked_up: acceptance rates of what the text says itself, where that drafts, too.
     """
 
     n_levels: int
@@ -48,6 +49,7 @@ class Decisions:
     acceptance: list[float] = field(default_factory=list)
     draft_seconds: dict[int, dict[int, float]] = field(default_factory=dict)
     forward_seconds: dict[int, dict[int, float]] = field(default_factory=dict)
+    looked_up: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -69,8 +71,11 @@ class Decisions:
             for name, curve in parts
         ]
         now = f"now {self.depth} of up to {self.n_levels} tokens deep, after {self.changes} changes"
-        rates = f"chances to be accepted: {', '.join(f'{rate:.2f}' for rate in self.acceptance)}"
-        return "; ".join([now, rates, *seconds])
+        rates = [
+            f"chances {of}to be accepted: {', '.join(f'{rate:.2f}' for rate in chances)}"
+            for of, chances in (("", self.acceptance), ("of what was looked up ", self.looked_up)) if chances
+        ]  # fmt: skip
+        return "; ".join([now, *rates, *seconds])
 
 
 class Policy(Protocol):
@@ -150,7 +155,8 @@ class Adaptive(Policy):
         self.changes = 0
         self._explorer = Explorer(shape, self.estimate)
         self._best, self._age = Plan(0, (), 0), 0
-        self._samples: tuple[Track, ...] = ()  # of the best plan
+        self._samples: tuple[Track, ...] = ()  # of the best plans
+        self._plans: dict[tuple[int, ...], Plan] = {}  # by the samples' sources
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -161,23 +167,27 @@ class Adaptive(Policy):
         def points(curves: dict[int, Curve]) -> dict[int, dict[int, float]]:
             return {key: dict(zip(*curve.points, strict=True)) for key, curve in sorted(curves.items())}
 
-        costs, rates = self.estimate.costs, self.estimate.acceptance.rates
+        costs, (rates, *others) = self.estimate.costs, [source.rates for source in self.estimate.sources]
         measured = points(costs.drafts), points(costs.forwards)
-        return Decisions(self.shape.n_levels, True, self._best.depth, self.changes, rates, *measured)
+        looked_up = others[0] if others else []
+        return Decisions(self.shape.n_levels, True, self._best.depth, self.changes, rates, *measured, looked_up)
 
     def plan(self, samples: Sequence[Track]) -> Plan:
         if trial := self._explorer.trial(len(samples), self._best):
             return trial
-        self.estimate.acceptance.remember(len(samples))
+        for acceptance in self.estimate.sources:
+            acceptance.remember(len(samples))
         self._age += 1
         is_same = len(samples) == len(self._samples) and not any(map(is_not, samples, self._samples))
         if self._age >= REPLAN or not is_same:
-            before = self._best.depth
-            self._best = best_plan(samples, self.shape, self.estimate, self.ready, before)
-            if before != self._best.depth:
+            self._samples, self._age, self._plans = tuple(samples), 0, {}
+        sources, before = tuple(track.source for track in samples), self._best.depth
+        if sources not in self._plans:
+            self._plans[sources] = best_plan(samples, self.shape, self.estimate, self.ready, before)
+            if before != self._plans[sources].depth:
                 self.changes += 1
                 self._explorer.restart()
-            self._samples, self._age = tuple(samples), 0
+        self._best = self._plans[sources]
         return self._best
 
     def calibrates(self, n: int) -> bool:
@@ -185,8 +195,9 @@ class Adaptive(Policy):
 
     def count(self, track: Track, n_found: int, n_judged: int, n_accepted: int) -> None:
         judged = self.shape.whole_levels(n_judged)
-        self._explorer.count(judged > 0, n_accepted > 0)
-        self.estimate.acceptance.count(track, n_found > 0, judged, n_accepted)
+        if not track.source:
+            self._explorer.count(judged > 0, n_accepted > 0)
+        self.estimate.sources[track.source].count(track, n_found > 0, judged, n_accepted)
 
     def learn(self, plan: Plan, seconds: tuple[float, float, float] | None) -> None:
         seconds = decide("seconds of a step", seconds)
@@ -199,7 +210,10 @@ class Adaptive(Policy):
             self._samples = ()  # plan anew
 
 
-def policy_of(tree: TokenTree, depths: Sequence[int], adapts: bool) -> Policy:
-    """The policy for a whole draft of this tree, of which so many levels can be drafted, ascending."""
-    shape = Shape(tree, depths)
+def policy_of(
+    tree: TokenTree, depths: Sequence[int], adapts: bool, source_levels: Sequence[int] | None = None
+) -> Policy:
+    """The policy for a whole draft of this tree, of which so many levels can be drafted, ascending, by sources of so
+    many levels, the drafter first."""
+    shape = Shape(tree, depths, source_levels)
     return Adaptive(shape) if adapts and shape.n_levels else Fixed(shape)

@@ -1,0 +1,55 @@
+"""A draft model and n-grams together: what the text repeats is looked up, and the model drafts the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from specdec.drafters.lookup import SuffixIndex
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.vocabulary import Overlap
+from specdec.engine.text import Text
+from specdec.engine.tree import TokenTree
+from specdec.hf.names import PreTrainedModel
+from specdec.verifiers import AUTO
+from specdec.verifiers.base import Verifier
+
+READS_AT_ONCE = 16
+"""Last tokens of a text that the draft model reads within a step: what a step or two of n-grams added."""
+
+
+class MixedDrafter(ModelDrafter):
+    """Drafts a chain for each sample, by one of two sources: the text, where at least two of its last tokens stand in
+    it earlier, or else the draft model, which is not run for samples that the text serves.
+
+    Which of them drafts follows from the text alone, so the output law is the target's, and a seed's text does not
+    depend on its neighbours.
+
+    Args:
+        model, verifier, overlap: as of `ModelDrafter`. depth: tokens that the model drafts. n_looked_up: those that the
+            text does. max_ngram: longest suffix looked up.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, depth: int, n_looked_up: int, max_ngram: int, verifier: Verifier = AUTO,
+        overlap: Overlap | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE)
+        self.tree = TokenTree.chain(max(depth, n_looked_up))
+        self.depths = (*self.depths[:-1], self.tree.depth)  # the whole tree: all that the model drafts
+        self.source_levels = depth, n_looked_up
+        self._max_ngram = max_ngram
+        self._texts: dict[int, tuple[Text, SuffixIndex]] = {}
+
+    def look_up(self, texts: Mapping[int, Text]) -> dict[int, list[int]]:
+        """By row, what these texts say about how they go on; rows of which they say nothing are left out."""
+        found = {}
+        for row, text in texts.items():
+            known, index = self._texts.get(row, (None, None))
+            if known is not text or index is None:
+                index = SuffixIndex(self._max_ngram)
+                index.extend(text.prompt.tolist())
+                self._texts[row] = text, index
+            index.extend(text.tokens[len(index.tokens) - len(text.prompt) :])
+            if tokens := index.continuation(self.source_levels[1]):
+                found[row] = tokens
+        return found
