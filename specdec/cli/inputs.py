@@ -90,7 +90,7 @@ class Sources:
         if self.model is not None and self.size != "bundled":
             raise ValueError(f"--size {self.size} is of the bundled target, and --model is {self.model}")
         try:
-            torch.zeros(1, device=self.device).item()
+            torch.zeros(1, dtype=torch.float32, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"--device {self.device}: {in_a_line(error)}") from None
 
@@ -231,6 +231,8 @@ def batches(prompts: list[list[int]], size: int, device: str) -> list[Batch]:
         part = rows[start : start + size]
         longest = max(map(len, part))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in part], dtype=torch.int64, device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part], device=device)
+        mask = torch.tensor(
+            [[0] * (longest - len(row)) + [1] * len(row) for row in part], dtype=torch.int64, device=device
+        )
         found.append((ids, mask))
     return found
