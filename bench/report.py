@@ -89,7 +89,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [] if settings["compiled"] else ["", "specdec ran eagerly (`--no-compile`)."]
     for entry in result["results"]:
         lines += section(entry)
-    return "\n".join([*lines, "", "![ratios](end_to_end.png)", ""])
+    return "\n".join([*lines, "", "![tokens per second](end_to_end.png)", ""])
 
 
 def section(entry: dict[str, Any]) -> list[str]:

@@ -54,26 +54,16 @@ class Launcher:
     ) -> Flight:  # fmt: skip
         """A step with this plan, for the live rows; the drafter drafts for those of which nothing was found."""
         step, n_batch, device = self._step, len(state.lengths), self._step.target.device
-        compiling = False
-        begin = read = Mark(device)
         others = {row: text for row, text in live.items() if row not in found}
         wanted = {row: text for row, text in drafted_for(live, plan).items() if row in others}
-        if plan.depth and wanted:
+        plan = replace(plan, n_drafted=len(others) if plan.depth and wanted else 0)
+        compiling = False
+        begin = read = Mark(device)
+        if plan.n_drafted:
             reads = rows.read(others, wanted)
             read = Mark(device)
-            n_drafted = sum(map(bool, reads))
-            counted = self.count(self.bucket(min(max(n_drafted, 2), n_batch), n_batch))
-            n_fed, fewest = sum(reads), READ * len(counted)
-            state.feed(reads, self.count(fewest if n_fed <= fewest else self.bucket(n_fed, n_batch * n_fed)))
-            key, size = ("draft", law.key, n_batch == 1, plan.depth), (len(counted), len(state.fed))
-            draft = self._steps.get(step.draft, key, size)
-            draft(state, law, counted, plan.depth)
-            compiling |= self._steps.was_compiling
-            plan = replace(plan, n_drafted=n_drafted)
-            rows.skip({row: text for row, text in live.items() if row in found})
-        else:
-            plan = replace(plan, n_drafted=0)
-            rows.skip(live)
+            compiling = self._draft(state, law, plan, reads)
+        rows.skip({row: text for row, text in live.items() if not plan.n_drafted or row in found})
         if found:
             state.overlay(found, keeps=bool(plan.n_drafted))
         drafted = Mark(device)
@@ -92,6 +82,17 @@ class Launcher:
         judged = Mark(device)  # before the report's own: all have passed when it has arrived
         marks = None if compiling else (begin, read, drafted, judged)
         return Flight(plan, live, Readback(report), marks)
+
+    def _draft(self, state: BatchState, law: SamplingLaw, plan: Plan, reads: list[int]) -> bool:
+        """Let the drafter draft, which reads so many last tokens of each row's text first; whether that compiled."""
+        n_batch = len(state.lengths)
+        counted = self.count(self.bucket(min(max(plan.n_drafted or 0, 2), n_batch), n_batch))
+        n_fed, fewest = sum(reads), READ * len(counted)
+        state.feed(reads, self.count(fewest if n_fed <= fewest else self.bucket(n_fed, n_batch * n_fed)))
+        key, size = ("draft", law.key, n_batch == 1, plan.depth), (len(counted), len(state.fed))
+        draft = self._steps.get(self._step.draft, key, size)
+        draft(state, law, counted, plan.depth)
+        return self._steps.was_compiling
 
     def is_ready(self, law: SamplingLaw, n_rows: int, depth: int) -> bool:
         """Whether a draft of this depth is launched without compiling; with 0, whether the judgement of one root is."""
