@@ -7,6 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from specdec.arguments import DRAFTS
 from specdec.config import Config
 from specdec.drafters.registry import check_draft, draft_model
 from specdec.drafters.vocabulary import ForeignDraft
@@ -91,7 +92,7 @@ def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer
     draft = unwrapped(draft)
     if isinstance(draft, str) and draft != "ngram":
         if get_close_matches(draft.lower().replace("-", "").replace("_", ""), ["ngram"], cutoff=0.8):
-            raise ValueError(f'draft must be "ngram", a folder or hub id, a model, a Drafter or None, got {draft!r}')
+            raise ValueError(f"draft must be {DRAFTS}, got {draft!r}")
         if tokenizer is not None and draft_tokenizer is None:
             draft_tokenizer = load_tokenizer(draft)
         draft = load_draft(draft, target)

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+DRAFTS = '"ngram", a folder or hub id, a model, [model, "ngram"], a Drafter or None'
+"""What a draft can be."""
+
 
 def whole(name: str, value: Any, least: int = 1, hint: str = "") -> int:
     """A whole number of any kind, numpy's and torch's included; `hint` says what else there is.

@@ -50,7 +50,7 @@ def test_devices_must_match(model: PreTrainedModel, fresh: Tiny) -> None:
 
 @pytest.mark.parametrize(
     ("draft", "error"),
-    [("n-gram", ValueError), ("gpt2", ValueError), (3, TypeError), ([], TypeError), (torch.nn.Linear(2, 2), TypeError)],
+    [("n-gram", ValueError), ("gpt2", ValueError), (3, TypeError), (torch.nn.Linear(2, 2), TypeError)],
 )
 def test_what_is_no_draft(draft: Any, error: type[Exception], model: PreTrainedModel) -> None:
     with pytest.raises(error, match="draft must be"):

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from specdec.arguments import DRAFTS
 from specdec.config import Config
 from specdec.drafters.mixed import MixedDrafter
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
@@ -77,13 +78,13 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
         if (rope := moving_rope(draft.config)) is not None:
             raise ValueError(f"drafts with {rope} rope are not supported")
     elif isinstance(draft, str) and draft != "ngram":
-        raise ValueError(f'draft must be "ngram", a model, a Drafter or None, got {draft!r}')
+        raise ValueError(f"draft must be {DRAFTS}, got {draft!r}")
     elif (
         draft is not None
         and not isinstance(draft, str)
         and (isinstance(draft, type) or not callable(getattr(draft, "draft", None)))
     ):
-        raise TypeError(f'draft must be "ngram", a model, a Drafter or None, got {type(draft).__name__}')
+        raise TypeError(f"draft must be {DRAFTS}, got {type(draft).__name__}")
 
 
 def _beside_ngrams(draft: tuple[Any, ...]) -> PreTrainedModel | ForeignDraft:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from specdec.arguments import DRAFTS
+
 
 def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
     """The causal LM of this name, in the target's dtype and on its device.
@@ -27,7 +29,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _loaded(kind: Any, name: str, **options: Any) -> Any:
-    wrong = f'draft must be "ngram", a folder or hub id, a model, a Drafter or None, and {name!r}'
+    wrong = f"draft must be {DRAFTS}, and {name!r}"
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # the hub need not be asked
         raise ValueError(f"{wrong} is no folder")
     try:
