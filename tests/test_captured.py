@@ -3,8 +3,9 @@ step again on what was recorded, which sees the same memory as a CUDA graph woul
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.engine.control import Adaptive, Plan, Track
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.roles import Drafter
@@ -111,6 +113,50 @@ def test_recorded_steps_write_the_same_texts(
         assert recorded.stats.undrafted > 0
     else:
         assert (recorded.stats.proposed, recorded.stats.accepted) == (plain.stats.proposed, plain.stats.accepted)
+
+
+def test_another_depth_at_each_step_makes_nothing_anew(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each depth is compiled and recorded once, and masks are made with the tree: steps take what they need of them."""
+    made: dict[str, int] = {"compiled": 0, "masks": 0}
+
+    def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made[what] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    depths = itertools.cycle([5, 0, 2, 3, 1, 0, 5, 1, 3, 2])
+
+    def plan(self: Adaptive, samples: Sequence[Track]) -> Plan:
+        return self.shape.uniform(len(samples), next(depths))
+
+    monkeypatch.setattr(Adaptive, "plan", plan)
+    monkeypatch.setattr(TokenTree, "tensors", counted("masks", TokenTree.tensors))
+    monkeypatch.setattr(compiled._Step, "_compile", counted("compiled", compiled._Step._compile))
+    target, draft = tiny("llama"), tiny("llama", seed=1, num_hidden_layers=1)
+    steps, stats = CapturedSteps(CompiledSteps(True), Rerun), Stats()
+    decoder = Decoder(ModelView(target), ModelDrafter(draft, TokenTree.chain(5)), steps, stats, adapt=None)
+    decoder._ready = lambda *_: decoder.drafter.depths  # type: ignore[method-assign]
+    prompt = torch.tensor([[5, 3, 9, 8, 2]])
+    expected = target.generate(prompt, max_new_tokens=60)[0, 5:].tolist()
+
+    def decode() -> dict[str, int]:
+        text = Text(prompt[0], 60)
+        with torch.no_grad():
+            for _ in decoder.run([text], 1, 65, 65, _law(None), NO_EOS):
+                pass
+        assert text.tokens == expected
+        return {**made, "recorded": len(steps.recordings)}
+
+    first = decode()
+    assert first["compiled"] >= len(decoder.drafter.depths) + 2  # judging a root alone is a function of its own
+    with torch.compiler.set_stance("fail_on_recompile"):
+        before, made_before = decode(), Rerun.made
+        assert decode() == before
+    assert Rerun.made == made_before
+    assert before["masks"] == first["masks"] and before["compiled"] == first["compiled"]
+    assert not stats.eager
 
 
 def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:
