@@ -127,7 +127,7 @@ def test_texts_follow_the_exact_law(
     check_law(wrapped, target, "cut")
     stats = wrapped.specdec.stats
     assert stats.proposed[1] < stats.proposed[0]
-    if mixed or stop_below == 0.3:  # at 0.7 nothing that this draft model draws is followed by another token
+    if stop_below == 0.3:  # at 0.7 this draft model never drafts another
         assert 0 < stats.accepted[1] < stats.proposed[1]
 
 
@@ -149,17 +149,18 @@ def test_texts_follow_the_exact_law_with_any_plans(
 def test_greedy_tokens(family: str, mixed: bool, adapt: bool | None, tiny: Tiny, prompts: Prompts) -> None:
     model = tiny(family)
     near = _close_to(model)
-    wrapped = wrap(model, [near, "ngram"] if mixed else near, stop_below=0.05, adapt=adapt)
+    stop_below = 0.11 if family == "gemma2" else 0.2  # about the median of what these drafts say
+    wrapped = wrap(model, [near, "ngram"] if mixed else near, stop_below=stop_below, adapt=adapt)
     for lengths in (RAGGED, [9]):
         same(wrapped, model, **prompts(lengths), max_new_tokens=40)
     if adapt is False:
         proposed = wrapped.specdec.stats.proposed
-        assert 0 < proposed[-1] < proposed[0]
+        assert 0 < proposed[4] < proposed[0]
 
 
 def test_one_compiled_draft_stops_anywhere(tiny: Tiny, prompts: Prompts) -> None:
-    model = tiny("llama")
-    wrapped = specdec.compile(model, _close_to(model), adapt=False, stop_below=0.05)
+    model = tiny("llama", num_hidden_layers=1)
+    wrapped = specdec.compile(model, _close_to(model), depth=3, adapt=False, stop_below=0.15)
     same(wrapped, model, **prompts(RAGGED), max_new_tokens=40)
     stats = wrapped.specdec.stats
     assert not stats.eager
@@ -173,7 +174,8 @@ def test_one_compiled_draft_stops_anywhere(tiny: Tiny, prompts: Prompts) -> None
 def test_chains_end_after_the_first_token_below(greedy: bool, tiny: Tiny, prompts: Prompts, monkeypatch: Any) -> None:
     """As the plain draft model says it, with the temperature of the law."""
     model, near = tiny("llama"), _close_to(tiny("llama"))
-    wrapped = wrap(model, near, stop_below=0.05, depth=4)
+    stop_below = 0.2 if greedy else 0.05
+    wrapped = wrap(model, near, stop_below=stop_below, depth=4)
     seen: list[tuple[Tensor, int, int]] = []
     propose = BatchState.propose
 
@@ -194,9 +196,9 @@ def test_chains_end_after_the_first_token_below(greedy: bool, tiny: Tiny, prompt
             logits = logits / 0.8
             logits = logits.where(logits >= logits.topk(40).values[:, -1:], -torch.inf)
         probs = logits.softmax(-1).gather(1, text[n_known:, None])[:, 0].tolist()
-        if min(abs(p - 0.05) for p in probs) < 1e-4:
+        if min(abs(p - stop_below) for p in probs) < 1e-4:
             continue  # rounding decides
-        weak = [i for i, p in enumerate(probs) if p < 0.05]
+        weak = [i for i, p in enumerate(probs) if p < stop_below]
         lengths.append(weak[0] + 1 if weak else 4)
         assert count == lengths[-1]
     assert set(lengths) == {1, 2, 3, 4}
@@ -251,7 +253,7 @@ def test_room_is_for_as_much_as_is_found() -> None:
         for track in tracks * 100:
             _count(estimate.acceptance, track, lengths, chance)
         for levels in (0, 1, 5):
-            estimate.learn(shape.uniform(8, levels), 0.0, 0.1 * levels, 1 + 0.02 * 8 * (levels + 1))
+            estimate.learn(shape.uniform(8, levels), 0.0, 0.02 * levels, 1 + 0.01 * 8 * (levels + 1))
         plan = best_plan(tracks, shape, estimate, shape.depths, 5)
         assert plan.depth == 5
         rooms.append((plan.n_tokens, 8 + sum(plan.allowed)))
@@ -273,11 +275,15 @@ def test_values_that_cannot_be(value: Any, error: type[Exception], model: PreTra
         wrap(model, model, stop_below=value)
 
 
-@pytest.mark.parametrize(("value", "error"), [(-0.5, ValueError), (1.5, ValueError), (True, TypeError)])
-def test_thresholds_that_cannot_be(value: Any, error: type[Exception], model: PreTrainedModel) -> None:
-    given = {"assistant_model": model, "max_new_tokens": 4, "assistant_confidence_threshold": value}
-    with pytest.raises(error, match=r"assistant_confidence_threshold must be (above 0 and at most 1|a number), got "):
-        wrap(model, None).generate(torch.tensor([[3]]), **given)
+@pytest.mark.parametrize("value", [-0.5, 1.5, True])
+def test_thresholds_that_cannot_be_are_transformers_matter(value: Any, model: PreTrainedModel) -> None:
+    """As other settings of a draft that a call names: its own loop decodes, and the reason is said."""
+    wrapped, said = wrap(model, None), r"assistant_confidence_threshold must be (above 0 and at most 1|a number), got "
+    with pytest.warns(specdec.SpecdecWarning, match=said):
+        wrapped.generate(
+            torch.tensor([[3]]), assistant_model=model, max_new_tokens=4, assistant_confidence_threshold=value
+        )
+    assert wrapped.specdec.stats.fallbacks == {"a draft that does not fit": 1}
 
 
 def test_chains_of_draft_models_end_early_and_nothing_else(model: PreTrainedModel) -> None:
