@@ -9,9 +9,11 @@ the draft's by depth. From these two `bench.stopping_rules` computes tokens a se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Annotated, Any
 
 import numpy as np
@@ -102,28 +104,32 @@ def record(
 
 @torch.no_grad()
 def time_forwards(target: PreTrainedModel, draft: PreTrainedModel, repeats: int, bar: Progress) -> Costs:
-    """Median seconds, all in turn."""
-    steps, runs, views = CompiledSteps(True, is_seen=is_seen), {}, (ModelView(target), ModelView(draft))
-    for i, (view, n_nodes, sizes) in enumerate(
-        zip(views, (DEPTH + 1, 1), (range(1, DEPTH + 2), DRAFT_DEPTHS), strict=True)
-    ):
-        view.allocate(1, choose._COMMITTED + n_nodes + 1)  # the last slot is scratch
-        for size in sizes:
-            forward = choose._Forward(view, n_nodes, 1 if i == 0 else size)
-            token = torch.arange(size if i == 0 else 1, dtype=torch.int64)
-            runs[f"{i} {size}"] = (steps.get(forward.run, (i, size), 0), token)
-    calls = {name: lambda run=run, token=token: run(token) for name, (run, token) in runs.items()}
+    """Seconds of both models' forwards, which take turns. Of each the lower quartile counts, and less where a longer
+    one took less: other programs only ever add."""
+    steps, views = CompiledSteps(True, is_seen=is_seen), (ModelView(target), ModelView(draft))
+    for view in views:
+        view.allocate(1, choose._COMMITTED + DEPTH + 2)  # the last slot is scratch
+
+    def forward(view: ModelView, n_rows: int, times: int) -> Callable[[], Tensor]:
+        run = choose._Forward(view, n_rows, times).run
+        return partial(steps.get(run, (view, n_rows, times), 0), torch.arange(n_rows, dtype=torch.int64))
+
+    calls = {f"target {n}": forward(views[0], n, 1) for n in range(1, DEPTH + 2)}
+    calls |= {f"draft {depth}": forward(views[1], 1, depth) for depth in DRAFT_DEPTHS}
     task = bar.add_task("compiling forwards", total=(2 + repeats) * len(calls))
-    step = lambda name: bar.update(task, advance=1, refresh=True)  # noqa: E731
+
+    def step(name: str) -> None:
+        bar.update(task, advance=1, refresh=True)
+
     measure.compare(calls, 2, step)
     bar.update(task, description="timing forwards")
-    seconds = {name: median(times) for name, times in measure.compare(calls, repeats, step).items()}
+    seconds = {name: quantiles(times, n=4)[0] for name, times in measure.compare(calls, repeats, step).items()}
     bar.remove_task(task)
     if steps.eager:
         raise measure.NotMeasured(f"forwards ran eagerly: {', '.join(steps.eager)}")
-    by_depth = [seconds[f"1 {depth}"] for depth in DRAFT_DEPTHS]
-    drafts = np.interp(range(DEPTH + 1), (0, *DRAFT_DEPTHS), (0.0, *by_depth))
-    return Costs(np.array([seconds[f"0 {n}"] for n in range(1, DEPTH + 2)]), drafts)
+    by_rows = np.array([seconds[f"target {n}"] for n in range(1, DEPTH + 2)])
+    by_depth = np.interp(range(DEPTH + 1), (0, *DRAFT_DEPTHS), (0.0, *(seconds[f"draft {d}"] for d in DRAFT_DEPTHS)))
+    return Costs(*(np.minimum.accumulate(curve[::-1])[::-1] for curve in (by_rows, by_depth)))
 
 
 def main(
@@ -131,7 +137,7 @@ def main(
     prompts: Annotated[int, Option(help="Held-out prompts.", min=4)] = 128,
     prompt_tokens: Annotated[int, Option(min=1)] = 64,
     new_tokens: Annotated[int, Option(min=4)] = 64,
-    repeats: Annotated[int, Option(help="Timed rounds.", min=1)] = 21,
+    repeats: Annotated[int, Option(help="Timed rounds.", min=2)] = 101,
     out: Annotated[Path, Option(help="Folder of stopping.json and .md.")] = Path("bench/results"),
 ) -> None:
     """Record, measure, compute, print, and write tables and figures. Exits with 1 if a part was left out."""
@@ -156,6 +162,7 @@ def main(
                     "size": size, "temperature": temperature, "saves_levels": saves_levels,
                     "steps": len(steps.accepted), "tokens_per_step": float(1 + steps.accepted.mean()), "rules": rows,
                     "target_seconds": costs.target.tolist(), "draft_seconds": costs.draft.tolist(),
+                    "load": os.getloadavg()[0],
                 })  # fmt: skip
                 console.print(report.table(result["results"][-1]))
         report.write(result, out)  # after each: a long run that is stopped leaves what it has

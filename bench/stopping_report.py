@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from bench import report
+from bench.stopping_rules import FIXED
 
 HEADER = ("", "tokens/s", "gain", "90% interval", "tokens/step", "verified/step", "depth", "threshold")
 MODELS = {False: "(a) stopping saves rows", True: "(b) stopping saves rows and levels"}
@@ -16,9 +17,10 @@ MODELS = {False: "(a) stopping saves rows", True: "(b) stopping saves rows and l
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One rule's line of the table."""
-    low, high = row["interval"]
+    gain, low, high = (f"{round(x, 3) + 0.0:+.1%}" for x in (row["gain"], *row["interval"]))
+    compared = ("", "") if row["rule"] == FIXED else (gain, f"{low} to {high}")
     return (
-        row["rule"], f"{row['tokens_per_second']:.1f}", f"{row['gain']:+.1%}", f"{low:+.1%} to {high:+.1%}",
+        row["rule"], f"{row['tokens_per_second']:.1f}", *compared,
         f"{row['tokens_per_step']:.2f}", f"{row['verified']:.2f}", ", ".join(map(str, row["depths"])),
         ", ".join("none" if at == float("inf") else f"{at:.2f}" for at in row["thresholds"]),
     )  # fmt: skip
@@ -41,8 +43,9 @@ def markdown(result: dict[str, Any]) -> str:
         *report.heading("Stopping drafts early", result),
         f"{settings['prompts']} held-out prompts of {settings['prompt_tokens']} tokens, {settings['new_tokens']} new "
         f"tokens each, float32, batch size 1, the bundled pair's drafts of {settings['depth']} levels. Tokens a second "
-        "are computed, not measured: from what each recorded step would bring, and median seconds of the forwards "
-        f"({settings['repeats']} interleaved rounds, compiled); what the host does between them is left out. A rule "
+        "are computed, not measured: from what each recorded step would bring, and the seconds of forwards (compiled, "
+        f"the lower quartile of {settings['repeats']} interleaved rounds, and less where a longer forward took less); "
+        "what the host does between them is left out. A rule "
         "stops after the first level whose signal is too low; that level is verified, too. *oracle* knows beforehand "
         "how much will be accepted. *decision model*: a network of 11, 44 and 1 units, of the entropy and the ten "
         "largest probabilities. Depths and thresholds are fitted on one half of the prompts and reported on the other, "
@@ -62,6 +65,7 @@ def markdown(result: dict[str, Any]) -> str:
         header = ("", *map(str, range(1, len(target) + 1)))
         rows = [("target, by rows", *target), ("draft, by depth", *draft[1:], "")]
         lines += report.markdown_table(f"ms of forwards, {size} target", header, rows)
+        lines += ["", f"The machine's load after that: {entry['load']:.1f}."]
     return "\n".join([*lines, ""])
 
 
