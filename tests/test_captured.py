@@ -118,7 +118,7 @@ def test_recorded_steps_write_the_same_texts(
 
 @pytest.mark.parametrize("kind", ["recorded", "compiled"])
 def test_another_depth_at_each_step_makes_nothing_anew(kind: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each depth is compiled and recorded once; masks are made with the tree, and a step takes what it needs of them."""
+    """Each depth is compiled and recorded once, and masks are made with the tree, of which a step takes its part."""
     made, depths = Counter[str](), itertools.cycle([3, 0, 2, 1, 0, 3, 1, 2, 3])
 
     def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
