@@ -22,7 +22,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["rule"], f"{row['tokens_per_second']:.1f}", *compared,
         f"{row['tokens_per_step']:.2f}", f"{row['verified']:.2f}", ", ".join(map(str, row["depths"])),
-        ", ".join("none" if at == float("inf") else f"{at:.2f}" for at in row["thresholds"]),
+        ", ".join("none" if at == float("inf") else f"{at:.2g}" for at in row["thresholds"]),
     )  # fmt: skip
 
 

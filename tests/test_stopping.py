@@ -153,6 +153,7 @@ def test_greedy_tokens(family: str, mixed: bool, adapt: bool | None, tiny: Tiny,
     wrapped = wrap(model, [near, "ngram"] if mixed else near, stop_below=stop_below, adapt=adapt)
     for lengths in (RAGGED, [9]):
         same(wrapped, model, **prompts(lengths), max_new_tokens=40)
+    same(wrapped, model, **prompts(RAGGED), max_new_tokens=20, repetition_penalty=1.3)  # asked for on the host
     if adapt is False:
         proposed = wrapped.specdec.stats.proposed
         assert 0 < proposed[4] < proposed[0]
