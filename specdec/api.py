@@ -32,7 +32,7 @@ def compile(  # the name is the point: specdec.compile
     model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | Sequence[PreTrainedModel | str] | None = None, *,
     tokenizer: PreTrainedTokenizerBase | None = None, draft_tokenizer: PreTrainedTokenizerBase | None = None,
     depth: int | None = None, tree: TokenTree | None = None, verifier: str = "auto", adapt: bool | None = None,
-    max_ngram: int = 3, compile: bool = True, progress: bool = True, **unknown: Any,
+    max_ngram: int = 3, stop_below: float | None = None, compile: bool = True, progress: bool = True, **unknown: Any,
 ) -> CompiledModel:  # fmt: skip
     """Wrap a causal LM: same class, same weights, same `generate()`, same output distribution, fewer steps.
 
@@ -56,6 +56,9 @@ def compile(  # the name is the point: specdec.compile
         adapt: whether to draft less, or nothing, where that is faster. None does so where a seed's text does not
             depend on its drafts: greedily, and with `verifier="coupled"`.
         max_ngram: longest suffix that n-grams look up.
+        stop_below: end the chain of a draft model after the first token whose probability under the draft is less than
+            this, which is above 0 and at most 1. The output law is the same; what it saves are verified tokens, and
+            only in steps that adapt.
         compile: False runs every step eagerly, for debugging.
         progress: say on a terminal when something is compiled, and show how far a warm-up is.
 
@@ -71,8 +74,9 @@ def compile(  # the name is the point: specdec.compile
     if unknown:
         raise TypeError(_unknown(next(iter(unknown))))
     config = Config(
-        depth=depth, tree=tree, verifier=verifier, adapt=adapt, max_ngram=max_ngram, compile=compile, progress=progress
-    )
+        depth=depth, tree=tree, verifier=verifier, adapt=adapt, max_ngram=max_ngram, stop_below=stop_below,
+        compile=compile, progress=progress,
+    )  # fmt: skip
     if hasattr(model, "specdec") or hasattr(within_adapters(model), "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
     inner = within_adapters(model)
@@ -115,6 +119,8 @@ def _wrapped(model: PreTrainedModel, source: Any, config: Config) -> Any:
             f"tree={config.tree.parents} is what a draft model drafts, and the draft is {source!r}; "
             "n-grams are chains, and a Drafter brings its own"
         )
+    if config.stop_below is not None and draft_model(source) is None and not isinstance(source, tuple):
+        raise ValueError(f"stop_below={config.stop_below} ends a draft model's chain, and the draft is {source!r}")
     return wrap(Handle(model, source, config))
 
 

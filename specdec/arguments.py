@@ -17,9 +17,8 @@ def whole(name: str, value: Any, least: int = 1, hint: str = "") -> int:
     Raises:
         TypeError: it is something else, a truth value for one. ValueError: it is less than `least`.
     """
-    is_truth = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
     try:
-        number = None if is_truth else operator.index(value)
+        number = None if _is_truth(value) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
@@ -27,6 +26,27 @@ def whole(name: str, value: Any, least: int = 1, hint: str = "") -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}{hint}")
     return number
+
+
+def share(name: str, value: Any) -> float:
+    """A number above 0 and at most 1, numpy's and torch's included.
+
+    Raises:
+        TypeError: it is something else, a truth value or a text for one. ValueError: it is out of range.
+    """
+    try:
+        number = None if _is_truth(value) or isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor of several numbers
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {number}")
+    return number
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, "bool")
 
 
 def flag(name: str, value: Any) -> bool:

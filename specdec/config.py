@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.arguments import flag, whole
+from specdec.arguments import flag, share, whole
 from specdec.engine.tree import TokenTree
 from specdec.verifiers import VERIFIERS
 
@@ -24,6 +24,9 @@ class Config:
         adapt: whether to draft less, or nothing, where that is faster; None where texts do not depend on what is
             drafted: greedily, and with "coupled". With True, sampled texts of equal seeds can differ from run to run.
         max_ngram: longest suffix the n-gram drafter looks up.
+        stop_below: the chain of a draft model ends after the first token whose probability, by the law that it was
+            drawn from, is less than this; greedily by a plain softmax. None never stops. See docs/adaptive.md for what
+            it saves.
         compile: False runs every step eagerly, for debugging.
         progress: say on a terminal when something is compiled, and show how far a warm-up is. Logging says it anyway.
 
@@ -36,13 +39,16 @@ class Config:
     verifier: str = "auto"
     adapt: bool | None = None
     max_ngram: int = 3
+    stop_below: float | None = None
     compile: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
-        given = {"max_ngram": whole("max_ngram", self.max_ngram)}
+        given: dict[str, float] = {"max_ngram": whole("max_ngram", self.max_ngram)}
         if self.depth is not None:
             given["depth"] = whole("depth", self.depth, hint="; draft=None decodes without drafting")
+        if self.stop_below is not None:
+            given["stop_below"] = share("stop_below", self.stop_below)
         vars(self).update(given)
         flag("compile", self.compile)
         flag("progress", self.progress)
@@ -57,5 +63,10 @@ class Config:
                 raise ValueError("tree has no drafted nodes; draft=None decodes without drafting")
             if self.depth is not None:
                 raise ValueError(f"depth={self.depth} asks for a chain, and tree for a tree of depth {self.tree.depth}")
+            if self.stop_below is not None and not self.tree.is_chain:
+                raise ValueError(
+                    f"stop_below={self.stop_below} ends chains early, and tree={self.tree.parents} has nodes with "
+                    "several children"
+                )
             if self.verifier == "block" and not self.tree.is_chain:
                 raise ValueError('"block" verifies chains; for trees the same rule is called "traversal"')

@@ -59,7 +59,8 @@ class Handle:
         for source in self.draft if isinstance(self.draft, tuple) else (self.draft,):
             if (model := draft_model(source)) is not None:
                 tree = config.tree or TokenTree.chain(config.depth or MODEL_DEPTH)
-                yield "draft", f"{_named(model)}; {tree.summary} a step"
+                stops = "" if config.stop_below is None else f", up to a token below {config.stop_below:g}"
+                yield "draft", f"{_named(model)}; {tree.summary} a step{stops}"
             elif isinstance(source, str):
                 yield "draft", f"n-grams of the text, up to {config.depth or NGRAM_DEPTH} tokens a step"
             else:
@@ -139,10 +140,13 @@ class Handle:
             settings: of the calls, as for `generate()`.
 
         Raises:
-            TypeError, ValueError: there is no draft model, no prompts, or too few nodes or levels for a draft.
+            TypeError, ValueError: there is no draft model, no prompts, too few nodes or levels for a draft, or chains
+                end early.
         """
         if (draft := draft_model(self.draft)) is None:
             raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self.draft!r}")
+        if self.config.stop_below is not None:
+            raise ValueError(f"tune() chooses whole trees, and stop_below={self.config.stop_below} ends chains early")
         max_nodes, max_depth = whole("max_nodes", max_nodes, least=2), whole("max_depth", max_depth)
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else repr(input_ids)

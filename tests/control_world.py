@@ -107,7 +107,7 @@ class World:
 
         def report() -> None:
             if plan.depth:
-                for text, *counts in zip(texts, found, judged, accepted, strict=True):
+                for text, *counts in zip(texts, plan.allowed, found, judged, accepted, strict=True):
                     control.count(text.track, *counts)
             control.learn(plan, (reading, draft, forward))
 

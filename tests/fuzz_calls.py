@@ -273,6 +273,8 @@ def cases(draw: st.DrawFn) -> Case:
     elif draft is not None:
         tree = draw(st.sampled_from([None, TokenTree.from_widths(3, 2, 1), TokenTree.fork(2, 2)]))
         options |= {"depth": draw(st.integers(1, 6))} if tree is None else {"tree": tree}
+        if tree is None:
+            options["stop_below"] = draw(st.sampled_from([None, 0.05, 0.5]))
         names = [name for name in VERIFIERS if tree is None or name != "block"]
         options["verifier"] = draw(st.sampled_from(names))
     some = tuple(draw(st.lists(calls(), min_size=1, max_size=3)))

@@ -398,8 +398,8 @@ def test_warnings_are_at_the_users_line(model: PreTrainedModel, prompts: Prompts
     with said("use_cache=False"):
         writer = pipeline("text-generation", wrap(_of_size(model, 300)), tokenizer=zoo.load_pair()[2])
         writer("a", max_new_tokens=2, use_cache=False)
-    with said("assistant_confidence_threshold"):
-        given = {"assistant_model": model, "assistant_confidence_threshold": 0.2}
+    with said("num_assistant_tokens_schedule='never'"):
+        given = {"assistant_model": model, "num_assistant_tokens_schedule": "never"}
         wrap(model).generate(**prompts([4]), max_new_tokens=2, **given)
 
 
@@ -440,6 +440,32 @@ def test_as_many_tokens_as_a_call_asks_for(
     assert _drafting(wrapped) == expected
 
 
+@pytest.mark.parametrize(
+    ("of_call", "of_assistant", "of_compile", "expected"),
+    [
+        (None, None, None, None),
+        (None, None, 0.3, 0.3),
+        (0.2, None, None, 0.2),
+        (0.2, 0.6, 0.3, 0.2),
+        (None, 0.6, 0.3, 0.6),
+        (0.4, None, 0.3, 0.3),  # what transformers fills in by itself
+        (None, 0.4, 0.3, 0.4),  # the same, said
+        (0, None, 0.3, None),
+    ],
+)
+def test_chains_end_where_a_call_says(
+    of_call: float | None, of_assistant: float | None, of_compile: float | None, expected: float | None, fresh: Tiny,
+    prompts: Prompts,
+) -> None:  # fmt: skip
+    model, assistant = fresh("llama"), fresh("llama", seed=7)
+    assistant.generation_config.assistant_confidence_threshold = of_assistant
+    given = {} if of_call is None else {"assistant_confidence_threshold": of_call}
+    wrapped = wrap(model, model, stop_below=of_compile)
+    with said():
+        same(wrapped, model, **prompts([6]), max_new_tokens=NEW, assistant_model=assistant, **given)
+    assert [*wrapped.specdec._decoders.kept][-1][1].stop_below == expected
+
+
 def test_adapting_is_as_compile_says_unless_a_call_does(model: PreTrainedModel, prompts: Prompts) -> None:
     for adapt, expected in ((False, None), (True, True), (None, None)):
         wrapped = specdec.compile(model, draft=None, compile=False, adapt=adapt)
@@ -462,9 +488,10 @@ def test_what_is_not_followed_is_named_and_changes_no_token(fresh: Tiny, prompts
     model, assistant = fresh("llama"), fresh("llama", seed=7)
     wrapped, given = wrap(model, None), {"assistant_model": assistant, "max_new_tokens": NEW, **prompts([6])}
     expected = model.generate(**prompts([6]), max_new_tokens=NEW)
+    tree = wrap(model, assistant, tree=TokenTree.from_widths(2, 2))
     with said("assistant_confidence_threshold", "num_assistant_tokens_schedule='sometimes'"):
         for threshold in (0.1, 0.2, 0.3):
-            out = wrapped.generate(**given, assistant_confidence_threshold=threshold)
+            out = tree.generate(**given, assistant_confidence_threshold=threshold)
             assert torch.equal(out, expected)
         assistant.generation_config.num_assistant_tokens_schedule = "sometimes"
         assert torch.equal(wrapped.generate(**given), expected)

@@ -3,8 +3,10 @@ step again on what was recorded, which sees the same memory as a CUDA graph woul
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.engine.control import Adaptive, Plan, Track
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.loop import Decoder
 from specdec.engine.roles import Drafter
@@ -111,6 +114,48 @@ def test_recorded_steps_write_the_same_texts(
         assert recorded.stats.undrafted > 0
     else:
         assert (recorded.stats.proposed, recorded.stats.accepted) == (plain.stats.proposed, plain.stats.accepted)
+
+
+@pytest.mark.parametrize("kind", ["recorded", "compiled"])
+def test_another_depth_at_each_step_makes_nothing_anew(kind: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each depth is compiled and recorded once, and masks are made with the tree, of which a step takes its part."""
+    made, depths = Counter[str](), itertools.cycle([3, 0, 2, 1, 0, 3, 1, 2, 3])
+
+    def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made[what] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def plan(self: Adaptive, samples: Sequence[Track]) -> Plan:
+        return self.shape.uniform(len(samples), next(depths))
+
+    monkeypatch.setattr(Adaptive, "plan", plan)
+    monkeypatch.setattr(TokenTree, "tensors", counted("masks", TokenTree.tensors))
+    monkeypatch.setattr(compiled._Step, "_compile", counted("compiled", compiled._Step._compile))
+    monkeypatch.setattr(Rerun, "_record", counted("recorded", Rerun._record))
+    target, draft = (tiny("llama", seed=seed, num_hidden_layers=1) for seed in (0, 1))
+    steps = CapturedSteps(CompiledSteps(False), Rerun) if kind == "recorded" else CompiledSteps(True)
+    decoder = Decoder(ModelView(target), ModelDrafter(draft, TokenTree.chain(3)), steps, Stats(), adapt=None)
+    prompt = torch.tensor([[5, 3, 9, 8, 2]])
+    expected = target.generate(prompt, max_new_tokens=60)[0, 5:].tolist()
+
+    def decode() -> dict[str, int]:
+        text = Text(prompt[0], 60)
+        with torch.no_grad():
+            for _ in decoder.run([text], 1, 65, 65, _law(None), NO_EOS):
+                pass
+        assert text.tokens == expected
+        return dict(made)
+
+    decode()
+    first = decode()  # a shape is recorded when it comes again
+    assert first[kind] >= 3 + 2  # three depths, and judgements: of a root alone, and of a draft
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert decode() == decode() == first
+    assert not decoder.stats.eager
+    assert 0 < decoder.stats.undrafted < decoder.stats.steps
 
 
 def test_buffers_stay_and_recordings_are_used_again(decoders: Callable[..., tuple[Decoder, Decoder]]) -> None:

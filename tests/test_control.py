@@ -229,7 +229,7 @@ def test_better_habits_get_more() -> None:
     for text in texts:  # what is judged is the whole chain
         for _ in range(200):
             hits = [here._random.random() < 0.6 for _ in range(5)]
-            control.count(Track(), 5, 5, [*hits, False].index(False))
+            control.count(Track(), 5, 5, 5, [*hits, False].index(False))
         text.track.expected, text.track.accepted = 10.0, 10.0 * sum(text.accept) / 3
     costs = control.estimate.costs
     costs.learn(Plan(0, (0,) * 3, 3), 0.0, 0.0, 1.0)

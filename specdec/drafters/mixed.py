@@ -25,15 +25,15 @@ class MixedDrafter(ModelDrafter):
     depend on its neighbours.
 
     Args:
-        model, verifier, overlap: as of `ModelDrafter`. depth: tokens that the model drafts. n_looked_up: those that the
-            text does. max_ngram: longest suffix looked up.
+        model, verifier, overlap, stop_below: as of `ModelDrafter`. depth: tokens that the model drafts. n_looked_up:
+            those that the text does. max_ngram: longest suffix looked up.
     """
 
     def __init__(
         self, model: PreTrainedModel, depth: int, n_looked_up: int, max_ngram: int, verifier: Verifier = AUTO,
-        overlap: Overlap | None = None,
+        overlap: Overlap | None = None, stop_below: float | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE)
+        super().__init__(model, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE, stop_below)
         self.tree = TokenTree.chain(max(depth, n_looked_up))
         self.depths = (*self.depths[:-1], self.tree.depth)  # the whole tree: all that the model drafts
         self.source_levels = depth, n_looked_up

@@ -58,6 +58,8 @@ class ModelDrafter:
             steps.
         verifier: says how children are drawn.
         overlap: what its vocabulary and the target's share; None where they are the same.
+        stop_below: a sample's chain ends after the first token less probable than this, None: never. That token stays:
+            whether it is verified must not depend on what it is.
 
     Its cache trails the target's: after a fully accepted draft the entry before the pending token's is missing,
     otherwise writing it again changes nothing; and of steps for which it did not draft, all are. So each step first
@@ -66,10 +68,12 @@ class ModelDrafter:
 
     def __init__(
         self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None,
-        reads_at_once: int = READ,
+        reads_at_once: int = READ, stop_below: float | None = None,
     ) -> None:  # fmt: skip
         if tree.depth < 1:
             raise ValueError("the tree of a draft model needs a level of drafts at least")
+        if stop_below is not None and not tree.is_chain:
+            raise ValueError(f"stop_below={stop_below} ends chains early, and tree={tree.parents} is none")
         self.view, self.tree, self.verifier = ModelView(model), tree, verifier
         device = self.view.device
         self._bits, self._depths = tree.tensors(device)
@@ -79,6 +83,8 @@ class ModelDrafter:
         n_tokens = model.config.get_text_config().vocab_size if overlap is None else len(overlap.draft_ids)
         self.reads_at_once = reads_at_once
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # On the device: another value compiles nothing.
+        self._stop_below = None if stop_below is None else torch.tensor(stop_below, dtype=torch.float32, device=device)
         self.support_size = min(SUPPORT_SIZE, n_tokens)
         self._levels = [_Level(tree, depth, device) for depth in range(1, tree.depth + 1)]
 
@@ -116,14 +122,20 @@ class ModelDrafter:
         last = (text.starts[pending.sample + 1] - 1).clamp(min=0)
         logits = self._forward(state.tokens[text.sample, first[text.sample] + text.node], text, last)
         levels: list[tuple[Tensor, ...]] = []
+        probs: list[Tensor] = []  # of each level's token, where that ends a chain
         for above, level in enumerate(self._levels[:depth]):
             if above > 0:
                 fed = levels[-1][0][:, self._levels[above - 1].run].flatten()
                 logits = self._forward(fed, pending.spread(level.nodes, n_slots))
             levels.append(self._children(logits, law, state, pending.sample, above, level))
+            if self._stop_below is not None:
+                probs.append(_probability(logits, *levels[-1][1:]))
         row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
         tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))
         counts = torch.full_like(state.lengths, tokens.shape[1])
+        if self._stop_below is not None:
+            n_sure = (torch.stack(probs, 1) >= self._stop_below).long().cumprod(1).sum(1)[row]
+            counts = torch.minimum(counts, n_sure + 1)
         if self.context is not None:  # past its positions it knows nothing; that depends on nothing but the length
             counts = torch.where(state.lengths + 1 + self.tree.depth <= self.context, counts, 0)
         return Draft(tokens, counts, DraftLaw(*rest) if rest else None)
@@ -165,3 +177,12 @@ class ModelDrafter:
 
     def grow(self, n_slots: int) -> None:
         self.view.cache.grow(n_slots)
+
+
+def _probability(logits: Tensor, *law: Tensor) -> Tensor:
+    """[n] float32, of the token of a chain's level, drafted from logits [n, V]: by the law that it was drawn from,
+    if it was (see `ModelDrafter._children`)."""
+    if not law:
+        return logits.float().softmax(-1).amax(-1)  # the best
+    places, _, probs, _ = law
+    return probs[:, 0].gather(1, places.clamp(min=0))[:, 0]

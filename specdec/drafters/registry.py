@@ -116,8 +116,9 @@ def make_drafter(draft: DraftSource, target: PreTrainedModel, config: Config) ->
         verifier = VERIFIERS[config.verifier]
         if isinstance(draft, tuple):
             depths = depth or MODEL_DEPTH, depth or NGRAM_DEPTH
-            return MixedDrafter(model, *depths, config.max_ngram, verifier, overlap)
-        return ModelDrafter(model, config.tree or TokenTree.chain(depth or MODEL_DEPTH), verifier, overlap)
+            return MixedDrafter(model, *depths, config.max_ngram, verifier, overlap, config.stop_below)
+        tree = config.tree or TokenTree.chain(depth or MODEL_DEPTH)
+        return ModelDrafter(model, tree, verifier, overlap, stop_below=config.stop_below)
     if isinstance(draft, str):
         return NgramDrafter(depth or NGRAM_DEPTH, config.max_ngram)
     return draft

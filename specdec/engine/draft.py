@@ -18,8 +18,8 @@ class Draft:
     Attributes:
         tokens: [B, N - 1] int64, of the drafter's tree without its root, or of its first levels.
         counts: [B] int64, how many of the N - 1 each sample drafted, the leading ones. Whether a node is there may
-            depend on the text and on the draft laws of its ancestors, but never on its own token, its siblings' or
-            anything below: a draft that stops because of what was drawn changes the output law.
+            depend on the text, and on the tokens and draft laws of its ancestors, but never on its own token, its
+            siblings' or anything below: a draft that drops a token because of what was drawn changes the output law.
         law: what tokens were drawn from, or None for tokens that follow from the text without chance. Not looked at
             when decoding greedily.
     """

@@ -118,7 +118,7 @@ class Decoder:
 
     def _take(self, flight: Flight, policy: Policy, start: float) -> list[Emitted]:
         """What a step's report says of the texts that had not ended."""
-        emitted = []
+        emitted, allowed = [], dict(zip(flight.live, flight.plan.allowed, strict=True))
         for row, text, report in [each for each in flight.wait() if not each[1].finished]:
             new = report.tokens
             if report.broken:
@@ -134,7 +134,7 @@ class Decoder:
                 judged = self.tree.depths[report.n_judged]  # the deepest level of so many nodes
                 self.stats.uncount(len(taken), report.n_accepted, min(judged, reach))
             elif flight.plan.depth or any(flight.plan.allowed):
-                policy.count(text.track, report.n_found, report.n_judged, report.n_accepted)
+                policy.count(text.track, allowed[row], report.n_found, report.n_judged, report.n_accepted)
             emitted.append(Emitted(text, taken))
         policy.learn(flight.plan, flight.seconds)
         n_tokens, seconds = sum(len(piece.tokens) for piece in emitted), time.perf_counter() - start

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
-from specdec.arguments import whole
+from specdec.arguments import share, whole
 from specdec.config import Config
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.text import Process, Record, Text
@@ -232,8 +232,12 @@ def _assistants_options(
         options = replace(options, adapt=options.adapt or None)
     elif schedule is not None:
         ignored.append(f"num_assistant_tokens_schedule={schedule!r}")
-    if asked("assistant_confidence_threshold"):
-        ignored.append("assistant_confidence_threshold")
+    if (threshold := asked("assistant_confidence_threshold")) is not None:
+        if options.tree is not None and not options.tree.is_chain:
+            ignored.append("assistant_confidence_threshold")
+        else:  # with 0 nothing is below it
+            stop_below = share("assistant_confidence_threshold", threshold) if threshold else None
+            options = replace(options, stop_below=stop_below)
     return options, tuple(ignored)
 
 

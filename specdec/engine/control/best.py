@@ -26,7 +26,7 @@ class _Offer(NamedTuple):
     """A level of a sample's draft.
 
     Attributes:
-        worth: tokens to be expected of each row, if there is a draft. chance: that there is one. rows: of the level.
+        worth: tokens to be expected of each row, if it is there. chance: that it is. rows: of the level.
     """
 
     worth: float
@@ -66,14 +66,14 @@ def best_plan(
 
 def _offers(samples: Sequence[Track], shape: Shape, estimate: Estimate) -> list[_Offer]:
     """All levels of all samples, those of the most expected tokens a row first."""
-    offers, rates_of = [], [acceptance.rates for acceptance in estimate.sources]
+    offers, per_level = [], [(acceptance.rates, acceptance.lengths) for acceptance in estimate.sources]
     for i, track in enumerate(samples):
-        acceptance, rates = estimate.sources[track.source], rates_of[track.source]
+        acceptance = estimate.sources[track.source]
         chance, quality, worth = acceptance.chance(track), acceptance.quality(track), 1.0
-        for level, rate in enumerate(rates, 1):
+        for level, (rate, length) in enumerate(zip(*per_level[track.source], strict=True), 1):
             rows = shape.nodes_to[level] - shape.nodes_to[level - 1]
-            worth = min(worth, quality * rate / rows)  # no level comes before the one above it
-            offers.append(_Offer(worth, chance, rows, i, level))
+            worth = min(worth, quality * rate / (length * rows))  # no level comes before the one above it
+            offers.append(_Offer(worth, chance * length, rows, i, level))
     return sorted(offers, key=lambda offer: (-offer.worth, offer.level, offer.sample))
 
 

@@ -119,6 +119,7 @@ class Acceptance:
 
     def __init__(self, n_levels: int) -> None:
         self._tried, self._accepted = [0.0] * n_levels, [0.0] * n_levels
+        self._wanted, self._there = [0.0] * n_levels, [0.0] * n_levels
         self._steps, self._found, self._memory = 0.0, 0.0, 0.99
         self.settle()
 
@@ -126,13 +127,18 @@ class Acceptance:
         """From now on counts are of about the last twenty steps of `n` samples."""
         self._memory = 1 - 1 / (20 + 20 * n)
 
-    def count(self, track: Track, found: bool, judged: int, accepted: int) -> None:
-        """A sample's step found a draft or not; of so many levels judged, so many were accepted."""
-        track.expected = 0.95 * track.expected + self._expected[judged]
+    def count(self, track: Track, allowed: int, found: int, judged: int, accepted: int) -> None:
+        """A sample's step, allowed so many levels, found a draft of so many, or none; of those judged, so many were
+        accepted. Where a draft that was judged whole ends early, what it lacks counts as tried and not accepted."""
+        tried = allowed if 0 < found == judged else judged
+        track.expected = 0.95 * track.expected + self._expected[tried]
         track.accepted = 0.95 * track.accepted + accepted
-        track.steps, track.found = 0.9 * track.steps + 1, 0.9 * track.found + found
-        self._steps, self._found = 0.99 * self._steps + 1, 0.99 * self._found + found
-        for level in range(min(accepted + 1, judged)):
+        track.steps, track.found = 0.9 * track.steps + 1, 0.9 * track.found + (found > 0)
+        self._steps, self._found = 0.99 * self._steps + 1, 0.99 * self._found + (found > 0)
+        for level in range(min(found + 1, allowed) if found else 0):
+            self._wanted[level] = self._memory * self._wanted[level] + 1
+            self._there[level] = self._memory * self._there[level] + (level < found)
+        for level in range(min(accepted + 1, tried)):
             self._tried[level] = self._memory * self._tried[level] + 1
             self._accepted[level] = self._memory * self._accepted[level] + (level < accepted)
 
@@ -153,6 +159,12 @@ class Acceptance:
         for accepted, tried in zip(self._accepted, self._tried, strict=True):
             share = (accepted + 2 * share) / (tried + 2)  # where little was seen, as one level up
             shares.append(share)
+        return list(accumulate(shares, lambda a, b: a * b))
+
+    @property
+    def lengths(self) -> list[float]:
+        """[n_levels], with what probability a draft that was found has each level: chains may end early."""
+        shares = [(there + 2) / (wanted + 2) for there, wanted in zip(self._there, self._wanted, strict=True)]
         return list(accumulate(shares, lambda a, b: a * b))
 
     def chance(self, track: Track) -> float:

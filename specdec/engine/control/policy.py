@@ -103,8 +103,9 @@ class Policy(Protocol):
     def calibrates(self, n: int) -> bool:
         """Whether plans for about `n` samples are trials still, made to learn what steps cost."""
 
-    def count(self, track: Track, n_found: int, n_judged: int, n_accepted: int) -> None:
-        """A sample's step found a draft of so many nodes; of those judged, a path of `n_accepted` was accepted."""
+    def count(self, track: Track, n_allowed: int, n_found: int, n_judged: int, n_accepted: int) -> None:
+        """A sample's step, allowed so many nodes, found a draft of so many; of those judged, a path of `n_accepted` was
+        accepted."""
 
     def learn(self, plan: Plan, seconds: tuple[float, float, float] | None) -> None:
         """A step with this plan, whose samples have been counted, took so many seconds, for the drafter's reading, its
@@ -135,7 +136,7 @@ class Fixed(Policy):
     def calibrates(self, n: int) -> bool:
         return False
 
-    def count(self, track: Track, n_found: int, n_judged: int, n_accepted: int) -> None:
+    def count(self, track: Track, n_allowed: int, n_found: int, n_judged: int, n_accepted: int) -> None:
         """Nothing depends on it."""
 
     def learn(self, plan: Plan, seconds: tuple[float, float, float] | None) -> None:
@@ -193,11 +194,11 @@ class Adaptive(Policy):
     def calibrates(self, n: int) -> bool:
         return bool(self._explorer.calibration(n))
 
-    def count(self, track: Track, n_found: int, n_judged: int, n_accepted: int) -> None:
-        judged = self.shape.whole_levels(n_judged)
+    def count(self, track: Track, n_allowed: int, n_found: int, n_judged: int, n_accepted: int) -> None:
+        allowed, found, judged = map(self.shape.whole_levels, (n_allowed, n_found, n_judged))
         if not track.source:
             self._explorer.count(judged > 0, n_accepted > 0)
-        self.estimate.sources[track.source].count(track, n_found > 0, judged, n_accepted)
+        self.estimate.sources[track.source].count(track, allowed, found, judged, n_accepted)
 
     def learn(self, plan: Plan, seconds: tuple[float, float, float] | None) -> None:
         seconds = decide("seconds of a step", seconds)
