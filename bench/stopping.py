@@ -62,7 +62,7 @@ class Recorder(ModelDrafter):
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         if self._said is not None:  # steps with which a text ended may have been cut short
             for row in (~state.finished).nonzero()[:, 0].tolist():
-                self.steps.append((self.first_prompt + row, int(state.n_accepted[row]), self._said[row]))
+                self.steps.append((self.first_prompt + row, int(state.n_new[row]) - 1, self._said[row]))
         self._said, self._level = torch.zeros(len(state.lengths), DEPTH, 2 + N_BEST), 0
         return super().draft(state, law, live, depth)
 

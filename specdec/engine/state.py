@@ -41,7 +41,6 @@ class BatchState:
             before it drafts; none where it drafts nothing. fed: [F] int64, 0, 1, ..., F - 1, as many as these at least.
         new_tokens: [B, D + 1] int64, what the last step added to each text.
         n_new: [B] int64, how many of them count. n_judged: [B] int64, how many drafted nodes the target judged.
-        n_accepted: [B] int64, how many of them it accepted, up to the text's end.
         proposed, accepted, reached: [N] int64, by node, summed over live samples and steps: how often the node was
             drafted, was on the accepted path (the root always is), and was there with children to go on to.
         broken: [B] bool, the target's law held a NaN.
@@ -49,7 +48,7 @@ class BatchState:
 
     _PER_SAMPLE = (
         "limits", "tokens", "lengths", "finished", "broken", "seeds", "new_tokens", "n_new", "allowed", "n_judged",
-        "n_accepted", "unread",
+        "unread",
     )  # fmt: skip
 
     def __init__(
@@ -59,8 +58,9 @@ class BatchState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._longest = n_columns - 1
-        self.limits, self.lengths, self.seeds, self.n_new, self.allowed = (zeros(n_rows) for _ in range(5))
-        self.n_judged, self.n_accepted = (zeros(n_rows) for _ in range(2))
+        self.limits, self.lengths, self.seeds, self.n_new, self.allowed, self.n_judged = (
+            zeros(n_rows) for _ in range(6)
+        )
         self._allowed = Upload(self.allowed)
         self.unread = zeros(n_rows) + READ
         self.fed = torch.arange(READ * n_rows, dtype=torch.int64, device=device)
@@ -201,13 +201,16 @@ class BatchState:
         room = n_tokens - alive.sum() - (wanted.cumsum(0) - wanted)
         return alive + torch.minimum(wanted, room.clamp(min=0))
 
-    def commit(self, tokens: Tensor, n_nodes: Tensor, path: Tensor, n_accepted: Tensor, bonus: Tensor) -> None:
+    def commit(self, tokens: Tensor, n_nodes: Tensor, path: Tensor, n_accepted: Tensor, bonus: Tensor) -> Tensor:
         """Append the accepted path's tokens and the bonus token, up to the first end of text or the length limit.
 
         Args:
             tokens: [B, N] int64, of all nodes. n_nodes: [B] int64, how many of them were there. path: [B, D + 1]
                 int64, the accepted nodes, the root first. n_accepted: [B] int64, drafted ones among them.
             bonus: [B] int64.
+
+        Returns:
+            [B] int64, how many of the accepted nodes are within the text.
         """
         place = torch.arange(path.shape[1], device=bonus.device, dtype=torch.int64)
         following = F.pad(path[:, 1:], (0, 1))  # the nodes whose tokens are new
@@ -223,8 +226,7 @@ class BatchState:
         reach = torch.where(ends.any(1), n_new, room)
         node = torch.arange(len(self.proposed), device=bonus.device, dtype=torch.int64)
         self.proposed += ((node < n_nodes[:, None]) & (self._depths <= reach[:, None])).sum(0)
-        within = torch.minimum(n_accepted, reach)
-        counted = (place <= within[:, None]) & ~self.finished[:, None]
+        counted = (place <= torch.minimum(n_accepted, reach)[:, None]) & ~self.finished[:, None]
         taken = (path[..., None] == node) & counted[..., None]  # [B, D + 1, N]
         self.accepted += taken.sum((0, 1))
         goes_on = (place < reach[:, None])[..., None] & (self._first_child < n_nodes[:, None])[:, None]
@@ -238,11 +240,11 @@ class BatchState:
         self.new_tokens.copy_(new)
         self.n_new.copy_(n_new)
         self.n_judged.copy_((n_nodes - 1).clamp(min=0))
-        self.n_accepted.copy_(within)
+        return torch.minimum(n_accepted, n_new)
 
-    def report(self) -> Tensor:
-        """[B, D + 7] int64 for the host, a `Report` of each sample."""
-        counts = (self.n_new, self.draft.counts, self.n_judged, self.n_accepted)
+    def report(self, n_accepted: Tensor) -> Tensor:
+        """[B, D + 7] int64 for the host, a `Report` of each sample; `n_accepted` [B] as `commit` says."""
+        counts = (self.n_new, self.draft.counts, self.n_judged, n_accepted)
         return torch.cat([self.new_tokens, torch.stack([*counts, self.finished.long(), self.broken.long()], 1)], 1)
 
 

@@ -59,11 +59,11 @@ class TreeStep:
         """
         nodes, n_nodes, logits = self._forward(state, token)
         verdict, lawless = self._verify(state, law, nodes, n_nodes, logits)
-        self._commit(state, n_nodes, verdict)
+        n_accepted = self._commit(state, n_nodes, verdict)
         if lawless is not None:
             place = torch.arange(lawless.shape[1], device=lawless.device, dtype=torch.int64)
             state.broken |= torch.where(place < state.n_new[:, None], lawless, 0).sum(1) > 0
-        return state.report()
+        return state.report(n_accepted)
 
     def look(self, state: BatchState, law: SamplingLaw, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half of `judge`, where the host decides (see `specdec.engine.walk`): logits [T, V], how many nodes
@@ -73,9 +73,9 @@ class TreeStep:
 
     def settle(self, state: BatchState, n_nodes: Tensor, verdict: Verdict, broken: Tensor) -> Tensor:
         """The other half: commit what was chosen; `broken` [B] bool, where the user's code failed. The report."""
-        self._commit(state, n_nodes, verdict)
+        n_accepted = self._commit(state, n_nodes, verdict)
         state.broken |= broken
-        return state.report()
+        return state.report(n_accepted)
 
     def _forward(self, state: BatchState, token: Tensor) -> tuple[Nodes, Tensor, Tensor]:
         """What the target judges, how many nodes of each sample, [B] int64, and its logits after them, [T, V]."""
@@ -100,9 +100,9 @@ class TreeStep:
         verdict = self.verifier.judge(laws, candidates, drawn)
         return verdict, nodes.to_grid(~laws.log_total.isfinite()).long().gather(1, verdict.path)
 
-    def _commit(self, state: BatchState, n_nodes: Tensor, verdict: Verdict) -> None:
+    def _commit(self, state: BatchState, n_nodes: Tensor, verdict: Verdict) -> Tensor:
         if not self.tree.is_chain:  # a chain's accepted entries are already in place
             n_path = torch.where(state.finished, 0, verdict.n_accepted + 1)
             self.target.cache.commit(state.lengths, verdict.path, n_path)
             self.drafter.commit(state.lengths, verdict.path, n_path)
-        state.commit(state.tree_tokens, n_nodes, *verdict)
+        return state.commit(state.tree_tokens, n_nodes, *verdict)
