@@ -108,10 +108,10 @@ def time_forwards(target: PreTrainedModel, draft: PreTrainedModel, repeats: int,
     one took less: other programs only ever add."""
     steps, views = CompiledSteps(True, is_seen=is_seen), (ModelView(target), ModelView(draft))
     for view in views:
-        view.allocate(1, choose._COMMITTED + DEPTH + 2)  # the last slot is scratch
+        view.allocate(1, choose.COMMITTED + DEPTH + 2)  # the last slot is scratch
 
     def forward(view: ModelView, n_rows: int, times: int) -> Callable[[], Tensor]:
-        run = choose._Forward(view, n_rows, times).run
+        run = choose.TimedForward(view, n_rows, times).run
         return partial(steps.get(run, (view, n_rows, times), 0), torch.arange(n_rows, dtype=torch.int64))
 
     calls = {f"target {n}": forward(views[0], n, 1) for n in range(1, DEPTH + 2)}

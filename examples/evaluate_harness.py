@@ -18,7 +18,7 @@ from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import make_table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import zoo
@@ -54,16 +54,12 @@ def main(argv: Sequence[str] | None = None, compile: bool = True) -> None:
 
     dtype, device = ("auto", "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
 
-    def load(name: str) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-
     if args.model is None:
         target, draft, tokenizer = zoo.load_pair(device=device)
     else:
-        target, draft, tokenizer = load(args.model), "ngram", AutoTokenizer.from_pretrained(args.model)
-    if args.draft is not None:
-        draft = args.draft if args.draft == "ngram" else load(args.draft)
-    model = specdec.compile(target, draft, compile=compile)
+        target, draft = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device), "ngram"
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = specdec.compile(target, args.draft or draft, compile=compile)
     model.specdec.warmup()
 
     tasks = args.tasks.split(",") if args.tasks else [NEXT_LINES]

@@ -41,16 +41,12 @@ def main(argv: Sequence[str] | None = None, compile: bool = True) -> None:
 
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
 
-    def load(name: str) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(args.device)
-
     if args.model is None:
         target, draft, tokenizer = zoo.load_pair(dtype, args.device)
     else:
-        target, draft, tokenizer = load(args.model), "ngram", AutoTokenizer.from_pretrained(args.model)
-    if args.draft is not None:
-        draft = args.draft if args.draft == "ngram" else load(args.draft)
-    model = specdec.compile(target, draft, compile=compile)
+        target, draft = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device), "ngram"
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = specdec.compile(target, args.draft or draft, compile=compile)
     prompts = [tokenizer(prompt, return_tensors="pt").to(args.device) for prompt in PROMPTS]
 
     def decode(decoder: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> tuple[list[int], float]:

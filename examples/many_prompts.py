@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import zoo
@@ -93,16 +93,12 @@ def main(argv: Sequence[str] | None = None, compile: bool = True) -> None:
 
     dtype, device = ("auto", "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
 
-    def load(name: str) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-
     if args.model is None:
         target, draft, tokenizer = zoo.load_pair(device=device)
     else:
-        target, draft, tokenizer = load(args.model), "ngram", AutoTokenizer.from_pretrained(args.model)
-    if args.draft is not None:
-        draft = args.draft if args.draft == "ngram" else load(args.draft)
-    model = specdec.compile(target, draft, compile=compile)
+        target, draft = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device), "ngram"
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = specdec.compile(target, args.draft or draft, compile=compile)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     settings = {"max_batch_size": args.max_batch_size, "max_new_tokens": args.max_new_tokens, **sampling}
 

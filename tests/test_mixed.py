@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -169,6 +170,16 @@ def test_many_prompts_and_streams(tiny: Tiny, prompts: Prompts) -> None:
         expected = model.generate(texts[result.index][None], max_new_tokens=20)[0]
         assert result.tokens.tolist() == expected.tolist()
     assert set(wrapped.specdec.stats.sources) == set(BOTH)
+
+
+def test_nothing_is_kept_of_a_call(tiny: Tiny, prompts: Prompts) -> None:
+    """Texts hold prompts, and what the user's criteria hold; where they end, so does what was known of them."""
+    wrapped = wrap(tiny("llama"), [tiny("llama", seed=7), "ngram"])
+    wrapped.generate(**prompts(RAGGED), max_new_tokens=60)
+    assert wrapped.specdec.stats.sources["n-grams"].drafts
+    gc.collect()
+    (decoder,) = wrapped.specdec._decoders.kept.values()
+    assert not decoder.drafter._indexes
 
 
 def test_one_compiled_draft_reads_any_number_of_tokens(tiny: Tiny, prompts: Prompts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 from specdec.drafters.lookup import SuffixIndex
 from specdec.drafters.model import ModelDrafter
@@ -38,17 +39,16 @@ class MixedDrafter(ModelDrafter):
         self.depths = (*self.depths[:-1], self.tree.depth)  # the whole tree: all that the model drafts
         self.source_levels = depth, n_looked_up
         self._max_ngram = max_ngram
-        self._texts: dict[int, tuple[Text, SuffixIndex]] = {}
+        self._indexes: WeakKeyDictionary[Text, SuffixIndex] = WeakKeyDictionary()  # nothing is left of a call
 
     def look_up(self, texts: Mapping[int, Text]) -> dict[int, list[int]]:
         """By row, what these texts say about how they go on; rows of which they say nothing are left out."""
         found = {}
         for row, text in texts.items():
-            known, index = self._texts.get(row, (None, None))
-            if known is not text or index is None:
-                index = SuffixIndex(self._max_ngram)
-                index.extend(text.prompt.tolist())
-                self._texts[row] = text, index
+            index = self._indexes.get(text)
+            if index is None:
+                index = self._indexes[text] = SuffixIndex(self._max_ngram)
+                index.extend(text.prompt.tolist())  # once a text, before its first step
             index.extend(text.tokens[len(index.tokens) - len(text.prompt) :])
             if tokens := index.continuation(self.source_levels[1]):
                 found[row] = tokens

@@ -36,7 +36,7 @@ PROBES = (
     TokenTree.from_widths(4, 2),
 )
 """Trees that acceptance is counted with: nodes with 1, 2, 3 and 4 children."""
-_COMMITTED = 256  # tokens that a timed forward attends to
+COMMITTED = 256  # tokens that a timed forward attends to
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,13 @@ def measure_cost(target: ModelView, draft: ModelView, n_nodes: int, compiled: bo
     return StepCost({n: seconds + rest for n, seconds in forwards.items()}, level)
 
 
-class _Forward:
+class TimedForward:
     """A model's forward of some flat nodes of one sample, `times` over."""
 
     def __init__(self, view: ModelView, n_nodes: int, times: int) -> None:
         self.view, self.n_nodes, self.times = view, n_nodes, times
         self.bits, self.depths = TokenTree.chain(n_nodes - 1).tensors(view.device)
-        self.lengths = torch.tensor([_COMMITTED], device=view.device, dtype=torch.int64)
+        self.lengths = torch.tensor([COMMITTED], device=view.device, dtype=torch.int64)
 
     def run(self, token: Tensor) -> Tensor:
         count = torch.ones_like(self.lengths) * token.shape[0]
@@ -130,8 +130,8 @@ def forward_seconds(
 
     The numbers take turns, so that what else the machine does falls on all alike. The view's cache is used up.
     """
-    view.allocate(1, _COMMITTED + n_nodes + 1)  # the last slot is scratch
-    forward = _Forward(view, n_nodes, times)
+    view.allocate(1, COMMITTED + n_nodes + 1)  # the last slot is scratch
+    forward = TimedForward(view, n_nodes, times)
     counts = sorted({n for n in COUNTS if n < n_nodes} | {n_nodes})
     run = CompiledSteps(compiled, is_seen=is_seen).get(forward.run, None, 0)
     tokens = {n: torch.arange(n, device=view.device, dtype=torch.int64) for n in counts}

@@ -52,9 +52,11 @@ def best_plan(
         able = [offer for offer in offers if offer.level <= depth or has_draft[offer.sample]]
         if not able:
             continue
-        drafting = estimate.costs.draft(depth, n_drafted) if depth and n_drafted else 0.0
-        if not last_depth:  # what the drafter would have to read first, spread over the steps that follow
-            drafting += estimate.costs.reading * max(n_drafted / FEW, 1) / REGAINED * bool(depth)
+        drafting = 0.0
+        if depth and n_drafted:
+            drafting = estimate.costs.draft(depth, n_drafted)
+            if not last_depth:  # what the drafter would have to read first, spread over the steps that follow
+                drafting += estimate.costs.reading * max(n_drafted / FEW, 1) / REGAINED
         rate, plan = _cut(able, n, depth, drafting, estimate)
         if rate > rates.get(depth, 0.0):
             rates[depth], plans[depth] = rate, plan

@@ -195,5 +195,6 @@ class Estimate:
     def learn(self, plan: Plan, reading: float, draft: float, forward: float) -> None:
         """A step with this plan, whose samples have been counted, took so many seconds for its parts."""
         self.costs.learn(plan, reading, draft, forward)
-        for acceptance in self.sources if any(plan.allowed) else ():
-            acceptance.settle()
+        if any(plan.allowed):
+            for acceptance in self.sources:
+                acceptance.settle()
