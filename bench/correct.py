@@ -144,7 +144,7 @@ class Checks:
         return self._generate(model, **SAMPLING)
 
     def _never_waits(self, make: Callable[[], Steps], do_sample: bool) -> None:
-        drafter, stats = ModelDrafter(self._draft, TokenTree.chain(2)), Stats()
+        drafter, stats = ModelDrafter(ModelView(self._draft), TokenTree.chain(2)), Stats()
         decoder = Decoder(ModelView(self._target), drafter, make(), stats, adapt=False)
         steps = SETTLED + WATCHED + 1  # and more tokens than these can write
         texts = run_without_waiting(decoder, law_of(self._device, do_sample), list(self._ids), steps * 4)

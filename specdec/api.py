@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from specdec.arguments import DRAFTS
 from specdec.config import Config
-from specdec.drafters.registry import check_draft, draft_model
+from specdec.drafters.early_exit import NAME as EARLY_EXIT
+from specdec.drafters.early_exit import EarlyExit
+from specdec.drafters.registry import ModelSource, check_draft
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.roles import Drafter
 from specdec.engine.tree import TokenTree
@@ -44,9 +46,9 @@ def compile(  # the name is the point: specdec.compile
         model: a decoder-only transformers model, or a PEFT model around one. It is not changed, and shares its weights
             with the result.
         draft: a smaller transformers model, or its folder or hub id, which is loaded in the target's dtype and on its
-            device; `"ngram"`, which looks the text's last words up in the text (prompt lookup); both, as
-            `[draft, "ngram"]`: the model drafts where the text has nothing to say; a `Drafter` of your own; or None, to
-            decode without drafting.
+            device; `"early-exit:4"`, the model's own first 4 layers; `"ngram"`, which looks the text's last words up in
+            the text (prompt lookup); a model and n-grams, as `[draft, "ngram"]`: the model drafts where the text has
+            nothing to say; a `Drafter` of your own; or None, to decode without drafting.
         tokenizer: the model's, where the draft has another, or where one tokenizer's vocabulary is padded to different
             sizes. The draft then proposes the tokens that both have.
         draft_tokenizer: the draft's; the two go together. A draft given by its name brings its own.
@@ -94,6 +96,8 @@ def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer
         given = (target, models[0], tokenizer, draft_tokenizer) if len(models) == 1 else None
         return tuple(_source(*given) if given and each is models[0] else each for each in draft)
     draft = unwrapped(draft)
+    if isinstance(draft, str) and draft.startswith(EARLY_EXIT):
+        draft = EarlyExit.named(draft)
     if isinstance(draft, str) and draft != "ngram":
         if get_close_matches(draft.lower().replace("-", "").replace("_", ""), ["ngram"], cutoff=0.8):
             raise ValueError(f"draft must be {DRAFTS}, got {draft!r}")
@@ -103,7 +107,9 @@ def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer
     if (tokenizer is None) != (draft_tokenizer is None):
         missing = "tokenizer" if tokenizer is None else "draft_tokenizer"
         raise ValueError(f"tokenizer and draft_tokenizer go together, and there is no {missing}")
-    return draft if tokenizer is None else ForeignDraft(draft, tokenizer, draft_tokenizer)
+    if tokenizer is None or isinstance(draft, EarlyExit):
+        return draft
+    return ForeignDraft(draft, tokenizer, draft_tokenizer)
 
 
 def _wrapped(model: PreTrainedModel, source: Any, config: Config) -> Any:
@@ -114,12 +120,12 @@ def _wrapped(model: PreTrainedModel, source: Any, config: Config) -> Any:
     if "generate" in vars(model):
         warn("specdec leaves this model's calls alone: it has a generate() of its own, as custom_generate loads it")
     check_draft(source, model, config)
-    if config.tree is not None and draft_model(source) is None:
+    if config.tree is not None and not isinstance(source, ModelSource):
         raise ValueError(
             f"tree={config.tree.parents} is what a draft model drafts, and the draft is {source!r}; "
             "n-grams are chains, and a Drafter brings its own"
         )
-    if config.stop_below is not None and draft_model(source) is None and not isinstance(source, tuple):
+    if config.stop_below is not None and not isinstance(source, tuple | ModelSource):
         raise ValueError(f"stop_below={config.stop_below} ends a draft model's chain, and the draft is {source!r}")
     return wrap(Handle(model, source, config))
 

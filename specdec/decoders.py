@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from specdec.config import Config
+from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.registry import DraftSource, check_draft, make_drafter
 from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.decide import agreed_memory
@@ -93,7 +94,7 @@ class Decoders:
             compiled = CompiledSteps(config.compile, self._stats.eager, is_seen)
             records = config.compile and target.device.type == "cuda"
             decoder = Decoder(
-                target, make_drafter(draft, self.model, config), CapturedSteps(compiled) if records else compiled,
+                target, make_drafter(draft, target, config), CapturedSteps(compiled) if records else compiled,
                 self._stats, VERIFIERS[config.verifier], config.adapt,
             )  # fmt: skip
         self.kept[key] = decoder
@@ -118,7 +119,7 @@ def _name(draft: DraftSource) -> object:
     """What tells a draft from others for as long as it lives: who holds this must hold that."""
     if isinstance(draft, tuple):
         return tuple(map(_name, draft))
-    return draft if isinstance(draft, str | ForeignDraft) else id(draft)
+    return draft if isinstance(draft, str | ForeignDraft | EarlyExit) else id(draft)
 
 
 @contextmanager

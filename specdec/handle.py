@@ -15,7 +15,9 @@ from specdec.arguments import whole
 from specdec.calls import Calls, Purpose
 from specdec.config import Config
 from specdec.decoders import Decoders, decoding
-from specdec.drafters.registry import MODEL_DEPTH, NGRAM_DEPTH, DraftSource, draft_model
+from specdec.drafters.early_exit import EarlyExit
+from specdec.drafters.registry import MODEL_DEPTH, NGRAM_DEPTH, DraftSource, ModelSource, draft_model
+from specdec.drafters.vocabulary import ForeignDraft
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
@@ -57,10 +59,10 @@ class Handle:
         """What decodes, by its part."""
         config, target, stats = self.config, self._decoders.target, self.stats
         for source in self.draft if isinstance(self.draft, tuple) else (self.draft,):
-            if (model := draft_model(source)) is not None:
+            if isinstance(source, ModelSource):
                 tree = config.tree or TokenTree.chain(config.depth or MODEL_DEPTH)
                 stops = "" if config.stop_below is None else f", up to a token below {config.stop_below:g}"
-                yield "draft", f"{_named(model)}; {tree.summary} a step{stops}"
+                yield "draft", f"{_named(source)}; {tree.summary} a step{stops}"
             elif isinstance(source, str):
                 yield "draft", f"n-grams of the text, up to {config.depth or NGRAM_DEPTH} tokens a step"
             else:
@@ -143,7 +145,7 @@ class Handle:
             TypeError, ValueError: there is no draft model, no prompts, too few nodes or levels for a draft, or chains
                 end early.
         """
-        if (draft := draft_model(self.draft)) is None:
+        if (draft := draft_model(self.draft, self.model)) is None:
             raise ValueError(f"tune() chooses a draft model's tree, and the draft is {self.draft!r}")
         if self.config.stop_below is not None:
             raise ValueError(f"tune() chooses whole trees, and stop_below={self.config.stop_below} ends chains early")
@@ -194,8 +196,11 @@ class Handle:
         self._decoders.free()
 
 
-def _named(model: PreTrainedModel) -> str:
+def _named(model: ModelSource) -> str:
     """A model in a few words."""
+    if isinstance(model, EarlyExit):
+        return f"its own first {model.n_layers} layers"
+    model = model.model if isinstance(model, ForeignDraft) else model
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{type(model).__name__}, {n_parameters / 1e6:,.1f}M parameters, {dtype} on {model.device}"

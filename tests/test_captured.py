@@ -68,7 +68,7 @@ def decoders(tiny: Tiny) -> Callable[..., tuple[Decoder, Decoder]]:
     def make(kind: str, adapt: bool | None = False) -> tuple[Decoder, Decoder]:
         def drafter() -> Drafter:
             tree = TokenTree.from_widths(2, 1)
-            return ModelDrafter(tiny("llama", seed=1), tree) if kind == "model" else NgramDrafter(3)
+            return ModelDrafter(ModelView(tiny("llama", seed=1)), tree) if kind == "model" else NgramDrafter(3)
 
         target = tiny("llama")
         steps = CapturedSteps(CompiledSteps(False), Rerun), CompiledSteps(False)
@@ -137,7 +137,7 @@ def test_another_depth_at_each_step_makes_nothing_anew(kind: str, tiny: Tiny, mo
     monkeypatch.setattr(Rerun, "_record", counted("recorded", Rerun._record))
     target, draft = (tiny("llama", seed=seed, num_hidden_layers=1) for seed in (0, 1))
     steps = CapturedSteps(CompiledSteps(False), Rerun) if kind == "recorded" else CompiledSteps(True)
-    decoder = Decoder(ModelView(target), ModelDrafter(draft, TokenTree.chain(3)), steps, Stats(), adapt=None)
+    decoder = Decoder(ModelView(target), ModelDrafter(ModelView(draft), TokenTree.chain(3)), steps, Stats(), adapt=None)
     prompt = torch.tensor([[5, 3, 9, 8, 2]])
     expected = target.generate(prompt, max_new_tokens=60)[0, 5:].tolist()
 

@@ -50,7 +50,7 @@ def test_greedy_texts_are_transformers_with_any_plans(
 ) -> None:
     """Texts join and leave; the draft model reads what was decoded without it."""
     target, texts, law = tiny("llama"), random_texts(40), law_of(False)
-    drafter = NgramDrafter(4) if tree is None else ModelDrafter(_close_to(target), tree)
+    drafter = NgramDrafter(4) if tree is None else ModelDrafter(ModelView(_close_to(target)), tree)
     decoder = Decoder(ModelView(target), drafter, CompiledSteps(False), Stats())
     decode(decoder, texts, 5, law)
     assert {plan.depth for plan in random_plans} == {0, *drafter.depths}
@@ -76,7 +76,7 @@ def _close_to(target: PreTrainedModel) -> PreTrainedModel:
 def test_a_draft_that_is_the_target_is_always_accepted(tree: TokenTree, tiny: Tiny, random_plans: list[Plan]) -> None:
     """So its cache holds all that was decoded without it, by whatever texts took the row."""
     target = tiny("llama")
-    decoder = Decoder(ModelView(target), ModelDrafter(target, tree), CompiledSteps(False), Stats())
+    decoder = Decoder(ModelView(target), ModelDrafter(ModelView(target), tree), CompiledSteps(False), Stats())
     decode(decoder, random_texts(40), 5, law_of(False))
     assert 0 < decoder.stats.undrafted < decoder.stats.steps
     assert decoder.stats.accepted == decoder.stats.proposed

@@ -58,8 +58,8 @@ STEPS = {
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("steps", STEPS)
 def test_decoding_never_waits_for_the_device(steps: str, do_sample: bool, warps: bool, fresh: Tiny) -> None:
-    target, draft = ModelView(fresh("llama").cuda()), ModelDrafter(fresh("llama", seed=1).cuda(), TokenTree.chain(3))
-    decoder = Decoder(target, draft, STEPS[steps](), Stats(), adapt=False)
+    target, draft = (ModelView(fresh("llama", seed=seed).cuda()) for seed in (0, 1))
+    decoder = Decoder(target, ModelDrafter(draft, TokenTree.chain(3)), STEPS[steps](), Stats(), adapt=False)
     law = correct.law_of(target.device, do_sample, warps)
     prompts = [torch.arange(1, n + 1, device="cuda") for n in (9, 4)]
     texts = correct.run_without_waiting(decoder, law, prompts, 64)

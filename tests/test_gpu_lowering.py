@@ -134,7 +134,7 @@ def _drafter(kind: str, model: LlamaForCausalLM) -> Drafter:
         return NoDrafter()
     if kind == "ngram":
         return NgramDrafter()
-    return ModelDrafter(model, TokenTree.chain(5) if kind == "chain" else TokenTree.from_widths(3, 2, 1))
+    return ModelDrafter(ModelView(model), TokenTree.chain(5) if kind == "chain" else TokenTree.from_widths(3, 2, 1))
 
 
 def _generate(case: Case, models: Models) -> no_device.Code:

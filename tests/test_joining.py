@@ -61,7 +61,8 @@ def alone(decoder: Decoder, text: Text, law: SamplingLaw) -> list[int]:
 
 
 def decoder_of(tiny: Tiny, kind: str, steps: CompiledSteps | CapturedSteps, **options: bool) -> Decoder:
-    drafter = ModelDrafter(tiny("llama", seed=1), TokenTree.from_widths(2, 1)) if kind == "model" else NgramDrafter(3)
+    view, tree = ModelView(tiny("llama", seed=1)), TokenTree.from_widths(2, 1)
+    drafter = ModelDrafter(view, tree) if kind == "model" else NgramDrafter(3)
     return Decoder(ModelView(tiny("llama")), drafter, steps, Stats(), **options)
 
 

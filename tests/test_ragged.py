@@ -182,7 +182,7 @@ def law_of(do_sample: bool = False) -> SamplingLaw:
 
 
 def decoder_of(model: PreTrainedModel, tree: TokenTree | None, draft: PreTrainedModel | None, **more: Any) -> Decoder:
-    drafter = NgramDrafter(4) if tree is None or draft is None else ModelDrafter(draft, tree)
+    drafter = NgramDrafter(4) if tree is None or draft is None else ModelDrafter(ModelView(draft), tree)
     return Decoder(ModelView(model), drafter, CompiledSteps(False), Stats(), **more)
 
 

@@ -98,8 +98,8 @@ def test_a_step_is_one_graph_without_host_reads(target, draft, kind, do_sample, 
     torch._dynamo.reset()
     verifier = VERIFIERS["coupled" if "coupled" in kind else "auto"]
     tree = TokenTree.from_widths(2, 2, 1) if "tree" in kind else TokenTree.chain(3)
-    drafter = {"none": NoDrafter, "ngram": NgramDrafter}.get(kind, lambda: ModelDrafter(draft, tree, verifier))()
-    view = ModelView(target)
+    view, own = ModelView(target), ModelView(draft)
+    drafter = {"none": NoDrafter, "ngram": NgramDrafter}.get(kind, lambda: ModelDrafter(own, tree, verifier))()
     view.cache.way = Way.FUSED if fused else Way.MASKED
     if isinstance(drafter, ModelDrafter):
         drafter.view.cache.way = Way.FUSED if fused else Way.MASKED

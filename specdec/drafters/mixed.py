@@ -10,7 +10,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.vocabulary import Overlap
 from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
-from specdec.hf.names import PreTrainedModel
+from specdec.hf.view import ModelView
 from specdec.verifiers import AUTO
 from specdec.verifiers.base import Verifier
 
@@ -26,15 +26,15 @@ class MixedDrafter(ModelDrafter):
     depend on its neighbours.
 
     Args:
-        model, verifier, overlap, stop_below: as of `ModelDrafter`. depth: tokens that the model drafts. n_looked_up:
+        view, verifier, overlap, stop_below: as of `ModelDrafter`. depth: tokens that the model drafts. n_looked_up:
             those that the text does. max_ngram: longest suffix looked up.
     """
 
     def __init__(
-        self, model: PreTrainedModel, depth: int, n_looked_up: int, max_ngram: int, verifier: Verifier = AUTO,
+        self, view: ModelView, depth: int, n_looked_up: int, max_ngram: int, verifier: Verifier = AUTO,
         overlap: Overlap | None = None, stop_below: float | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE, stop_below)
+        super().__init__(view, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE, stop_below)
         self.tree = TokenTree.chain(max(depth, n_looked_up))
         self.depths = (*self.depths[:-1], self.tree.depth)  # the whole tree: all that the model drafts
         self.source_levels = depth, n_looked_up

@@ -13,7 +13,6 @@ from specdec.engine.laws import SamplingLaw
 from specdec.engine.packing import Nodes
 from specdec.engine.state import READ, BatchState
 from specdec.engine.tree import TokenTree
-from specdec.hf.names import PreTrainedModel
 from specdec.hf.view import ModelView
 from specdec.kernels.sampling.draw_children import draw_children
 from specdec.kernels.sampling.noise import BONUS, DRAFT
@@ -52,7 +51,7 @@ class ModelDrafter:
     """Drafts a tree with a causal language model.
 
     Args:
-        model: the draft model, on the target's device.
+        view: the draft model, on the target's device.
         tree: the shape of the draft, at least one level, and at most SUPPORT_SIZE children a node.
         reads_at_once: last tokens of a text that a step reads at most before it drafts; what is more is read between
             steps.
@@ -63,26 +62,27 @@ class ModelDrafter:
 
     Its cache trails the target's: after a fully accepted draft the entry before the pending token's is missing,
     otherwise writing it again changes nothing; and of steps for which it did not draft, all are. So each step first
-    reads the text's last tokens, as many of each as the state says. Leaves are never run.
+    reads the text's last tokens, as many of each as the state says; over the target's own cache only the pending one.
+    Leaves are never run.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None,
+        self, view: ModelView, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None,
         reads_at_once: int = READ, stop_below: float | None = None,
     ) -> None:  # fmt: skip
         if tree.depth < 1:
             raise ValueError("the tree of a draft model needs a level of drafts at least")
         if stop_below is not None and not tree.is_chain:
             raise ValueError(f"stop_below={stop_below} ends chains early, and tree={tree.parents} is none")
-        self.view, self.tree, self.verifier = ModelView(model), tree, verifier
-        device = self.view.device
+        self.view, self.tree, self.verifier = view, tree, verifier
+        device, config = view.device, view.source.config.get_text_config()
         self._bits, self._depths = tree.tensors(device)
-        self._text = TokenTree.chain(reads_at_once - 1).tensors(device)
+        self.reads_at_once = 1 if view.shares_cache else reads_at_once  # what is there is not written again
+        self._text = TokenTree.chain(self.reads_at_once - 1).tensors(device)
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
         self._overlap = None if overlap is None else overlap.to(device)
-        n_tokens = model.config.get_text_config().vocab_size if overlap is None else len(overlap.draft_ids)
-        self.reads_at_once = reads_at_once
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        n_tokens = config.vocab_size if overlap is None else len(overlap.draft_ids)
+        self.context = getattr(config, "max_position_embeddings", None)
         # On the device: another value compiles nothing.
         self._stop_below = None if stop_below is None else torch.tensor(stop_below, dtype=torch.float32, device=device)
         self.support_size = min(SUPPORT_SIZE, n_tokens)
@@ -97,9 +97,12 @@ class ModelDrafter:
         return self.view.cache.generation
 
     def allocate(self, n_batch: int, n_slots: int) -> None:
-        self.view.allocate(n_batch, n_slots)
+        if not self.view.shares_cache:
+            self.view.allocate(n_batch, n_slots)
 
     def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
+        if self.view.shares_cache:
+            return
         # The last tokens are read by `draft`.
         unread = {row: (max(n_known - READ, 0), self._read_as(text[:-READ])) for row, (n_known, text) in texts.items()}
         self.view.prefill(unread)
@@ -173,10 +176,12 @@ class ModelDrafter:
 
     def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
         # The pending token is at slot `lengths` here too, and what the tree holds follows it in the same order.
-        self.view.cache.commit(lengths, path, n_path)
+        if not self.view.shares_cache:
+            self.view.cache.commit(lengths, path, n_path)
 
     def grow(self, n_slots: int) -> None:
-        self.view.cache.grow(n_slots)
+        if not self.view.shares_cache:
+            self.view.cache.grow(n_slots)
 
 
 def _probability(logits: Tensor, *law: Tensor) -> Tensor:

@@ -85,9 +85,9 @@ class Buffers:
 
     @property
     def _views(self) -> list[Target]:
-        """Of the models that write to caches; users' drafters need not have one."""
+        """Of the models that write to caches of their own; users' drafters need not have one."""
         drafts = getattr(self._drafter, "view", None)
-        return [self._target, *([] if drafts is None else [drafts])]
+        return [self._target, *([] if drafts is None or drafts.cache is self._target.cache else [drafts])]
 
     def record(self) -> None:
         """Compile and record what writes prompts, where that is recorded."""

@@ -131,14 +131,15 @@ class Rows:
             By row, how many last tokens it has yet to read in the step: none of texts that it does not know.
         """
         counts, behind = [0] * len(self._texts), {}
-        for row in live.keys() - self._unread.keys():
-            counts[row] = READ
         at_once = getattr(self._drafter, "reads_at_once", 0)  # users' drafters need not say
+        last = min(READ, at_once)
+        for row in live.keys() - self._unread.keys():
+            counts[row] = last
         for row, known in self.unread(wanted).items():
             text = wanted[row]
             counts[row] = len(text.prompt) + len(text.tokens) - max(known - READ, 0)
             if not known or counts[row] > at_once:
-                behind[row], counts[row] = (known, text.ids), READ
+                behind[row], counts[row] = (known, text.ids), last
             del self._unread[row]
         if behind:
             self._drafter.read(behind)

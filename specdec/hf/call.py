@@ -182,7 +182,7 @@ class Assistance:
 
     Attributes:
         model: the assistant; None to look the text's last words up in the text. tokenizers: of the call's model and of
-            the assistant, where these differ.
+            the assistant, where these differ. early_exit: how many of the call's model's first layers draft instead.
         config: the options. ignored: settings that are not followed, where that changes nothing but speed.
     """
 
@@ -190,6 +190,7 @@ class Assistance:
     tokenizers: tuple[Any, Any] | None
     config: Config
     ignored: tuple[str, ...] = ()
+    early_exit: int | None = None
 
     @classmethod
     def parse(cls, call: names.LoopCall, config: Config) -> Assistance:
@@ -199,9 +200,12 @@ class Assistance:
             Unsupported: with the reason. TypeError, ValueError: a number is none, or cannot be.
         """
         generation_config = call.generation_config
-        for name in ("use_mtp", "speculation_type", "assistant_early_exit", "assistant_ensemble_weight"):
+        for name in ("use_mtp", "speculation_type", "assistant_ensemble_weight"):
             if getattr(generation_config, name, None):
                 raise Unsupported(f"assisted generation with {name}")
+        if generation_config.assistant_early_exit is not None:
+            early_exit = whole("assistant_early_exit", generation_config.assistant_early_exit)
+            return cls(None, None, *_assistants_options(generation_config, call.self, config), early_exit)
         if (assistant := unwrapped(call.assistant_model)) is not None:
             tokenizers = None if call.assistant_tokenizer is None else (call.tokenizer, call.assistant_tokenizer)
             return cls(assistant, tokenizers, *_assistants_options(generation_config, assistant, config))

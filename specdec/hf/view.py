@@ -38,7 +38,7 @@ RECORDED = (256, 64, 16)
 start their kernels."""
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of the decoder."""
     return [module for module in model.get_decoder().modules() if isinstance(module, names.DecoderLayer)]
 
@@ -83,12 +83,12 @@ class ModelView:
         self.module.config.get_text_config()._attn_implementation = attention.NAME
         # A region takes no weights that are tensors of tensors, as torchao's: with these, every layer compiles.
         weights = chain(model.parameters(), model.buffers())
-        regions = [] if any(map(is_traceable_wrapper_subclass, weights)) else _decoder_layers(self.module)
+        regions = [] if any(map(is_traceable_wrapper_subclass, weights)) else decoder_layers(self.module)
         for layer in regions:
             vars(layer)["forward"] = types.MethodType(as_region(type(layer).forward), layer)
         weight = next(model.parameters())
-        self.cache = RaggedCache(Way.FUSED if can_run(weight) else Way.MASKED)
-        self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = self.cache
+        self._attach(RaggedCache(Way.FUSED if can_run(weight) else Way.MASKED))
+        self.shares_cache = False
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         self.recorder: CapturedSteps | None = None
@@ -135,7 +135,7 @@ class ModelView:
         Raises:
             ValueError: there is no such layer.
         """
-        own = _decoder_layers(self.module)
+        own = decoder_layers(self.module)
         if wrong := [layer for layer in layers if not 0 <= layer < len(own)]:
             raise ValueError(f"no layer {wrong[0]}: the model has {len(own)} layers, counted from 0")
         for index in set(layers) - set(self._layers_kept):
@@ -160,6 +160,15 @@ class ModelView:
         has_scores = self.device.type != "cuda" or self.cache.way is not Way.FUSED
         dense = n_tokens * reach * config.num_attention_heads * 3 * 4 if has_scores else 0
         return max(mlp, dense, n_logits * config.vocab_size * (size + 4))
+
+    def share(self, cache: RaggedCache) -> None:
+        """From now on forwards are over the cache of another view, which makes room, and keeps texts, for both."""
+        self._attach(cache)
+        self.shares_cache = True
+
+    def _attach(self, cache: RaggedCache) -> None:
+        self.cache = cache
+        self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = cache
 
     def allocate(self, n_batch: int, n_slots: int) -> None:
         """An empty cache for `n_batch` samples of `n_slots` slots each."""
