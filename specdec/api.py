@@ -34,7 +34,8 @@ def compile(  # the name is the point: specdec.compile
     model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | Sequence[PreTrainedModel | str] | None = None, *,
     tokenizer: PreTrainedTokenizerBase | None = None, draft_tokenizer: PreTrainedTokenizerBase | None = None,
     depth: int | None = None, tree: TokenTree | None = None, verifier: str = "auto", adapt: bool | None = None,
-    max_ngram: int = 3, stop_below: float | None = None, compile: bool = True, progress: bool = True, **unknown: Any,
+    max_ngram: int = 3, remember: int = 0, stop_below: float | None = None, compile: bool = True,
+    progress: bool = True, **unknown: Any,
 ) -> CompiledModel:  # fmt: skip
     """Wrap a causal LM: same class, same weights, same `generate()`, same output distribution, fewer steps.
 
@@ -58,6 +59,8 @@ def compile(  # the name is the point: specdec.compile
         adapt: whether to draft less, or nothing, where that is faster. None does so where a seed's text does not
             depend on its drafts: greedily, and with `verifier="coupled"`.
         max_ngram: longest suffix that n-grams look up.
+        remember: n-grams are also looked up in this many tokens of the texts decoded last, across calls, prompts and
+            outputs, greedily and with `verifier="coupled"`. They take about 400 bytes of the host's memory each.
         stop_below: end the chain of a draft model after the first token whose probability under the draft is less than
             this, which is above 0 and at most 1. The output law is the same; what it saves are verified tokens, and
             only in steps that adapt.
@@ -76,8 +79,8 @@ def compile(  # the name is the point: specdec.compile
     if unknown:
         raise TypeError(_unknown(next(iter(unknown))))
     config = Config(
-        depth=depth, tree=tree, verifier=verifier, adapt=adapt, max_ngram=max_ngram, stop_below=stop_below,
-        compile=compile, progress=progress,
+        depth=depth, tree=tree, verifier=verifier, adapt=adapt, max_ngram=max_ngram, remember=remember,
+        stop_below=stop_below, compile=compile, progress=progress,
     )  # fmt: skip
     if hasattr(model, "specdec") or hasattr(within_adapters(model), "specdec"):
         raise ValueError("this model is already compiled with specdec; compile the original instead")
@@ -127,6 +130,8 @@ def _wrapped(model: PreTrainedModel, source: Any, config: Config) -> Any:
         )
     if config.stop_below is not None and not isinstance(source, tuple | ModelSource):
         raise ValueError(f"stop_below={config.stop_below} ends a draft model's chain, and the draft is {source!r}")
+    if config.remember and "ngram" not in (source if isinstance(source, tuple) else (source,)):
+        raise ValueError(f"remember={config.remember} is for n-grams, and the draft is {source!r}")
     return wrap(Handle(model, source, config))
 
 

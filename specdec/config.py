@@ -24,6 +24,8 @@ class Config:
         adapt: whether to draft less, or nothing, where that is faster; None where texts do not depend on what is
             drafted: greedily, and with "coupled". With True, sampled texts of equal seeds can differ from run to run.
         max_ngram: longest suffix the n-gram drafter looks up.
+        remember: tokens of earlier texts in which n-grams are looked up, too, where texts do not depend on what is
+            drafted: greedily, and with "coupled". 0 looks at nothing but the text itself.
         stop_below: the chain of a draft model ends after the first token whose probability, by the law that it was
             drawn from, is less than this; greedily by a plain softmax. None never stops. See docs/adaptive.md for what
             it saves.
@@ -39,12 +41,15 @@ class Config:
     verifier: str = "auto"
     adapt: bool | None = None
     max_ngram: int = 3
+    remember: int = 0
     stop_below: float | None = None
     compile: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
-        given: dict[str, float] = {"max_ngram": whole("max_ngram", self.max_ngram)}
+        given: dict[str, float] = {
+            "max_ngram": whole("max_ngram", self.max_ngram), "remember": whole("remember", self.remember, least=0)
+        }  # fmt: skip
         if self.depth is not None:
             given["depth"] = whole("depth", self.depth, hint="; draft=None decodes without drafting")
         if self.stop_below is not None:

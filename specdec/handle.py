@@ -64,7 +64,8 @@ class Handle:
                 stops = "" if config.stop_below is None else f", up to a token below {config.stop_below:g}"
                 yield "draft", f"{_named(source)}; {tree.summary} a step{stops}"
             elif isinstance(source, str):
-                yield "draft", f"n-grams of the text, up to {config.depth or NGRAM_DEPTH} tokens a step"
+                earlier = f" and of the last {config.remember} tokens before it" if config.remember else ""
+                yield "draft", f"n-grams of the text{earlier}, up to {config.depth or NGRAM_DEPTH} tokens a step"
             else:
                 yield "draft", "none" if source is None else type(source).__name__
         yield "verifier", f"{config.verifier} when sampling; greedy text is the target's own"

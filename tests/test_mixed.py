@@ -179,7 +179,7 @@ def test_nothing_is_kept_of_a_call(tiny: Tiny, prompts: Prompts) -> None:
     assert wrapped.specdec.stats.sources["n-grams"].drafts
     gc.collect()
     (decoder,) = wrapped.specdec._decoders.kept.values()
-    assert not decoder.drafter._indexes
+    assert not decoder.drafter.look_up._indexes
 
 
 def test_one_compiled_draft_reads_any_number_of_tokens(tiny: Tiny, prompts: Prompts) -> None:

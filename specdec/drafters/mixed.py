@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from weakref import WeakKeyDictionary
-
-from specdec.drafters.lookup import SuffixIndex
+from specdec.drafters.lookup import LookUp
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.vocabulary import Overlap
-from specdec.engine.text import Text
 from specdec.engine.tree import TokenTree
 from specdec.hf.view import ModelView
 from specdec.verifiers import AUTO
@@ -27,29 +23,17 @@ class MixedDrafter(ModelDrafter):
 
     Args:
         view, verifier, overlap, stop_below: as of `ModelDrafter`. depth: tokens that the model drafts. n_looked_up:
-            those that the text does. max_ngram: longest suffix looked up.
+            those that the text does. max_ngram: longest suffix looked up. remember: see `LookUp`.
     """
+
+    source_names = "draft model", "n-grams"
 
     def __init__(
         self, view: ModelView, depth: int, n_looked_up: int, max_ngram: int, verifier: Verifier = AUTO,
-        overlap: Overlap | None = None, stop_below: float | None = None,
+        overlap: Overlap | None = None, stop_below: float | None = None, remember: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(view, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE, stop_below)
         self.tree = TokenTree.chain(max(depth, n_looked_up))
         self.depths = (*self.depths[:-1], self.tree.depth)  # the whole tree: all that the model drafts
         self.source_levels = depth, n_looked_up
-        self._max_ngram = max_ngram
-        self._indexes: WeakKeyDictionary[Text, SuffixIndex] = WeakKeyDictionary()  # nothing is left of a call
-
-    def look_up(self, texts: Mapping[int, Text]) -> dict[int, list[int]]:
-        """By row, what these texts say about how they go on; rows of which they say nothing are left out."""
-        found = {}
-        for row, text in texts.items():
-            index = self._indexes.get(text)
-            if index is None:
-                index = self._indexes[text] = SuffixIndex(self._max_ngram)
-                index.extend(text.prompt.tolist())  # once a text, before its first step
-            index.extend(text.tokens[len(index.tokens) - len(text.prompt) :])
-            if tokens := index.continuation(self.source_levels[1]):
-                found[row] = tokens
-        return found
+        self.look_up = LookUp(n_looked_up, max_ngram, remember)

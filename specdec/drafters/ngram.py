@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.arguments import whole
 from specdec.drafters.base import Drafter
+from specdec.drafters.lookup import LookUp
 from specdec.engine.draft import Draft
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.state import BatchState
@@ -22,11 +23,17 @@ class NgramDrafter(Drafter):
     Args:
         depth: K, tokens proposed a step.
         max_ngram: longest suffix looked for; at least one token must match.
+        remember: tokens of earlier texts in which suffixes of two tokens or more are looked for, too (see `LookUp`).
     """
 
-    def __init__(self, depth: int = 8, max_ngram: int = 3) -> None:
+    source_names = "n-grams of one token", "n-grams"
+
+    def __init__(self, depth: int = 8, max_ngram: int = 3, remember: int = 0) -> None:
         depth, max_ngram = whole("depth", depth), whole("max_ngram", max_ngram)
         self.tree, self.max_ngram = TokenTree.chain(depth), max_ngram
+        if remember:  # the host finds what is longer
+            self.source_levels = depth, depth
+            self.look_up = LookUp(depth, max_ngram, remember)
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         tokens, last = state.tokens, state.lengths[:, None]  # `last` is the pending token's place

@@ -132,11 +132,11 @@ def make_drafter(draft: DraftSource, target: ModelView, config: Config) -> Draft
         verifier = VERIFIERS[config.verifier]
         if isinstance(draft, tuple):
             depths = depth or MODEL_DEPTH, depth or NGRAM_DEPTH
-            return MixedDrafter(view, *depths, config.max_ngram, verifier, overlap, config.stop_below)
+            return MixedDrafter(view, *depths, config.max_ngram, verifier, overlap, config.stop_below, config.remember)
         tree = config.tree or TokenTree.chain(depth or MODEL_DEPTH)
         return ModelDrafter(view, tree, verifier, overlap, stop_below=config.stop_below)
     if isinstance(draft, str):
-        return NgramDrafter(depth or NGRAM_DEPTH, config.max_ngram)
+        return NgramDrafter(depth or NGRAM_DEPTH, config.max_ngram, config.remember)
     return draft
 
 

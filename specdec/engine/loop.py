@@ -23,9 +23,7 @@ from specdec.engine.text import Text
 from specdec.verifiers import AUTO
 from specdec.verifiers.base import Verifier
 
-SOURCES = "draft model", "n-grams"
-"""By `Track.source`, what drafted."""
-LookUp: TypeAlias = Callable[[Mapping[int, Text]], dict[int, list[int]]]
+LookUp: TypeAlias = Callable[[Mapping[int, Text], bool], dict[int, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ class Decoder:
         self.launcher = Launcher(self.step, steps)
         self.buffers = Buffers(target, drafter, steps)
         self.look_up: LookUp | None = getattr(drafter, "look_up", None)  # users' drafters need not have it
+        self.sources: tuple[str, ...] = getattr(drafter, "source_names", ())  # by `Track.source`
         self.policies: dict[object, Policy] = {}
 
     def run(
@@ -88,7 +87,7 @@ class Decoder:
                 if not live or (rows.is_writing and not rows.is_under_way):  # the first step is of all
                     continue
                 start = time.perf_counter()
-                found = self._found(live)
+                found = self._found(live, law)
                 plan = self._plan(policy, law, live, found, n_rows)
                 # What the drafter has to read must have arrived; and a step of texts that will have ended is wasted.
                 waits = bool(flights) and (
@@ -128,7 +127,7 @@ class Decoder:
             reach = len(report.tokens) if report.finished else text.max_new_tokens - len(text.tokens)
             taken = text.take(new, report.finished)
             if self.look_up is not None:
-                source = self.stats.sources.setdefault(SOURCES[text.track.source], SourceCounts())
+                source = self.stats.sources.setdefault(self.sources[text.track.source], SourceCounts())
                 source.count(min(report.n_judged, reach), min(report.n_accepted, len(taken)))
             if text.finished:  # what comes after its end is nobody's, also where the host ended it
                 judged = self.tree.depths[report.n_judged]  # the deepest level of so many nodes
@@ -174,9 +173,9 @@ class Decoder:
         depths = self.drafter.depths
         return tuple(d for d in depths if d == depths[-1] or self.launcher.is_ready(law, n_rows, d))
 
-    def _found(self, live: dict[int, Text]) -> dict[int, list[int]]:
+    def _found(self, live: dict[int, Text], law: SamplingLaw) -> dict[int, list[int]]:
         """By row, the drafts that these texts have by themselves, where the drafter is not needed."""
-        found = {} if self.look_up is None else self.look_up(live)
+        found = {} if self.look_up is None else self.look_up(live, law.greedy or self.verifier.coupled)
         for row, text in live.items():
             text.track.source = int(row in found)
         return found
