@@ -49,7 +49,7 @@ class Recorder(ModelDrafter):
     """A draft model that keeps what it says at each level, and what came of it. Always drafts whole chains, eagerly."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model, TokenTree.chain(DEPTH))
+        super().__init__(ModelView(model), TokenTree.chain(DEPTH))
         self.steps: list[tuple[int, int, Tensor]] = []
         self.first_prompt = 0
         self._said: Tensor | None = None  # [B, depth, 2 + N_BEST], of the step before
