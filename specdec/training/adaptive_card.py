@@ -1,0 +1,87 @@
+"""The card of adaptive tokens, and their curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CARD = """\
+# Adaptive tokens of {base}
+
+{slots} slots, by which the model drafts for itself ({method}, {parameters:,} parameters). They stand outside of the
+vocabulary, in `adaptive_tokens.safetensors`; {weights}.
+
+On {texts} texts that the model wrote greedily after held-out prompts, the first choice of each slot was what the text
+went on with:
+
+| slot | by itself | where all before it were right | all of them right |
+| --- | --- | --- | --- |
+{rows}
+
+A skip-bigram model, which knows one token and guesses the one two places on, is right {skip_bigram:.1%} of the time: it
+guesses what slot 1 does.
+
+Tokens a forward, greedy, on the same texts:
+
+| drafts | two forwards a step | one |
+| --- | --- | --- |
+{speeds}
+
+Loss of the model's own next tokens on held-out text: {loss_before:.4f} nats before, {loss_after:.4f} after
+({loss_change:+.2%}).
+
+## Training
+
+{steps} steps of {forwards} texts of {length} tokens, {anchors} anchors in each: a third from {tokens:,} tokens of
+data, two thirds from {samples} texts the model wrote itself, half of them greedily. {minutes:.0f} minutes on {device}.
+Settings and figures are in `metrics.json`; `curves.png` shows the loss, and how many drafts a step were accepted on
+held-out texts.
+
+Method: low-rank matrices and vectors after SDSAT (arXiv 2403.18647), trained on the model's own laws.
+"""
+KEPT = {
+    "adapters": "the model's weights are as they were, and so are all its logits, bit for bit",
+    "joint": "the model beside it was fine-tuned with them",
+}
+
+
+def plot(curve: Sequence[dict[str, float]], path: Path) -> None:
+    """Loss and accepted drafts by step, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    steps = [point["step"] for point in curve]
+    for axes, name, label in zip(
+        figure.subplots(1, 2),
+        ("loss", "held_out_accepted"),
+        ("loss, nats a row", "held-out drafts accepted a step"),
+        strict=True,
+    ):
+        axes.plot(steps, [point[name] for point in curve], marker=".")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def save(folder: Path, figures: dict[str, Any]) -> None:
+    """`metrics.json`, `curves.png` and, from the same figures, the card `README.md`."""
+    recipe, seen = figures["recipe"], figures["foresight"]
+    columns = seen["alone"], seen["accepted"], seen["chain"]
+    rows = [f"| {m} | {a:.1%} | {b:.1%} | {c:.1%} |" for m, (a, b, c) in enumerate(zip(*columns, strict=True), 1)]
+    speeds = [
+        f"| {n} | {two:.2f} | {one:.2f} |"
+        for n, (two, one) in enumerate(zip(seen["two_step"], seen["one_forward"], strict=True), 1)
+    ]
+    text = CARD.format(
+        **recipe | figures | {"weights": KEPT[recipe["method"]], "skip_bigram": seen["skip_bigram"]},
+        rows="\n".join(rows),
+        speeds="\n".join(speeds),
+        forwards=recipe["batch"] * recipe["accumulate"],
+        loss_change=figures["loss_after"] / figures["loss_before"] - 1,
+    )
+    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    plot(figures["curve"], folder / "curves.png")
