@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from specdec import zoo
-from specdec.training import data, loop, pair
+from specdec.training import data, distil, loop, pair
+from specdec.training.distil import Recipe
+
+RECIPE = Recipe(steps=6, batch=1024, samples=4)
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair, "TARGET_BATCH", 1024)
-    monkeypatch.setattr(pair, "DRAFT_BATCH", 1024)
-    monkeypatch.setattr(pair, "SAMPLE", 48)
+    monkeypatch.setattr(distil, "SAMPLE", 48)
 
 
-def tiny(seed: int) -> pair.LlamaForCausalLM:
+def tiny(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return pair.llama(32, 1, 2, 1, 64)
+    return distil.llama(4096, 32, 1, 2, 1, 64)
 
 
-def train(kind: str, model: pair.LlamaForCausalLM, work: Path, stop_at: int | None = None, **options: int) -> None:
+def train(kind: str, model: LlamaForCausalLM, work: Path, stop_at: int | None = None, seed: int = 0) -> None:
     tokens = torch.randint(0, 4096, (4000,), generator=torch.Generator().manual_seed(1))
-    options = {"steps": 6, "seed": 0} | options
     if kind == "target":
-        pair.train_target(model, tokens, tokens[:600], work=work, stop_at=stop_at, **options)
+        pair.train_target(model, tokens, tokens[:600], steps=6, seed=seed, work=work, stop_at=stop_at)
     else:
-        rows = tokens[:480].view(10, 48)
-        pair.train_draft(model, tiny(7), tokens, rows, tokens[:600], work=work, stop_at=stop_at, **options)
+        recipe = replace(RECIPE, seed=seed, accumulate=2)
+        distil.distil(tiny(7), model, tokens, tokens[:600], recipe, work, stop_at=stop_at)
 
 
 @pytest.mark.parametrize("kind", ["target", "draft"])
@@ -85,7 +88,7 @@ def test_a_whole_run_writes_a_pair_that_loads(tmp_path: Path, monkeypatch: pytes
         (source / f"{name}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 8)
     held_out = [name for name in names if data.is_held_out(name)]
     monkeypatch.setattr(pair, "new_target", lambda scale: tiny(0))
-    monkeypatch.setattr(pair, "new_draft", lambda scale, layers: tiny(1))
+    monkeypatch.setattr(pair, "new_draft", lambda vocabulary, scale, layers: tiny(1))
     out = tmp_path / "out"
     options = {"out": out, "work": tmp_path / "work", "target_steps": 2, "draft_steps": 2, "samples": 4}
     threads = torch.get_num_threads()

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from specdec.hf import names
 
-WEIGHTS, SETTINGS = "adaptive_tokens.safetensors", "adaptive_tokens.json"
+NAME = "adaptive_tokens"
+WEIGHTS, ABOUT = f"{NAME}.safetensors", f"{NAME}.json"
 N_SAMPLED, TOLERANCE = 1024, 2**-8
 """Values of the embeddings that are kept to know the model again, and how far off they may be: rounding to bfloat16
 moves them by at most 2^-9."""
@@ -57,7 +58,7 @@ class Base:
         )
 
 
-def _sample(model: PreTrainedModel) -> Tensor:
+def sample_of(model: PreTrainedModel) -> Tensor:
     """Some of the embeddings, [N_SAMPLED] float32, by which a model is known again in any dtype."""
     weight = model.get_input_embeddings().weight.detach().flatten()
     place = torch.arange(N_SAMPLED, dtype=torch.int64, device=weight.device) * (len(weight) // N_SAMPLED)
@@ -187,14 +188,14 @@ class AdaptiveTokens(nn.Module):
         return linear
 
     def save(self, folder: Path, model: PreTrainedModel, about: Mapping[str, Any] | None = None) -> None:
-        """Write the side file, in float16, and what is to be known about it."""
-        tensors = {"vectors": self.vectors.detach().half(), "sample": _sample(model)}
+        """Write the side files: weights, in float16, and what is to be known `about` them."""
+        tensors = {"vectors": self.vectors.detach().half(), "sample": sample_of(model)}
         for path, adapter in zip(self.paths, self.adapters, strict=True):
             tensors |= {f"{path}.{name}": weight.detach().half() for name, weight in adapter.named_parameters()}
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-        settings = {"slots": self.n_slots, "base": asdict(Base.of(model))} | dict(about or {})
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        known = {"slots": self.n_slots, "base": asdict(Base.of(model))} | dict(about or {})
+        (folder / ABOUT).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, model: PreTrainedModel) -> AdaptiveTokens:
@@ -205,10 +206,10 @@ class AdaptiveTokens(nn.Module):
         """
         try:
             tensors = load_file(folder / WEIGHTS)
-            base = Base(**json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["base"])
+            base = Base(**json.loads((folder / ABOUT).read_text(encoding="utf-8"))["base"])
         except FileNotFoundError as error:
             raise ValueError(f"{folder} has no adaptive tokens: {Path(error.filename or WEIGHTS).name}") from None
-        own, sample = Base.of(model), _sample(model)
+        own, sample = Base.of(model), sample_of(model)
         theirs = tensors.pop("sample")
         if base.shape != own.shape:
             raise ValueError(f"the adaptive tokens in {folder} are of {base}, the model is {own}")

@@ -9,29 +9,40 @@ as it is; `joint` fine-tunes all of it, as the paper does, and holds it to what 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.hf.adaptive import AdaptiveTokens, Base
+from specdec.hf.adaptive import AdaptiveTokens, Base, sample_of
 from specdec.training import adaptive_card, data, foresight, loop
 from specdec.training.evaluate import mean_loss
-from specdec.training.pair import sample
 from specdec.training.slots import SlotModel
+from specdec.training.texts import sample
 
 PROMPT, LENGTH = 32, 256  # the model's own texts: tokens given, tokens in all
 HELD_OUT, SCORED = 0.05, 32_768  # share of the data; tokens that a loss is counted on
 N_TEXTS, N_GLANCE = 64, 16  # greedy texts that figures are counted on, and those that the curve is
 WRITTEN = 64  # texts that the model writes at once
-PEAK = {"adapters": 4e-3, "joint": 3e-4}
 KEEP = 1.0
 """What a joint model's own rows weigh, beside the slots."""
+
+
+class Method(str, Enum):
+    """What learns: slots, with matrices of their own, or the whole model with them."""
+
+    adapters = "adapters"
+    joint = "joint"
+
+
+PEAK = {Method.adapters: 4e-3, Method.joint: 3e-4}
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,13 @@ class Recipe:
     """How to train.
 
     Attributes:
-        method: "adapters" or "joint". slots: L. rank: of the adapters. batch: texts of a forward; accumulate: forwards
+        slots: L. rank: of the adapters. batch: texts of a forward; accumulate: forwards
             of a step. anchors: of a text, each with L slots behind it. samples: texts that the model writes itself,
             every other batch greedily; two of three forwards learn from them. peak: learning rate, by default the
             method's.
     """
 
-    method: Literal["adapters", "joint"] = "adapters"
+    method: Method = Method.adapters
     slots: int = 6
     rank: int = 32
     steps: int = 1000
@@ -57,8 +68,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in PEAK:
-            raise ValueError(f"method is {self.method!r}, and must be one of {', '.join(PEAK)}")
+        object.__setattr__(self, "method", Method(self.method))  # a string will do
         for name, value in asdict(self).items():
             if name not in ("method", "seed") and value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}, and must be more than 0")
@@ -109,7 +119,7 @@ def loss_of(slots: SlotModel, teacher: SlotModel, ids: Tensor, anchors: Tensor) 
     return _cross_entropy(law, ahead) + KEEP * _cross_entropy(law, text)
 
 
-def _own_texts(model: PreTrainedModel, tokens: Tensor, recipe: Recipe, work: Path) -> Tensor:
+def _own_texts(model: PreTrainedModel, tokens: Tensor, recipe: Recipe, work: Path, fingerprint: str) -> Tensor:
     """[samples, LENGTH] texts that the model writes after prompts of the data, every other batch greedily.
 
     Greedy text repeats itself far more than samples do, and most users decode greedily. Batches are kept as they come.
@@ -118,7 +128,7 @@ def _own_texts(model: PreTrainedModel, tokens: Tensor, recipe: Recipe, work: Pat
     prompts = data.random_windows(tokens, recipe.samples, PROMPT, recipe.seed).split(WRITTEN)
     with loop.progress_bar("the model's own texts") as bar:
         for index, prompt in enumerate(bar.track(prompts, task_id=bar.add_task("own", loss=""))):
-            path = work / f"own-{recipe.samples}-{recipe.seed}-{index:05}.pt"
+            path = work / f"own-{fingerprint}-{recipe.samples}-{recipe.seed}-{index:05}.pt"
             if not path.exists():
                 loop.save(sample(model, prompt, LENGTH, recipe.seed + index, greedy=index % 2 == 1), path)
             parts.append(torch.load(path, map_location=tokens.device))
@@ -146,7 +156,6 @@ def train_adaptive_tokens(
     recipe: Recipe | None = None,
     *,
     held_out: Sequence[str] = (),
-    work: Path | None = None,
 ) -> dict[str, Any]:
     """Train adaptive tokens of a model, and write them with their figures, curves and card.
 
@@ -154,17 +163,18 @@ def train_adaptive_tokens(
 
     Args:
         model: on the device to train on; it stays as it is. texts: of the kind that is to be decoded. out: where the
-            side file goes, and with `joint` the fine-tuned model. held_out: texts that nothing is learned from; by
-            default the last part of `texts`. work: where checkpoints go; `out/checkpoints` by default.
+            side files go, and with `joint` the fine-tuned model; what is unfinished is in `out/work`. held_out: texts
+            that nothing is learned from; by default the last part of `texts`.
 
     Returns:
-        What `metrics.json` holds.
+        The figures in `adaptive_tokens.json`.
 
     Raises:
         ValueError: too few texts, or a model that does not run with slots.
     """
-    recipe, work = recipe or Recipe(), work or out / "checkpoints"
-    joint, device = recipe.method == "joint", model.device
+    recipe, work = recipe or Recipe(), out / "work"
+    settings = asdict(recipe) | {"method": recipe.method.value}
+    joint, device = recipe.method is Method.joint, model.device
     train, unseen = (part.to(device) for part in _parts(tokenizer, texts, held_out))
     _check_room(model, recipe)
     teacher = SlotModel.of(model, AdaptiveTokens.new(model, recipe.slots, rank=0))
@@ -173,7 +183,9 @@ def train_adaptive_tokens(
     tokens = AdaptiveTokens.new(learner, recipe.slots, 0 if joint else recipe.rank, recipe.seed)
     slots = SlotModel.of(learner, tokens, trains=joint)
 
-    own = _own_texts(model, train, recipe, work)
+    read = sample_of(model).numpy().tobytes() + train.cpu().numpy().tobytes()
+    fingerprint = hashlib.sha256(read).hexdigest()[:12]
+    own = _own_texts(model, train, recipe, work, fingerprint)
     prompts = data.random_windows(unseen, N_TEXTS, PROMPT, recipe.seed)
     greedy = sample(model, prompts, LENGTH, recipe.seed, greedy=True)
 
@@ -188,8 +200,8 @@ def train_adaptive_tokens(
         label="adaptive tokens",
         steps=recipe.steps,
         peak=recipe.peak or PEAK[recipe.method],
-        checkpoint=work / f"{recipe.method}.pt",
-        settings=asdict(recipe) | {"tokens": len(train)},
+        checkpoint=work / f"{recipe.method.value}.pt",
+        settings=settings | {"model and data": fingerprint},
         validate=lambda: {"accepted": foresight.accepted(slots, greedy[:N_GLANCE], PROMPT - 1)},
         warmup=max(1, min(100, recipe.steps // 10)),
         save_every=max(1, recipe.steps // 20),
@@ -199,13 +211,13 @@ def train_adaptive_tokens(
         greedy = sample(learner, prompts, LENGTH, recipe.seed, greedy=True)
         learner.to(model.dtype).save_pretrained(out)
         tokenizer.save_pretrained(out)
-    tokens.save(out, learner, {"method": recipe.method, "rank": recipe.rank})
+    tokens.save(out, learner)
+    # As they are read again: in float16.
     saved = SlotModel.of(learner, AdaptiveTokens.load(out, learner))
     rows = unseen[:SCORED].split(LENGTH)
     guesses = foresight.skip_bigrams(train, learner.get_input_embeddings().weight.shape[0])
     figures = {
-        "base": str(Base.of(model)),
-        "recipe": asdict(recipe),
+        "recipe": settings,
         "parameters": sum(weight.numel() for weight in tokens.parameters()),
         "tokens": len(train),
         "texts": N_TEXTS,
@@ -217,5 +229,6 @@ def train_adaptive_tokens(
         "loss_after": mean_loss(learner, rows),
         "curve": fit.curve,
     }
-    adaptive_card.save(out, figures)
+    tokens.save(out, learner, figures)
+    adaptive_card.save(out, figures | {"base": str(Base.of(model))})
     return figures

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from specdec.hf.adaptive import NAME, WEIGHTS
 
 CARD = """\
 # Adaptive tokens of {base}
 
 {slots} slots, by which the model drafts for itself ({method}, {parameters:,} parameters). They stand outside of the
-vocabulary, in `adaptive_tokens.safetensors`; {weights}.
+vocabulary, in `{file}`; {weights}.
 
 On {texts} texts that the model wrote greedily after held-out prompts, the first choice of each slot was what the text
 went on with:
@@ -36,8 +37,7 @@ Loss of the model's own next tokens on held-out text: {loss_before:.4f} nats bef
 
 {steps} steps of {forwards} texts of {length} tokens, {anchors} anchors in each: a third from {tokens:,} tokens of
 data, two thirds from {samples} texts the model wrote itself, half of them greedily. {minutes:.0f} minutes on {device}.
-Settings and figures are in `metrics.json`; `curves.png` shows the loss, and how many drafts a step were accepted on
-held-out texts.
+`{name}.json` has all settings and figures, `{name}.png` the loss and the drafts accepted on held-out texts, by step.
 
 Method: low-rank matrices and vectors after SDSAT (arXiv 2403.18647), trained on the model's own laws.
 """
@@ -67,7 +67,7 @@ def plot(curve: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def save(folder: Path, figures: dict[str, Any]) -> None:
-    """`metrics.json`, `curves.png` and, from the same figures, the card `README.md`."""
+    """The card and the curves, beside the side files."""
     recipe, seen = figures["recipe"], figures["foresight"]
     columns = seen["alone"], seen["accepted"], seen["chain"]
     rows = [f"| {m} | {a:.1%} | {b:.1%} | {c:.1%} |" for m, (a, b, c) in enumerate(zip(*columns, strict=True), 1)]
@@ -77,11 +77,12 @@ def save(folder: Path, figures: dict[str, Any]) -> None:
     ]
     text = CARD.format(
         **recipe | figures | {"weights": KEPT[recipe["method"]], "skip_bigram": seen["skip_bigram"]},
+        file=WEIGHTS,
+        name=NAME,
         rows="\n".join(rows),
         speeds="\n".join(speeds),
         forwards=recipe["batch"] * recipe["accumulate"],
         loss_change=figures["loss_after"] / figures["loss_before"] - 1,
     )
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    plot(figures["curve"], folder / "curves.png")
+    (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
+    plot(figures["curve"], folder / f"{NAME}.png")
