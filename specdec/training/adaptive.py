@@ -31,6 +31,7 @@ PROMPT, LENGTH = 32, 256  # the model's own texts: tokens given, tokens in all
 HELD_OUT, SCORED = 0.05, 32_768  # share of the data; tokens that a loss is counted on
 N_TEXTS, N_GLANCE = 64, 16  # greedy texts that figures are counted on, and those that the curve is
 WRITTEN = 64  # texts that the model writes at once
+DATA_IN, SAMPLED_IN = 4, 4  # one of so many batches is of the data; of the model's own texts, so many are sampled
 KEEP = 1.0
 """What a joint model's own rows weigh, beside the slots."""
 
@@ -50,10 +51,9 @@ class Recipe:
     """How to train.
 
     Attributes:
-        slots: L. rank: of the adapters. batch: texts of a forward; accumulate: forwards
-            of a step. anchors: of a text, each with L slots behind it. samples: texts that the model writes itself,
-            every other batch greedily; two of three forwards learn from them. peak: learning rate, by default the
-            method's.
+        slots: L. rank: of the adapters. batch: texts of a forward; accumulate: forwards of a step. anchors: of a text,
+            each with L slots behind it. samples: texts that the model writes itself. peak: the highest learning rate,
+            by default the method's.
     """
 
     method: Method = Method.adapters
@@ -120,9 +120,10 @@ def loss_of(slots: SlotModel, teacher: SlotModel, ids: Tensor, anchors: Tensor) 
 
 
 def _own_texts(model: PreTrainedModel, tokens: Tensor, recipe: Recipe, work: Path, fingerprint: str) -> Tensor:
-    """[samples, LENGTH] texts that the model writes after prompts of the data, every other batch greedily.
+    """[samples, LENGTH] texts that the model writes after prompts of the data, most of them greedily.
 
-    Greedy text repeats itself far more than samples do, and most users decode greedily. Batches are kept as they come.
+    Greedy text repeats itself far more than samples do: a slot that never saw it fails where most users decode. Batches
+    are kept as they come.
     """
     parts = []
     prompts = data.random_windows(tokens, recipe.samples, PROMPT, recipe.seed).split(WRITTEN)
@@ -130,16 +131,16 @@ def _own_texts(model: PreTrainedModel, tokens: Tensor, recipe: Recipe, work: Pat
         for index, prompt in enumerate(bar.track(prompts, task_id=bar.add_task("own", loss=""))):
             path = work / f"own-{fingerprint}-{recipe.samples}-{recipe.seed}-{index:05}.pt"
             if not path.exists():
-                loop.save(sample(model, prompt, LENGTH, recipe.seed + index, greedy=index % 2 == 1), path)
+                loop.save(sample(model, prompt, LENGTH, recipe.seed + index, greedy=index % SAMPLED_IN != 0), path)
             parts.append(torch.load(path, map_location=tokens.device))
     return torch.cat(parts)
 
 
 def _batch(step: int, train: Tensor, own: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Texts [batch, N] and anchors [P] of a forward: one of three times the data, else the model's own texts."""
+    """Texts [batch, N] and anchors [P] of a forward: one of four times the data, else the model's own texts."""
     seed = recipe.seed * 1_000_003 + step
     generator = torch.Generator("cpu").manual_seed(seed)
-    if step % 3:
+    if step % DATA_IN:
         rows = torch.randint(0, len(own), (recipe.batch,), generator=generator, dtype=torch.int64, device="cpu")
         ids = own[rows.to(own.device)]
     else:
@@ -225,10 +226,12 @@ def train_adaptive_tokens(
         "minutes": fit.seconds / 60,
         "device": str(device),
         "foresight": foresight.figures(saved, greedy, PROMPT - 1, guesses),
+        "overlap": foresight.overlaps(saved, sample(learner, prompts, LENGTH, recipe.seed), PROMPT - 1),
         "loss_before": mean_loss(model, rows),
         "loss_after": mean_loss(learner, rows),
         "curve": fit.curve,
     }
     tokens.save(out, learner, figures)
-    adaptive_card.save(out, figures | {"base": str(Base.of(model))})
+    shares = {"data_in": DATA_IN, "greedy": 1 - 1 / SAMPLED_IN}
+    adaptive_card.save(out, figures | shares | {"base": str(Base.of(model))})
     return figures

@@ -17,9 +17,12 @@ vocabulary, in `{file}`; {weights}.
 On {texts} texts that the model wrote greedily after held-out prompts, the first choice of each slot was what the text
 went on with:
 
-| slot | by itself | where all before it were right | all of them right |
-| --- | --- | --- | --- |
+| slot | by itself | where all before it were right | all of them right | sampled: mean of sum(min(p, q)) |
+| --- | --- | --- | --- | --- |
 {rows}
+
+The last column is of as many texts sampled at temperature 1, where it is the chance that a draft of that slot is
+accepted behind others that were.
 
 A skip-bigram model, which knows one token and guesses the one two places on, is right {skip_bigram:.1%} of the time: it
 guesses what slot 1 does.
@@ -35,9 +38,10 @@ Loss of the model's own next tokens on held-out text: {loss_before:.4f} nats bef
 
 ## Training
 
-{steps} steps of {forwards} texts of {length} tokens, {anchors} anchors in each: a third from {tokens:,} tokens of
-data, two thirds from {samples} texts the model wrote itself, half of them greedily. {minutes:.0f} minutes on {device}.
-`{name}.json` has all settings and figures, `{name}.png` the loss and the drafts accepted on held-out texts, by step.
+{steps} steps of {forwards} texts of {length} tokens, {anchors} anchors in each: one of {data_in} batches from
+{tokens:,} tokens of data, the others from {samples} texts that the model wrote itself, {greedy:.0%} of them greedily.
+{minutes:.0f} minutes on {device}. `{name}.json` has all settings and figures, `{name}.png` the loss and the drafts
+accepted on held-out texts, by step.
 
 Method: low-rank matrices and vectors after SDSAT (arXiv 2403.18647), trained on the model's own laws.
 """
@@ -69,8 +73,11 @@ def plot(curve: Sequence[dict[str, float]], path: Path) -> None:
 def save(folder: Path, figures: dict[str, Any]) -> None:
     """The card and the curves, beside the side files."""
     recipe, seen = figures["recipe"], figures["foresight"]
-    columns = seen["alone"], seen["accepted"], seen["chain"]
-    rows = [f"| {m} | {a:.1%} | {b:.1%} | {c:.1%} |" for m, (a, b, c) in enumerate(zip(*columns, strict=True), 1)]
+    columns = seen["alone"], seen["accepted"], seen["chain"], figures["overlap"]
+    rows = [
+        f"| {m} | " + " | ".join(f"{share:.1%}" for share in row) + " |"
+        for m, row in enumerate(zip(*columns, strict=True), 1)
+    ]
     speeds = [
         f"| {n} | {two:.2f} | {one:.2f} |"
         for n, (two, one) in enumerate(zip(seen["two_step"], seen["one_forward"], strict=True), 1)

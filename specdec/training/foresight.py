@@ -5,6 +5,7 @@ Counted on texts the target wrote itself, greedily: there, a draft is accepted w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,24 +14,41 @@ from torch import Tensor
 from specdec.training.loop import autocast
 from specdec.training.slots import SlotModel
 
-ANCHORS = 48
-"""Of one forward: each has L rows of logits."""
+TEXTS, ANCHORS = 8, 48
+"""Of one forward: each anchor has L rows of logits, twice."""
 
 
 @torch.no_grad()
+def _of_anchors(slots: SlotModel, texts: Tensor, first: int, judge: Callable[..., Tensor]) -> Tensor:
+    """[B, P, L]: what `judge` makes of two sets of logits [B, P, L, V], the texts' own and the slots', and the tokens
+    that they are of, for all anchors from place `first` on."""
+    n_slots, found = slots.tokens.n_slots, []
+    anchors = torch.arange(first, texts.shape[1] - 1 - n_slots, device=texts.device, dtype=torch.int64)
+    for part in anchors.split(ANCHORS):
+        place = part[:, None] + torch.arange(2, n_slots + 2, device=texts.device, dtype=torch.int64)
+        rows = []
+        for ids in texts.split(TEXTS):
+            with autocast(ids.device):
+                text, ahead = slots.forward(ids, part)
+            rows.append(judge(text.float(), ahead.float(), ids[:, place]))
+        found.append(torch.cat(rows))
+    return torch.cat(found, 1)
+
+
 def hits(slots: SlotModel, texts: Tensor, first: int) -> Tensor:
     """[B, P, L] bool: whether the first choice of slot m, of every anchor from place `first` on, is what comes m + 1
     places after the anchor. Texts: [B, N] int64, greedy."""
-    n_slots, length = slots.tokens.n_slots, texts.shape[1]
-    found = []
-    for anchors in torch.arange(first, length - 1 - n_slots, device=texts.device, dtype=torch.int64).split(ANCHORS):
-        place = anchors[:, None] + torch.arange(2, n_slots + 2, device=texts.device, dtype=torch.int64)
-        rows = []
-        for ids in texts.split(8):
-            with autocast(ids.device):
-                rows.append(slots.forward(ids, anchors)[1].argmax(-1) == ids[:, place])
-        found.append(torch.cat(rows))
-    return torch.cat(found, 1)
+    return _of_anchors(slots, texts, first, lambda text, ahead, ids: ahead.argmax(-1) == ids)
+
+
+def overlaps(slots: SlotModel, texts: Tensor, first: int) -> list[float]:
+    """By slot, the mean of sum(min(p, q)): how often a sampled draft of its own is accepted, where all before it were.
+    Texts: [B, N] int64, sampled."""
+
+    def judge(text: Tensor, ahead: Tensor, ids: Tensor) -> Tensor:
+        return torch.minimum(text.softmax(-1), ahead.softmax(-1)).sum(-1)
+
+    return _of_anchors(slots, texts, first, judge).mean((0, 1)).tolist()
 
 
 def tokens_a_forward(found: Tensor, n_drafts: int, *, in_one: bool) -> float:
