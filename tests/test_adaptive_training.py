@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -27,8 +28,12 @@ from transformers import (
 )
 
 from specdec import zoo
+from specdec.engine.packing import Nodes
+from specdec.engine.tree import TokenTree
+from specdec.graphs.compiled import as_region
 from specdec.hf.adaptive import AdaptiveTokens
 from specdec.hf.twin import Look
+from specdec.hf.view import ModelView
 from specdec.training import adaptive, data, foresight
 from specdec.training.adaptive import Recipe, train_adaptive_tokens
 from specdec.training.slots import SlotModel
@@ -101,6 +106,51 @@ def test_a_slot_sees_its_text_and_its_block_alone(family: str) -> None:
     # A slot is what stands before it in its block, too: the first slot's vector is not for the others alone.
     slots.tokens.vectors[0] += 1
     assert (slots.forward(ids, anchors)[1] != ahead).any(-1).all()
+
+
+@torch.no_grad()
+def test_slots_in_a_tree_say_what_they_say_in_training() -> None:
+    model = tiny()
+    slots, view, ids = SlotModel.of(model, trained(model, 2)), ModelView(model), ids_of(1, 12)
+    ahead = slots.forward(ids, torch.tensor([7, 8]))[1][0]
+
+    slots.tokens.insert(view.module)
+    view.allocate(1, 32)
+    view.prefill({0: (0, ids[0, :7])})
+    # Below the pending token at 7 are its slots, and the next token with slots of its own.
+    tree = TokenTree((-1, 0, 0, 1, 2, 4))
+    tokens = torch.tensor([ids[0, 7], 0, ids[0, 8], 0, 0, 0])
+    nodes = Nodes.packed(torch.tensor([7]), torch.tensor([6]), torch.arange(6), 6, 32, *tree.tensors(view.device))
+    with slots.tokens.rows.at(torch.tensor([[0, 1, 0, 2, 1, 2]])):
+        logits = view.forward(tokens, nodes).logits
+    torch.testing.assert_close(logits[[1, 3]], ahead[0])
+    torch.testing.assert_close(logits[[4, 5]], ahead[1])
+    torch.testing.assert_close(logits[[0, 2]], model(input_ids=ids).logits[0, 7:9])
+
+
+@torch.no_grad()
+def test_slots_compile_into_one_graph_for_all_layers() -> None:
+    model = tiny()
+    tokens, ids = trained(model), ids_of(1, 7)
+    module = Look(model).twin(model)
+    tokens.insert(module)
+    for layer in module.get_decoder().layers:
+        vars(layer)["forward"] = types.MethodType(as_region(type(layer).forward), layer)
+
+    def step(slot: torch.Tensor) -> torch.Tensor:
+        with tokens.rows.at(slot):
+            return module(input_ids=ids, use_cache=False).logits
+
+    graphs: list[list[str]] = []
+
+    def backend(graph: fx.GraphModule, _: object) -> Any:
+        graphs.append([name for name, _ in graph.named_children()])
+        return graph.forward
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    for slot in torch.tensor([[[0, 0, 1, 2, 0, 3, 1]], [[0, 0, 0, 0, 0, 0, 2]]]):
+        assert torch.equal(compiled(slot), step(slot))
+    assert [len(regions) for regions in graphs] == [1]
 
 
 def test_only_slots_learn_and_the_model_stays_alone() -> None:
