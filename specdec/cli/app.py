@@ -198,7 +198,7 @@ theirs = training.command(
 @theirs
 def draft(context: typer.Context) -> None:
     """Distil a small draft from a model, on your text and on the model's own (`train draft --help`: its options)."""
-    from specdec.training.draft import train_draft
+    from specdec.cli.train import train_draft
 
     _train(context, train_draft)
 
