@@ -37,10 +37,10 @@ class Recipe:
     """
 
     objective: Objective = Objective.tv
-    steps: int = 6000
-    batch: int = 4096
+    steps: int = 7500
+    batch: int = 2048
     accumulate: int = 1
-    samples: int = 2048
+    samples: int = 1024
     peak: float = 4e-3
     seed: int = 0
 
@@ -97,7 +97,7 @@ def share_embeddings(target: PreTrainedModel, draft: PreTrainedModel) -> None:
 
 
 def rows_of_text(tokens: torch.Tensor, length: int, first: int | None) -> torch.Tensor:
-    """A text ``[tokens]``, but for its end, as ``[rows, length]``; each row begins with ``first`` if that is a token."""
+    """A text ``[tokens]``, but for its end, as ``[rows, length]``; each row begins with ``first``, if given."""
     own = length - (first is not None)
     rows = tokens[: len(tokens) // own * own].view(-1, own)
     return rows if first is None else torch.cat([rows.new_full((len(rows), 1), first), rows], 1)

@@ -71,7 +71,7 @@ def train_pair(
     work: Annotated[Path, Option(help="Folder of the checkpoints.")] = Path("runs/pair"),
     keep_target: Annotated[bool, Option(help="Train a draft anew for the target that is in --out.")] = False,
     target_steps: Annotated[int, Option(help="Optimisation steps of 8192 tokens each.")] = TARGET_STEPS,
-    draft_steps: Annotated[int, Option(help="Optimisation steps of 4096 tokens each.")] = Recipe.steps,
+    draft_steps: Annotated[int, Option(help="Optimisation steps of 2048 tokens each.")] = Recipe.steps,
     objective: Annotated[Objective, Option(help="What the draft minimises.")] = Recipe.objective,
     samples: Annotated[int, Option(help="Sequences the target writes for the draft to learn from.")] = Recipe.samples,
     scale: Annotated[int, Option(help="Multiplies the widths of both models; above 1 for a GPU.")] = 1,
