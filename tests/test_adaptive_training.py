@@ -26,15 +26,17 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from typer.testing import CliRunner
 
 from specdec import zoo
+from specdec.cli.app import app
 from specdec.engine.packing import Nodes
 from specdec.engine.tree import TokenTree
 from specdec.graphs.compiled import as_region
 from specdec.hf.adaptive import AdaptiveTokens
 from specdec.hf.twin import Look
 from specdec.hf.view import ModelView
-from specdec.training import adaptive, data, foresight
+from specdec.training import adaptive, foresight
 from specdec.training.adaptive import Recipe, train_adaptive_tokens
 from specdec.training.slots import SlotModel
 
@@ -209,12 +211,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def texts() -> list[str]:
-    return zoo.held_out_texts()[:3]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(zoo.FOLDER / "tokenizer")
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens to learn from, and held out."""
+    texts = zoo.held_out_texts()[:2]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(zoo.FOLDER / "tokenizer")
+    return tuple(torch.tensor(tokenizer(text)["input_ids"]) for text in texts)
 
 
 def recipe(method: str = "adapters", **changed: Any) -> Recipe:
@@ -228,7 +229,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     method: str, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, wanted = tiny(), recipe(method, accumulate=2)
-    figures = train_adaptive_tokens(model, tokenizer(), texts(), tmp_path / "whole", wanted)
+    figures = train_adaptive_tokens(model, *data(), tmp_path / "whole", wanted)
 
     calls, own = [], adaptive.loss_of
 
@@ -240,9 +241,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(adaptive, "loss_of", interrupted)
-        train_adaptive_tokens(model, tokenizer(), texts(), tmp_path / "parts", wanted)
+        train_adaptive_tokens(model, *data(), tmp_path / "parts", wanted)
     assert len(calls) == 6 and not (tmp_path / "parts" / "adaptive_tokens.safetensors").exists()
-    resumed = train_adaptive_tokens(model, tokenizer(), texts(), tmp_path / "parts", wanted)
+    resumed = train_adaptive_tokens(model, *data(), tmp_path / "parts", wanted)
     names = {"adaptive_tokens.safetensors"} | ({"model.safetensors"} if method == "joint" else set())
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
@@ -253,7 +254,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 @pytest.mark.parametrize("method", ["adapters", "joint"])
 def test_a_run_writes_what_loads_again_and_its_card(method: str, tmp_path: Path, small: None) -> None:
     model = tiny()
-    figures = train_adaptive_tokens(model, tokenizer(), texts(), tmp_path, recipe(method))
+    figures = train_adaptive_tokens(model, *data(), tmp_path, recipe(method))
     base = AutoModelForCausalLM.from_pretrained(tmp_path) if method == "joint" else model
     tokens = AdaptiveTokens.load(tmp_path, base)
     assert tokens.n_slots == 2 and bool(tokens.paths) == (method == "adapters")
@@ -280,33 +281,65 @@ def test_training_brings_slots_nearer() -> None:
 
 
 def test_bad_data_is_refused_before_the_first_step(tmp_path: Path, small: None) -> None:
-    model = tiny()
-    with pytest.raises(ValueError, match="the data has 0 tokens to learn from, and must have 40 at least"):
-        train_adaptive_tokens(model, tokenizer(), [], tmp_path, recipe())
-    with pytest.raises(ValueError, match=r"the data has \d tokens held out, and must have 8 at least"):
-        train_adaptive_tokens(model, tokenizer(), [texts()[0][:400]], tmp_path, recipe())
+    model, (train, held_out) = tiny(), data()
+    with pytest.raises(ValueError, match="there are 39 tokens to learn from, and must be 40 at least"):
+        train_adaptive_tokens(model, train[:39], held_out, tmp_path, recipe())
+    with pytest.raises(ValueError, match="there are 7 tokens held out, and must be 8 at least"):
+        train_adaptive_tokens(model, train, held_out[:7], tmp_path, recipe())
     with pytest.raises(ValueError, match="texts of 40 tokens have 37 places for 38 anchors"):
-        train_adaptive_tokens(model, tokenizer(), texts(), tmp_path, recipe(anchors=38))
+        train_adaptive_tokens(model, train, held_out, tmp_path, recipe(anchors=38))
     model.config.max_position_embeddings = 39
     with pytest.raises(ValueError, match="the model has 39 positions, and it is trained on texts of 40 tokens"):
-        train_adaptive_tokens(model, tokenizer(), texts(), tmp_path, recipe())
+        train_adaptive_tokens(model, train, held_out, tmp_path, recipe())
     with pytest.raises(ValueError, match="rank is 0"):
         recipe(rank=0)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_are_no_text_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "good.txt").write_text("x = 1\n")
-    assert data.read_texts([tmp_path / "good.txt"]) == ["x = 1\n"]
-    for name, message in {
-        "empty.txt": "there is no text in it",
-        "latin.txt": "not UTF-8 text, byte 3 is 0xe9",
-        "none.txt": "No such file",
-    }.items():
-        with pytest.raises(ValueError, match=f"{name}: {message}"):
-            data.read_texts([tmp_path / "good.txt", tmp_path / name])
+def test_another_run_in_the_folder_is_refused(tmp_path: Path, small: None) -> None:
+    train_adaptive_tokens(tiny(), *data(), tmp_path, recipe(steps=1))
+    with pytest.raises(ValueError, match=r"'steps': 1.*not with.*'steps': 2"):
+        train_adaptive_tokens(tiny(), *data(), tmp_path, recipe(steps=2))
+    with pytest.raises(ValueError, match="take another folder"):
+        train_adaptive_tokens(tiny(seed=1), *data(), tmp_path, recipe(steps=1))
+
+
+def test_texts_begin_as_the_model_expects() -> None:
+    texts = adaptive.Texts(torch.arange(10, 500), torch.zeros(1, 256, dtype=torch.int64), first=3)
+    ids, _ = texts.batch(0, recipe())
+    assert ids.shape == (2, 256) and (ids[:, 0] == 3).all() and (ids[:, 2:] - ids[:, 1:-1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b" \n", "there is no text in it"),
+        (b"caf\xe9", "not UTF-8 text, byte 3 is 0xe9"),
+        (b"x = 1\n", "tokens at least"),
+    ],
+)
+def test_files_that_cannot_be_learned_from_are_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_bytes(content)
+    arguments = ["train", "adaptive-tokens", "--data", str(tmp_path / "my.txt"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and not (tmp_path / "out").exists()
+    said = " ".join(done.output.split())
+    assert message in said and "Traceback" not in said and "my.txt" in said.replace(" ", "")
+
+
+def test_the_command_trains_a_model_in_a_folder(tmp_path: Path, small: None) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(zoo.FOLDER / "tokenizer")
+    for saved in (tiny(), tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    (tmp_path / "my.txt").write_text("".join(zoo.held_out_texts()[:3]), encoding="utf-8")
+    options = {"data": tmp_path / "my.txt", "model": tmp_path / "model", "out": tmp_path / "model", "steps": 2}
+    options |= {"batch": 2, "anchors": 4, "samples": 4, "rank": 2, "device": "cpu", "threads": torch.get_num_threads()}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = CliRunner().invoke(app, ["train", "adaptive-tokens", *words])
+    assert done.exit_code == 0, done.output
+    assert (
+        AdaptiveTokens.load(tmp_path / "model", AutoModelForCausalLM.from_pretrained(tmp_path / "model")).n_slots == 6
+    )
 
 
 def test_tokens_a_forward_are_counted_as_decoding_would() -> None:

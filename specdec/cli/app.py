@@ -198,7 +198,7 @@ theirs = training.command(
 @theirs
 def draft(context: typer.Context) -> None:
     """Distil a small draft from a model, on your text and on the model's own (`train draft --help`: its options)."""
-    from specdec.training.draft import train_draft
+    from specdec.cli.train import train_draft
 
     _train(context, train_draft)
 
@@ -206,9 +206,9 @@ def draft(context: typer.Context) -> None:
 @theirs
 def adaptive_tokens(context: typer.Context) -> None:
     """Train adaptive tokens, by which a model drafts for itself (`train adaptive-tokens --help`: its options)."""
-    from specdec.training import adaptive_command
+    from specdec.cli.adaptive import train_adaptive
 
-    _train(context, adaptive_command.adaptive_tokens)
+    _train(context, train_adaptive)
 
 
 @theirs

@@ -58,7 +58,7 @@ class Base:
         )
 
 
-def sample_of(model: PreTrainedModel) -> Tensor:
+def _sample(model: PreTrainedModel) -> Tensor:
     """Some of the embeddings, [N_SAMPLED] float32, by which a model is known again in any dtype."""
     weight = model.get_input_embeddings().weight.detach().flatten()
     place = torch.arange(N_SAMPLED, dtype=torch.int64, device=weight.device) * (len(weight) // N_SAMPLED)
@@ -189,7 +189,7 @@ class AdaptiveTokens(nn.Module):
 
     def save(self, folder: Path, model: PreTrainedModel, about: Mapping[str, Any] | None = None) -> None:
         """Write the side files: weights, in float16, and what is to be known `about` them."""
-        tensors = {"vectors": self.vectors.detach().half(), "sample": sample_of(model)}
+        tensors = {"vectors": self.vectors.detach().half(), "sample": _sample(model)}
         for path, adapter in zip(self.paths, self.adapters, strict=True):
             tensors |= {f"{path}.{name}": weight.detach().half() for name, weight in adapter.named_parameters()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ class AdaptiveTokens(nn.Module):
             base = Base(**json.loads((folder / ABOUT).read_text(encoding="utf-8"))["base"])
         except FileNotFoundError as error:
             raise ValueError(f"{folder} has no adaptive tokens: {Path(error.filename or WEIGHTS).name}") from None
-        own, sample = Base.of(model), sample_of(model)
+        own, sample = Base.of(model), _sample(model)
         theirs = tensors.pop("sample")
         if base.shape != own.shape:
             raise ValueError(f"the adaptive tokens in {folder} are of {base}, the model is {own}")

@@ -9,8 +9,7 @@ as it is; `joint` fine-tunes all of it, as the paper does, and holds it to what 
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,16 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from specdec.hf.adaptive import AdaptiveTokens, Base, sample_of
+from specdec.hf.adaptive import NAME, AdaptiveTokens, Base
 from specdec.training import adaptive_card, data, foresight, loop
-from specdec.training.evaluate import mean_loss
+from specdec.training.distil import fingerprint, positions, rows_of_text
+from specdec.training.evaluate import GLANCE, mean_loss
 from specdec.training.slots import SlotModel
 from specdec.training.texts import sample
 
 PROMPT, LENGTH = 32, 256  # the model's own texts: tokens given, tokens in all
-HELD_OUT, SCORED = 0.05, 32_768  # share of the data; tokens that a loss is counted on
 N_TEXTS, N_GLANCE = 64, 16  # greedy texts that figures are counted on, and those that the curve is
 WRITTEN = 64  # texts that the model writes at once
 DATA_IN, SAMPLED_IN = 4, 4  # one of so many batches is of the data; of the model's own texts, so many are sampled
@@ -59,11 +58,11 @@ class Recipe:
     method: Method = Method.adapters
     slots: int = 6
     rank: int = 32
-    steps: int = 1000
-    batch: int = 8
+    steps: int = 1200
+    batch: int = 4
     accumulate: int = 1
     anchors: int = 32
-    samples: int = 1024
+    samples: int = 1280
     peak: float | None = None
     seed: int = 0
 
@@ -74,33 +73,53 @@ class Recipe:
                 raise ValueError(f"{name} is {value}, and must be more than 0")
 
 
-def _parts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], held_out: Sequence[str]) -> list[Tensor]:
-    """Token ids to learn from and token ids held out, [n] each.
+def _check(model: PreTrainedModel, train: Tensor, held_out: Tensor, recipe: Recipe) -> None:
+    """Whether there are enough tokens, texts fit in a model's positions, and anchors in the texts.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: something does not.
     """
-    tokens = data.encode(tokenizer, texts)
-    n_held_out = 0 if held_out else int(len(tokens) * HELD_OUT)
-    kept = len(tokens) - n_held_out
-    parts = [tokens[:kept], data.encode(tokenizer, held_out) if held_out else tokens[kept:]]
-    for part, what, least in zip(parts, ("to learn from", "held out"), (LENGTH, PROMPT), strict=True):
-        if len(part) < least:
-            raise ValueError(f"the data has {len(part)} tokens {what}, and must have {least} at least")
-    return parts
-
-
-def _check_room(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Whether texts fit in a model's positions, and anchors in the texts.
-
-    Raises:
-        ValueError: they do not.
-    """
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    if room < LENGTH:
-        raise ValueError(f"the model has {room} positions, and it is trained on texts of {LENGTH} tokens")
+    for tokens, what, least in ((train, "to learn from", LENGTH), (held_out, "held out", PROMPT)):
+        if len(tokens) < least:
+            raise ValueError(f"there are {len(tokens)} tokens {what}, and must be {least} at least")
+    if positions(model) < LENGTH:
+        raise ValueError(f"the model has {positions(model)} positions, and it is trained on texts of {LENGTH} tokens")
     if (places := LENGTH - 1 - recipe.slots) < recipe.anchors:
         raise ValueError(f"texts of {LENGTH} tokens have {max(0, places)} places for {recipe.anchors} anchors")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is learned from.
+
+    Attributes:
+        data: [n] int64, tokens of the data. own: [samples, LENGTH] int64, what the model wrote. first: the token that
+            the model expects at the beginning of every text, if any.
+    """
+
+    data: Tensor
+    own: Tensor
+    first: int | None
+
+    def batch(self, step: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+        """Texts [batch, LENGTH] and anchors [P] of a forward."""
+        seed = recipe.seed * 1_000_003 + step
+        generator = torch.Generator("cpu").manual_seed(seed)
+        if step % DATA_IN:
+            rows = torch.randint(
+                0, len(self.own), (recipe.batch,), generator=generator, dtype=torch.int64, device="cpu"
+            )
+            ids = self.own[rows.to(self.own.device)]
+        else:
+            ids = windows(self.data, recipe.batch, LENGTH, seed, self.first)
+        places = torch.randperm(LENGTH - 1 - recipe.slots, generator=generator, dtype=torch.int64, device="cpu")
+        return ids, places[: recipe.anchors].to(ids.device)
+
+
+def windows(tokens: Tensor, count: int, length: int, seed: int, first: int | None) -> Tensor:
+    """[count, length] of a text at places given by `seed` alone, each begun with `first` where there is one."""
+    found = data.random_windows(tokens, count, length - (first is not None), seed)
+    return rows_of_text(found.flatten(), length, first)
 
 
 def _cross_entropy(theirs: Tensor, ours: Tensor) -> Tensor:
@@ -119,80 +138,68 @@ def loss_of(slots: SlotModel, teacher: SlotModel, ids: Tensor, anchors: Tensor) 
     return _cross_entropy(law, ahead) + KEEP * _cross_entropy(law, text)
 
 
-def _own_texts(model: PreTrainedModel, tokens: Tensor, recipe: Recipe, work: Path, fingerprint: str) -> Tensor:
-    """[samples, LENGTH] texts that the model writes after prompts of the data, most of them greedily.
+def _write(model: PreTrainedModel, prompts: Tensor, work: Path, seed: int) -> Tensor:
+    """[n, LENGTH] texts that the model writes after prompts [n, PROMPT], most of them greedily.
 
     Greedy text repeats itself far more than samples do: a slot that never saw it fails where most users decode. Batches
     are kept as they come.
     """
     parts = []
-    prompts = data.random_windows(tokens, recipe.samples, PROMPT, recipe.seed).split(WRITTEN)
     with loop.progress_bar("the model's own texts") as bar:
-        for index, prompt in enumerate(bar.track(prompts, task_id=bar.add_task("own", loss=""))):
-            path = work / f"own-{fingerprint}-{recipe.samples}-{recipe.seed}-{index:05}.pt"
+        batches = bar.track(prompts.split(WRITTEN), task_id=bar.add_task("own", loss=""))
+        for index, batch in enumerate(batches):
+            path = work / f"own-{index:05}.pt"
             if not path.exists():
-                loop.save(sample(model, prompt, LENGTH, recipe.seed + index, greedy=index % SAMPLED_IN != 0), path)
-            parts.append(torch.load(path, map_location=tokens.device))
+                loop.save(sample(model, batch, LENGTH, seed + index, greedy=index % SAMPLED_IN != 0), path)
+            parts.append(torch.load(path, map_location=prompts.device))
     return torch.cat(parts)
-
-
-def _batch(step: int, train: Tensor, own: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Texts [batch, N] and anchors [P] of a forward: one of four times the data, else the model's own texts."""
-    seed = recipe.seed * 1_000_003 + step
-    generator = torch.Generator("cpu").manual_seed(seed)
-    if step % DATA_IN:
-        rows = torch.randint(0, len(own), (recipe.batch,), generator=generator, dtype=torch.int64, device="cpu")
-        ids = own[rows.to(own.device)]
-    else:
-        ids = data.random_windows(train, recipe.batch, own.shape[1], seed)
-    places = torch.randperm(own.shape[1] - 1 - recipe.slots, generator=generator, dtype=torch.int64, device="cpu")
-    return ids, places[: recipe.anchors].to(ids.device)
 
 
 def train_adaptive_tokens(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    train: Tensor,
+    held_out: Tensor,
     out: Path,
     recipe: Recipe | None = None,
     *,
-    held_out: Sequence[str] = (),
+    first: int | None = None,
 ) -> dict[str, Any]:
     """Train adaptive tokens of a model, and write them with their figures, curves and card.
 
-    A run that was stopped goes on from its checkpoint when it is started again with the same arguments.
-
     Args:
-        model: on the device to train on; it stays as it is. texts: of the kind that is to be decoded. out: where the
-            side files go, and with `joint` the fine-tuned model; what is unfinished is in `out/work`. held_out: texts
-            that nothing is learned from; by default the last part of `texts`.
+        model: on the device to train on; it stays as it is. train: [n] int64, tokens of text like what is to be
+            decoded. held_out: [n] int64, tokens that nothing is learned from. out: where the side files go, and with
+            `joint` the fine-tuned model. A run that was stopped goes on from `out/work`, and ends with the same weights
+            as one that was not. first: the token that the model expects at the beginning of every text, if any.
 
     Returns:
         The figures in `adaptive_tokens.json`.
 
     Raises:
-        ValueError: too few texts, or a model that does not run with slots.
+        ValueError: too few tokens, a model that does not run with slots, or another run in `out/work`.
+        KeyboardInterrupt: Ctrl-C; what is done is saved.
     """
     recipe, work = recipe or Recipe(), out / "work"
     settings = asdict(recipe) | {"method": recipe.method.value}
     joint, device = recipe.method is Method.joint, model.device
-    train, unseen = (part.to(device) for part in _parts(tokenizer, texts, held_out))
-    _check_room(model, recipe)
+    train, held_out = train.to(device), held_out.to(device)
+    _check(model, train, held_out, recipe)
     teacher = SlotModel.of(model, AdaptiveTokens.new(model, recipe.slots, rank=0))
     teacher.check()
+    made_of = {"text": fingerprint([train]), "model": fingerprint(model.parameters()), "first": first}
+    loop.settle(work / f"{NAME}.json", settings | made_of)
+
     learner = copy.deepcopy(model).float().requires_grad_(True) if joint else model
     tokens = AdaptiveTokens.new(learner, recipe.slots, 0 if joint else recipe.rank, recipe.seed)
     slots = SlotModel.of(learner, tokens, trains=joint)
-
-    read = sample_of(model).numpy().tobytes() + train.cpu().numpy().tobytes()
-    fingerprint = hashlib.sha256(read).hexdigest()[:12]
-    own = _own_texts(model, train, recipe, work, fingerprint)
-    prompts = data.random_windows(unseen, N_TEXTS, PROMPT, recipe.seed)
+    own = _write(model, windows(train, recipe.samples, PROMPT, recipe.seed, first), work, recipe.seed)
+    texts = Texts(train, own, first)
+    prompts = windows(held_out, N_TEXTS, PROMPT, recipe.seed, first)
     greedy = sample(model, prompts, LENGTH, recipe.seed, greedy=True)
 
     def losses(step: int) -> Iterator[Tensor]:
         for part in range(recipe.accumulate):
-            ids, anchors = _batch(step * recipe.accumulate + part, train, own, recipe)
+            ids, anchors = texts.batch(step * recipe.accumulate + part, recipe)
             yield loss_of(slots, teacher, ids, anchors) / recipe.accumulate
 
     fit = loop.fit(
@@ -201,8 +208,7 @@ def train_adaptive_tokens(
         label="adaptive tokens",
         steps=recipe.steps,
         peak=recipe.peak or PEAK[recipe.method],
-        checkpoint=work / f"{recipe.method.value}.pt",
-        settings=settings | {"model and data": fingerprint},
+        checkpoint=work / f"{NAME}.pt",
         validate=lambda: {"accepted": foresight.accepted(slots, greedy[:N_GLANCE], PROMPT - 1)},
         warmup=max(1, min(100, recipe.steps // 10)),
         save_every=max(1, recipe.steps // 20),
@@ -211,11 +217,10 @@ def train_adaptive_tokens(
     if joint:
         greedy = sample(learner, prompts, LENGTH, recipe.seed, greedy=True)
         learner.to(model.dtype).save_pretrained(out)
-        tokenizer.save_pretrained(out)
     tokens.save(out, learner)
     # As they are read again: in float16.
     saved = SlotModel.of(learner, AdaptiveTokens.load(out, learner))
-    rows = unseen[:SCORED].split(LENGTH)
+    rows = held_out[:GLANCE].split(LENGTH)
     guesses = foresight.skip_bigrams(train, learner.get_input_embeddings().weight.shape[0])
     figures = {
         "recipe": settings,
@@ -233,5 +238,5 @@ def train_adaptive_tokens(
     }
     tokens.save(out, learner, figures)
     shares = {"data_in": DATA_IN, "greedy": 1 - 1 / SAMPLED_IN}
-    adaptive_card.save(out, figures | shares | {"base": str(Base.of(model))})
+    adaptive_card.save(out, figures | shares | {"base": str(Base.of(model))}, work / f"{NAME}.png")
     return figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +51,7 @@ KEPT = {
 }
 
 
-def plot(curve: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss and accepted drafts by step, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    steps = [point["step"] for point in curve]
-    for axes, name, label in zip(
-        figure.subplots(1, 2),
-        ("loss", "held_out_accepted"),
-        ("loss, nats a row", "held-out drafts accepted a step"),
-        strict=True,
-    ):
-        axes.plot(steps, [point[name] for point in curve], marker=".")
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def save(folder: Path, figures: dict[str, Any]) -> None:
+def save(folder: Path, figures: dict[str, Any], curves: Path) -> None:
     """The card and the curves, beside the side files."""
     recipe, seen = figures["recipe"], figures["foresight"]
     columns = seen["alone"], seen["accepted"], seen["chain"], figures["overlap"]
@@ -92,4 +73,4 @@ def save(folder: Path, figures: dict[str, Any]) -> None:
         loss_change=figures["loss_after"] / figures["loss_before"] - 1,
     )
     (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
-    plot(figures["curve"], folder / f"{NAME}.png")
+    shutil.copy(curves, folder / f"{NAME}.png")

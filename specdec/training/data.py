@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 # Test suites and fixtures, third-party code, character tables, and bundled manual pages.
@@ -74,34 +73,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
-    """All texts as one int64 vector, each closed by the end token where there is one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All texts as one int64 vector, each closed by the end token."""
     ids = []
-    for text in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
-        ids += [*text, *end]
+    for encoding in tokenizer.backend_tokenizer.encode_batch(texts):
+        ids += [*encoding.ids, tokenizer.eos_token_id]
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
-
-
-def read_texts(paths: Iterable[Path]) -> list[str]:
-    """The text of files, for training.
-
-    Raises:
-        ValueError: a file that is not there, is empty, or is not UTF-8, by its name.
-    """
-    texts = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ValueError(f"{path}: not UTF-8 text, byte {error.start} is {byte:#x}") from None
-        if not text.strip():
-            raise ValueError(f"{path}: there is no text in it")
-        texts.append(text)
-    return texts
 
 
 def random_windows(tokens: torch.Tensor, count: int, length: int, seed: int) -> torch.Tensor:

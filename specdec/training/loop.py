@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,35 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def settle(file: Path, settings: Mapping[str, object]) -> None:
+    """Write down what a run depends on, or see that it is what a run that was stopped here depended on.
+
+    Raises:
+        ValueError: it is not; both are named.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    elif (before := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        raise ValueError(
+            f"{file.parent} has a run with {before}, not with {settings}: take another folder, or empty it"
+        )
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is only noted: what is given says whether there was one."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # the only one that signals reach
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a run took and how it went.
@@ -79,25 +109,6 @@ class Fit:
     curve: list[dict[str, float]]
 
 
-@contextmanager
-def _interrupts() -> Generator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed. The first time it interrupts nothing: whoever asks is in a state to stop."""
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
-        yield lambda: False
-        return
-
-    def press(number: int, _: object) -> None:
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def fit(
     model: nn.Module,
     losses_of_step: Callable[[int], Iterable[torch.Tensor]],
@@ -106,28 +117,23 @@ def fit(
     steps: int,
     peak: float,
     checkpoint: Path,
-    settings: dict[str, object],
     validate: Callable[[], dict[str, float]],
     warmup: int = 100,
     save_every: int = 400,
-    stop_at: int | None = None,
 ) -> Fit:
-    """Run AdamW from the checkpoint (or from step 0) to ``steps``.
+    """Run AdamW from the checkpoint (or from step 0) to ``steps``; beside the checkpoint the curve is drawn.
 
     ``losses_of_step(step)`` must depend on the weights and on ``step`` alone; a run that was stopped and resumed then
     ends with the same weights as one that was not. A step's loss is their sum: one is differentiated before the next
-    is asked for, so that parts of a batch are never in memory together. Ctrl-C stops behind a step, with a checkpoint.
+    is asked for, so that parts of a batch are never in memory together.
 
     Args:
         model: float32 weights, updated in place.
-        settings: what the run depends on, kept in the checkpoint.
         validate: figures on held-out text.
-        stop_at: stop early, with a checkpoint, after this step count.
 
     Raises:
-        ValueError: the checkpoint was written with other settings.
+        KeyboardInterrupt: Ctrl-C, after the step is done and saved.
     """
-    settings = settings | {"steps": steps, "peak": peak, "warmup": warmup}
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -136,16 +142,13 @@ def fit(
     curve: list[dict[str, float]] = []
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=next(model.parameters()).device)
-        if state["settings"] != settings:
-            raise ValueError(f"{checkpoint} was trained with {state['settings']}, not with {settings}")
         start, spent, curve = state["step"], state["seconds"], state["curve"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    end = min(steps, stop_at or steps)
     mean = curve[-1]["loss"] if curve else math.nan
-    with _interrupts() as interrupted, progress_bar(label) as bar:
+    with progress_bar(label) as bar, interrupts_wait() as interrupted:
         task = bar.add_task(label, total=steps, completed=start, loss="")
-        for step in range(start, end):
+        for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, warmup)
             total = 0.0
@@ -157,16 +160,30 @@ def fit(
             optimizer.zero_grad()
             mean = total if math.isnan(mean) else 0.95 * mean + 0.05 * total
             bar.update(task, completed=step + 1, loss=f"loss {mean:.3f}")
-            if (step + 1) % save_every == 0 or step + 1 == end or interrupted():
+            due = (step + 1) % save_every == 0 or step + 1 == steps
+            if due:
                 measured = validate()
                 curve = [*curve, {"step": step + 1, "loss": mean} | {f"held_out_{k}": v for k, v in measured.items()}]
-                seconds = spent + time.monotonic() - began
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
-                save(state | {"step": step + 1, "seconds": seconds, "settings": settings}, checkpoint)
+                plot(curve, checkpoint.with_suffix(".png"))
                 note = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
-                console.print(
-                    f"{label}: step {step + 1} of {steps}, {seconds / 60:.1f} min, loss {mean:.3f}; held-out {note}"
-                )
+                console.print(f"{label}: step {step + 1} of {steps}, loss {mean:.3f}; held-out {note}")
+            if due or interrupted():
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
+                save(state | {"step": step + 1, "seconds": spent + time.monotonic() - began}, checkpoint)
             if interrupted():
                 raise KeyboardInterrupt
     return Fit(spent + time.monotonic() - began, curve)
+
+
+def plot(curve: Sequence[Mapping[str, float]], file: Path) -> None:
+    """The loss, and what was measured on held-out text, by step: a PNG."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in curve[0] if name != "step"]
+    figure = Figure(figsize=(3.4 * len(names), 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        axes.plot([point["step"] for point in curve], [point[name] for point in curve], marker=".")
+        axes.set_title(name.replace("held_out_", "held-out "), loc="left", fontsize=10)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120, format="png")

@@ -38,3 +38,8 @@ class Objective(str, Enum):
     def function(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Of (log p, log q)."""
         return {"forward": forward_kl, "reverse": reverse_kl, "tv": total_variation}[self.value]
+
+    @property
+    def formula(self) -> str:
+        """Of p, the target's law, and q, the draft's."""
+        return {"forward": "KL(p, q)", "reverse": "KL(q, p)", "tv": "total variation, 1/2 sum |p - q|"}[self.value]

@@ -14,10 +14,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer import Option
 
 from specdec.training import data, export, loop
-from specdec.training.distil import PROMPT, SAMPLE, Recipe, distil, llama, new_draft, share_embeddings
+from specdec.training.distil import SAMPLE, Recipe, distil, fingerprint, llama, measure, new_draft
 from specdec.training.evaluate import GLANCE, LONG_WINDOW, WINDOW, agreement, figures_of, mean_loss
 from specdec.training.objectives import Objective
-from specdec.training.texts import forward, sample
+from specdec.training.texts import forward
 
 TARGET_STEPS = 2400
 VOCABULARY = 4096
@@ -45,7 +45,6 @@ def train_target(
     steps: int,
     seed: int,
     work: Path,
-    stop_at: int | None = None,
     peak: float = 2.5e-3,
 ) -> loop.Fit:
     """Next-token training on the source text; checkpoint in ``work/target.pt``."""
@@ -54,6 +53,8 @@ def train_target(
         ids = windows_of_step(train, TARGET_BATCH, step, steps, seed)
         yield F.cross_entropy(forward(model, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
+    settings = {"steps": steps, "peak": peak, "seed": seed, "text": fingerprint([train])}
+    loop.settle(work / "target.json", settings)
     return loop.fit(
         model,
         losses,
@@ -61,8 +62,6 @@ def train_target(
         steps=steps,
         peak=peak,
         checkpoint=work / "target.pt",
-        stop_at=stop_at,
-        settings={"seed": seed, "tokens": len(train)},
         validate=lambda: {"loss": mean_loss(model, held_out[:GLANCE].split(WINDOW))},
     )
 
@@ -72,7 +71,7 @@ def train_pair(
     work: Annotated[Path, Option(help="Folder of the checkpoints.")] = Path("runs/pair"),
     keep_target: Annotated[bool, Option(help="Train a draft anew for the target that is in --out.")] = False,
     target_steps: Annotated[int, Option(help="Optimisation steps of 8192 tokens each.")] = TARGET_STEPS,
-    draft_steps: Annotated[int, Option(help="Optimisation steps of 4096 tokens each.")] = Recipe.steps,
+    draft_steps: Annotated[int, Option(help="Optimisation steps of 2048 tokens each.")] = Recipe.steps,
     objective: Annotated[Objective, Option(help="What the draft minimises.")] = Recipe.objective,
     samples: Annotated[int, Option(help="Sequences the target writes for the draft to learn from.")] = Recipe.samples,
     scale: Annotated[int, Option(help="Multiplies the widths of both models; above 1 for a GPU.")] = 1,
@@ -109,13 +108,11 @@ def train_pair(
         target_figures = figures_of(target, held_out, fit.seconds) | {"steps": target_steps, "batch": TARGET_BATCH}
 
     torch.manual_seed(seed)
-    draft = new_draft(VOCABULARY, scale, draft_layers).to(device)
-    share_embeddings(target, draft)
+    draft = new_draft(target, draft_layers).to(device)
     recipe = Recipe(objective=objective, steps=draft_steps, samples=samples, seed=seed)
     fit = distil(target, draft, train, held_out, recipe, work)
     draft = export.save_model(draft, tokenizer, out / "draft").to(device)
 
-    written = sample(target, data.random_windows(held_out, 128, PROMPT, seed), SAMPLE, seed + 1)
     glance = held_out[:GLANCE].split(WINDOW)
     figures = {
         "vocabulary": VOCABULARY,
@@ -132,8 +129,7 @@ def train_pair(
         "sample_length": SAMPLE,
         "target": target_figures,
         "draft": figures_of(draft, held_out, fit.seconds) | {"steps": draft_steps, "batch": recipe.batch},
-        "held_out": agreement(target, draft, held_out.split(WINDOW)),
-        "own": agreement(target, draft, written, skip=PROMPT - 1),
+        **measure(target, draft, held_out, seed),
         "glance": {"tokens": GLANCE, "window": WINDOW, "loss": mean_loss(target, glance)}
         | agreement(target, draft, glance),
         "command": (
