@@ -166,7 +166,7 @@ def distil(
     loop.settle(work / "draft.json", asdict(recipe) | made_of | {"draft": start, "objective": recipe.objective.value})
     objective = recipe.objective.function
     found = collect(target, tokens, first, recipe, work)
-    scored = rows_of_text(held_out[:GLANCE], min(WINDOW, positions(target)), first)
+    scored = rows_of_text(held_out[:GLANCE], min(WINDOW, positions(target), len(held_out)), first)
 
     def losses(step: int) -> Iterator[torch.Tensor]:
         for part in parts_of_step(found, recipe, step):
@@ -188,7 +188,7 @@ def measure(
     target: PreTrainedModel, draft: PreTrainedModel, held_out: torch.Tensor, seed: int, first: int | None = None
 ) -> dict[str, dict[str, float]]:
     """How well a draft foresees its target on held-out text, and on what the target writes after prompts from there."""
-    rows = rows_of_text(held_out, min(WINDOW, positions(target)), first)
+    rows = rows_of_text(held_out, min(WINDOW, positions(target), len(held_out)), first)
     windows = data.random_windows(held_out, 128, PROMPT - (first is not None), seed)
     written = texts.sample(target, rows_of_text(windows.flatten(), PROMPT, first), SAMPLE, seed + 1)
     return {"held_out": agreement(target, draft, rows), "own": agreement(target, draft, written, skip=PROMPT - 1)}
