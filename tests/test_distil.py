@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from specdec import zoo
+from specdec.cli import inputs, train
+from specdec.cli.app import app
 from specdec.training import distil, texts
 from specdec.training.distil import Recipe
+from specdec.training.evaluate import agreement
 from specdec.training.objectives import Objective
 
 PLAIN: dict[Objective, Callable[[float, float], float]] = {
