@@ -1,52 +1,65 @@
-"""The training of the bundled pair, on tiny models and texts."""
+"""The training of the bundled pair, on tiny models and texts (of drafts: test_distil.py)."""
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from specdec import zoo
-from specdec.training import data, loop, pair
+from specdec.training import data, distil, loop, pair
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair, "TARGET_BATCH", 1024)
-    monkeypatch.setattr(pair, "DRAFT_BATCH", 1024)
-    monkeypatch.setattr(pair, "SAMPLE", 48)
+    monkeypatch.setattr(distil, "SAMPLE", 48)
 
 
-def tiny(seed: int) -> pair.LlamaForCausalLM:
+def tiny(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return pair.llama(32, 1, 2, 1, 64)
+    return distil.llama(4096, 32, 1, 2, 1, 64)
 
 
-def train(kind: str, model: pair.LlamaForCausalLM, work: Path, stop_at: int | None = None, **options: int) -> None:
+def train(kind: str, model: LlamaForCausalLM, work: Path, seed: int = 0) -> None:
     tokens = torch.randint(0, 4096, (4000,), generator=torch.Generator().manual_seed(1))
-    options = {"steps": 6, "seed": 0} | options
     if kind == "target":
-        pair.train_target(model, tokens, tokens[:600], work=work, stop_at=stop_at, **options)
+        pair.train_target(model, tokens, tokens[:600], steps=6, seed=seed, work=work)
     else:
-        rows = tokens[:480].view(10, 48)
-        pair.train_draft(model, tiny(7), tokens, rows, tokens[:600], work=work, stop_at=stop_at, **options)
+        recipe = distil.Recipe(steps=6, batch=1024, accumulate=2, samples=4, seed=seed)
+        distil.distil(tiny(7), model, tokens, tokens[:600], recipe, work)
 
 
 @pytest.mark.parametrize("kind", ["target", "draft"])
-def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped, resumed = tiny(0), tiny(0), tiny(3)
     train(kind, whole, tmp_path / "whole")
-    train(kind, stopped, tmp_path / "parts", stop_at=3)
+    rate = loop.learning_rate
+
+    def press_ctrl_c(step: int, *others: Any) -> float:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return rate(step, *others)
+
+    monkeypatch.setattr(loop, "learning_rate", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        train(kind, stopped, tmp_path / "parts")
+    monkeypatch.setattr(loop, "learning_rate", rate)
+    assert torch.load(tmp_path / "parts" / f"{kind}.pt")["step"] == 3
     train(kind, resumed, tmp_path / "parts")
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     assert not torch.equal(whole.model.embed_tokens.weight, stopped.model.embed_tokens.weight)
+    assert (tmp_path / "parts" / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
-    train("target", tiny(0), tmp_path, stop_at=2)
+def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train("target", tiny(0), tmp_path)
     with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 1"):
         train("target", tiny(0), tmp_path, seed=1)
 
@@ -85,7 +98,7 @@ def test_a_whole_run_writes_a_pair_that_loads(tmp_path: Path, monkeypatch: pytes
         (source / f"{name}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 8)
     held_out = [name for name in names if data.is_held_out(name)]
     monkeypatch.setattr(pair, "new_target", lambda scale: tiny(0))
-    monkeypatch.setattr(pair, "new_draft", lambda scale, layers: tiny(1))
+    monkeypatch.setattr(pair, "new_draft", lambda target, layers: tiny(1))
     out = tmp_path / "out"
     options = {"out": out, "work": tmp_path / "work", "target_steps": 2, "draft_steps": 2, "samples": 4}
     threads = torch.get_num_threads()
@@ -99,3 +112,9 @@ def test_a_whole_run_writes_a_pair_that_loads(tmp_path: Path, monkeypatch: pytes
     assert zoo.held_out_prompts(tokenizer, 2, 8).shape == (2, 8)
     card = (out / "README.md").read_text()
     assert f"{figures['target']['loss']:.3f}" in card and figures["command"] in card
+
+    before = (out / "target" / "model.safetensors").read_bytes()
+    options |= {"keep_target": True, "work": tmp_path / "anew", "draft_steps": 3}
+    again = pair.train_pair(**options, source=source, threads=threads)
+    assert again["target"] == figures["target"] and again["draft"]["steps"] == 3
+    assert (out / "target" / "model.safetensors").read_bytes() == before

@@ -187,14 +187,48 @@ def info(
     raise typer.Exit(not decodes)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def train(context: typer.Context) -> None:
-    """Train the bundled pair anew (`train --help` lists the options)."""
+training = typer.Typer(no_args_is_help=True, help="Train a draft for a model of yours, or the bundled pair anew.")
+app.add_typer(training, name="train")
+# The trainers' own options are read by what is imported inside the commands.
+theirs = training.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+
+
+@theirs
+def draft(context: typer.Context) -> None:
+    """Distil a small draft from a model, on your text and on the model's own (`train draft --help`: its options)."""
+    from specdec.cli.train import train_draft
+
+    _train(context, train_draft)
+
+
+@theirs
+def adaptive_tokens(context: typer.Context) -> None:
+    """Train adaptive tokens, by which a model drafts for itself (`train adaptive-tokens --help`: its options)."""
+    from specdec.cli.adaptive import train_adaptive
+
+    _train(context, train_adaptive)
+
+
+@theirs
+def pair(context: typer.Context) -> None:
+    """Train the bundled pair anew (`train pair --help`: its options)."""
     from specdec.training.pair import train_pair
 
+    _train(context, train_pair)
+
+
+def _train(context: typer.Context, function: Callable[..., Any]) -> None:
     trainer = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    trainer.command()(train_pair)
-    trainer(args=context.args, prog_name=context.command_path)
+    trainer.command()(function)
+    try:
+        trainer(args=context.args, prog_name=context.command_path, standalone_mode=False)
+    except (OSError, ValueError) as error:
+        raise _failure(error) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: the same command goes on where this one stopped")
+        raise typer.Exit(130) from None
 
 
 def _write(json_file: Path | None, result: dict[str, Any], plot_file: Path | None, plot: Callable[[str], None]) -> None:

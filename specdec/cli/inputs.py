@@ -166,15 +166,24 @@ def _named(option: str, where: str, what: str = "") -> Generator[None]:
         raise ValueError(f"{option} {where}: {what}{in_a_line(error)}") from None
 
 
+def read_text(option: str, path: Path) -> str:
+    """What is in a text file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{option} {path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#x}"
+        ) from None
+
+
 def read_prompts(path: Path) -> list[tuple[str, str]]:
     """Prompts of a file, and where each stands in it: a line each of text, or of JSON with a "prompt" if the file's
     name ends in .jsonl."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--prompts {path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#x}"
-        ) from None
+    lines = read_text("--prompts", path).split("\n")
     read = _json_prompt if path.suffix == ".jsonl" else str
     found = []
     for number, line in enumerate(lines, 1):

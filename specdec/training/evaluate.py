@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 WINDOW, LONG_WINDOW = 512, 2048
+GLANCE = 32_768  # held-out tokens scored while training
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, rows: Iterable[torch.Tensor]) -> float:
+def mean_loss(model: PreTrainedModel, rows: Iterable[torch.Tensor]) -> float:
     """Mean negative log-likelihood, in nats per token, of all but the first token of each ``[length]`` row."""
     total, count = 0.0, 0
     for ids in rows:
@@ -26,7 +27,7 @@ def mean_loss(model: LlamaForCausalLM, rows: Iterable[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def agreement(
-    target: LlamaForCausalLM, draft: LlamaForCausalLM, rows: Iterable[torch.Tensor], skip: int = 0
+    target: PreTrainedModel, draft: PreTrainedModel, rows: Iterable[torch.Tensor], skip: int = 0
 ) -> dict[str, float]:
     """Share of positions where both models prefer the same token (``greedy``), and mean sum(min(p, q)) (``overlap``).
 
@@ -41,7 +42,7 @@ def agreement(
     return {"greedy": same / count, "overlap": overlap / count}
 
 
-def figures_of(model: LlamaForCausalLM, held_out: torch.Tensor, seconds: float) -> dict[str, Any]:
+def figures_of(model: PreTrainedModel, held_out: torch.Tensor, seconds: float) -> dict[str, Any]:
     """One model's column of the card, on the held-out tokens ``[length]``."""
     loss = mean_loss(model, held_out.split(WINDOW))
     c = model.config

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from specdec.training.objectives import Objective
+
 CARD = """\
 # The bundled pair
 
@@ -70,6 +72,53 @@ libraries and as many threads gives the same weights.
 """
 
 
+DRAFT_CARD = """\
+# A draft for {target}
+
+{parameters:,} parameters, distilled with specdec (DistillSpec, arXiv 2310.08461). It makes `generate()` of its target
+faster and never changes what that writes:
+
+```python
+import specdec
+
+model = specdec.compile(target, draft="path/of/this/folder")
+```
+
+How well it foresees the target:
+
+| text | same most likely token | mean of sum(min(p, q)) |
+| --- | --- | --- |
+| held-out text, {held_out_tokens:,} tokens | {held_out[greedy]:.1%} | {held_out[overlap]:.1%} |
+| the target's own samples after prompts from there | {own[greedy]:.1%} | {own[overlap]:.1%} |
+
+The first column is the chance that greedy decoding accepts one drafted token, the last that sampling at temperature 1
+does.
+
+![Loss and figures on held-out text, by step](curve.png)
+
+## Training
+
+| | |
+| --- | --- |
+| began as | {start} |
+| minimised | {minimised} |
+| steps, tokens of a step | {steps:,}, {batch:,} |
+| learning rate | up to {peak} |
+| training time ({device}) | {minutes:.0f} min |
+| text | {train_tokens:,} tokens |
+| the target's own texts | {samples:,} of {sample_length} tokens, half sampled at temperature 1 and half greedy |
+
+## Make it again
+
+```
+{command}
+```
+
+The figures are in `metrics.json`. The same command with the same text, the same libraries and as many threads gives the
+same weights.
+"""
+
+
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
     """Save float16 weights whose config asks for float32; return the model as it loads again."""
     model = copy.deepcopy(model).half()
@@ -96,3 +145,11 @@ def save_card(folder: Path, figures: dict[str, Any]) -> None:
     """Write ``metrics.json`` and, from the same figures, the model card ``README.md``."""
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
     (folder / "README.md").write_text(CARD.format(**figures), encoding="utf-8")
+
+
+def save_draft_card(folder: Path, figures: dict[str, Any], curve: Path) -> None:
+    """The same for a draft alone, with the picture of its training."""
+    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    minimised = Objective(figures["objective"]).formula
+    (folder / "README.md").write_text(DRAFT_CARD.format(**figures, minimised=minimised), encoding="utf-8")
+    shutil.copy(curve, folder / "curve.png")

@@ -1,0 +1,140 @@
+"""Distillation: the objectives, the target's texts, the training of a draft, and `specdec train draft`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from specdec import zoo
+from specdec.cli import inputs, train
+from specdec.cli.app import app
+from specdec.training import distil, texts
+from specdec.training.distil import Recipe
+from specdec.training.evaluate import agreement
+from specdec.training.objectives import Objective
+
+PLAIN: dict[Objective, Callable[[float, float], float]] = {
+    Objective.forward: lambda p, q: p * (torch.tensor(p).log() - torch.tensor(q).log()).item(),
+    Objective.reverse: lambda p, q: q * (torch.tensor(q).log() - torch.tensor(p).log()).item(),
+    Objective.tv: lambda p, q: 0.5 * abs(p - q),
+}
+
+
+def laws(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+
+
+def tiny(seed: int, vocabulary: int = 300) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return distil.llama(vocabulary, 32, 1, 2, 1, 64).eval()
+
+
+def text(count: int) -> torch.Tensor:
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("objective", Objective)
+def test_an_objective_is_its_formula(objective: Objective) -> None:
+    log_p, log_q = laws(3, 5), laws(3, 5, seed=1)
+    rows = zip(log_p.exp().tolist(), log_q.exp().tolist(), strict=True)
+    plain = [sum(map(PLAIN[objective], p, q)) for p, q in rows]
+    assert objective.function(log_p, log_q).item() == pytest.approx(sum(plain) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", Objective)
+def test_an_objective_rests_where_the_laws_agree(objective: Objective) -> None:
+    logits = torch.randn(4, 9, requires_grad=True)
+    log_q = logits.log_softmax(-1)
+    assert objective.function(log_q.detach(), log_q).item() == 0
+    objective.function(log_q.detach(), log_q).backward()
+    assert logits.grad is not None and logits.grad.abs().max() < 1e-6
+    logits.grad = None
+    objective.function(laws(4, 9), logits.log_softmax(-1)).backward()
+    assert logits.grad.abs().max() > 1e-3
+
+
+def test_other_tokens_are_one_outcome() -> None:
+    logits = torch.randn(2, 3, 20)
+    tokens = logits.topk(4).indices
+    p = logits.softmax(-1)
+    found = texts.coarse(logits, tokens).exp()
+    assert torch.allclose(found[..., :4], p.gather(-1, tokens), atol=1e-6)
+    assert torch.allclose(found[..., 4], p.scatter(-1, tokens, 0.0).sum(-1), atol=1e-6)
+    for objective in Objective:
+        other = torch.randn(2, 3, 20)
+        whole = objective.function(p.log(), other.log_softmax(-1))
+        assert 0 < objective.function(found.log(), texts.coarse(other, tokens)) < whole
+
+
+def test_the_targets_law_is_kept() -> None:
+    target, ids = tiny(0), text(60).view(3, 20)
+    found = texts.law(target, ids)
+    p = texts.forward(target, ids).softmax(-1)
+    assert found.ids is ids and found.tokens.shape == (3, 20, texts.KEPT)
+    assert torch.equal(found.tokens[..., 0], p.argmax(-1))
+    assert torch.allclose(found.log_p[..., :-1].float().exp(), p.gather(-1, found.tokens.long()), rtol=5e-3)
+
+
+def test_texts_are_collected_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "ROWS", 2)
+    rows, written = text(100).view(5, 20), []
+
+    def write(part: torch.Tensor, index: int) -> torch.Tensor:
+        written.append(index)
+        return part + index
+
+    first = texts.collect(tiny(0), tmp_path, "own", rows, write)
+    (tmp_path / "own-00001.pt").unlink()
+    again = texts.collect(tiny(0), tmp_path, "own", rows, write)
+    assert written == [0, 1, 2, 1]
+    assert torch.equal(first.ids, rows + torch.tensor([0, 0, 1, 1, 2])[:, None])
+    assert all(torch.equal(values, vars(again)[name]) for name, values in vars(first).items())
+
+
+def test_a_step_in_parts_has_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"text": texts.law(tiny(1), text(320).view(16, 20))}
+    monkeypatch.setattr(distil, "MIX", ("text",))
+    gradients = []
+    for accumulate in (1, 4):
+        draft, recipe = tiny(0), Recipe(batch=160, accumulate=accumulate)
+        parts = list(distil.parts_of_step(found, recipe, 3))
+        assert [len(part) for part in parts] == [8 // accumulate] * accumulate
+        for part in parts:
+            log_q = texts.coarse(texts.forward(draft, part.ids), part.tokens.long())
+            (Objective.forward.function(part.log_p.float(), log_q) / accumulate).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in draft.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, rtol=0.02, atol=0.02 * gradients[0].abs().max().item())
+
+
+@pytest.mark.parametrize("first", [None, 7])
+def test_rows_of_a_text_may_begin_with_a_token(first: int | None) -> None:
+    rows = distil.rows_of_text(torch.arange(100, 110), 4, first)
+    begun = [[100, 101, 102, 103], [104, 105, 106, 107]]
+    assert rows.tolist() == (begun if first is None else [[7, 100 + i, 101 + i, 102 + i] for i in (0, 3, 6)])
+
+
+def test_a_new_draft_begins_with_the_targets_embeddings() -> None:
+    target, _, _ = zoo.load_pair()
+    draft = distil.new_draft(target)
+    products = [(m.lm_head.weight @ m.lm_head.weight.T).flatten() for m in (target, draft)]
+    assert torch.corrcoef(torch.stack(products))[0, 1] > 0.9
+    assert draft.lm_head.weight is not draft.model.embed_tokens.weight
+
+
+def test_a_run_of_something_else_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "SAMPLE", 40)
+    recipe = Recipe(steps=1, batch=512, samples=2)
+    distil.distil(tiny(0), tiny(1), text(600), text(600), recipe, tmp_path)
+    monkeypatch.setattr(distil, "collect", lambda *_: pytest.fail("work was done"))
+    for target, tokens in ((tiny(2), text(600)), (tiny(0), text(700))):
+        with pytest.raises(ValueError, match="take another folder, or empty it"):
+            distil.distil(target, tiny(1), tokens, text(600), recipe, tmp_path)
+    with pytest.raises(ValueError, match="the draft has 301 tokens and the target 300"):
+        distil.distil(tiny(0), tiny(1, 301), text(600), text(600), recipe, tmp_path / "new")
