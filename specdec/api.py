@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec.arguments import DRAFTS
 from specdec.config import Config
+from specdec.drafters.adaptive import Adaptive
 from specdec.drafters.early_exit import NAME as EARLY_EXIT
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.registry import ModelSource, check_draft
@@ -123,12 +124,12 @@ def _wrapped(model: PreTrainedModel, source: Any, config: Config) -> Any:
     if "generate" in vars(model):
         warn("specdec leaves this model's calls alone: it has a generate() of its own, as custom_generate loads it")
     check_draft(source, model, config)
-    if config.tree is not None and not isinstance(source, ModelSource):
+    if config.tree is not None and not isinstance(source, ModelSource | Adaptive):
         raise ValueError(
             f"tree={config.tree.parents} is what a draft model drafts, and the draft is {source!r}; "
             "n-grams are chains, and a Drafter brings its own"
         )
-    if config.stop_below is not None and not isinstance(source, tuple | ModelSource):
+    if config.stop_below is not None and not isinstance(source, tuple | ModelSource | Adaptive):
         raise ValueError(f"stop_below={config.stop_below} ends a draft model's chain, and the draft is {source!r}")
     if config.remember and "ngram" not in (source if isinstance(source, tuple) else (source,)):
         raise ValueError(f"remember={config.remember} is for n-grams, and the draft is {source!r}")

@@ -243,11 +243,11 @@ def test_better_habits_get_more() -> None:
 
 def test_forwards_of_few_texts_do_not_speak_for_those_of_many() -> None:
     """The same number of tokens of one text and of four: these have four caches to read."""
-    costs = StepCosts()
+    costs = StepCosts(Shape(TokenTree.chain(1), (1,)))
     for n, n_tokens, seconds in [(1, 1, 5.0), (1, 6, 6.0), (4, 4, 7.0), (4, 8, 10.0)]:
         costs.learn(Plan(0, (0,) * n, n_tokens), 0.0, 0.0, seconds)
-    assert costs.forward(1, 6) == 6.0
-    assert costs.forward(4, 6) == costs.forward(7, 6) == 8.5
+    assert costs.forward(1, 6, 1) == 6.0
+    assert costs.forward(4, 6, 1) == costs.forward(7, 6, 1) == 8.5
 
 
 @pytest.mark.parametrize("tree", [CHAIN, TREE])

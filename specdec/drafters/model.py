@@ -66,6 +66,9 @@ class ModelDrafter:
     Leaves are never run.
     """
 
+    shares_cache = False
+    """Whether its cache is the target's, which has all texts, and what is accepted of drafts."""
+
     def __init__(
         self, view: ModelView, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None,
         reads_at_once: int = READ, stop_below: float | None = None,
@@ -77,7 +80,8 @@ class ModelDrafter:
         self.view, self.tree, self.verifier = view, tree, verifier
         device, config = view.device, view.source.config.get_text_config()
         self._bits, self._depths = tree.tensors(device)
-        self.reads_at_once = 1 if view.shares_cache else reads_at_once  # what is there is not written again
+        self.shares_cache = self.shares_cache or view.shares_cache
+        self.reads_at_once = 1 if self.shares_cache else reads_at_once  # what is there is not written again
         self._text = TokenTree.chain(self.reads_at_once - 1).tensors(device)
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
         self._overlap = None if overlap is None else overlap.to(device)
@@ -97,12 +101,10 @@ class ModelDrafter:
         return self.view.cache.generation
 
     def allocate(self, n_batch: int, n_slots: int) -> None:
-        if not self.view.shares_cache:
+        if not self.shares_cache:
             self.view.allocate(n_batch, n_slots)
 
     def read(self, texts: Mapping[int, tuple[int, Tensor]]) -> None:
-        if self.view.shares_cache:
-            return
         # The last tokens are read by `draft`.
         unread = {row: (max(n_known - READ, 0), self._read_as(text[:-READ])) for row, (n_known, text) in texts.items()}
         self.view.prefill(unread)
@@ -134,6 +136,13 @@ class ModelDrafter:
             if self._stop_below is not None:
                 probs.append(_probability(logits, *levels[-1][1:]))
         row = pending.starts[:-1].clamp(max=len(live) - 1)  # of each sample in what was drafted
+        return self._drafted(levels, probs, row, state)
+
+    def _drafted(
+        self, levels: list[tuple[Tensor, ...]], probs: list[Tensor], row: Tensor, state: BatchState
+    ) -> Draft:  # fmt: skip
+        """The levels together. probs: of each level's token, where an unlikely one ends a chain. row: [B] int64, where
+        each sample is in what was drafted."""
         tokens, *rest = (torch.cat(x, 1)[row] for x in zip(*levels, strict=True))
         counts = torch.full_like(state.lengths, tokens.shape[1])
         if self._stop_below is not None:
@@ -176,11 +185,11 @@ class ModelDrafter:
 
     def commit(self, lengths: Tensor, path: Tensor, n_path: Tensor) -> None:
         # The pending token is at slot `lengths` here too, and what the tree holds follows it in the same order.
-        if not self.view.shares_cache:
+        if not self.shares_cache:
             self.view.cache.commit(lengths, path, n_path)
 
     def grow(self, n_slots: int) -> None:
-        if not self.view.shares_cache:
+        if not self.shares_cache:
             self.view.cache.grow(n_slots)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from specdec.arguments import DRAFTS
 from specdec.config import Config
+from specdec.drafters.adaptive import Adaptive
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.mixed import MixedDrafter
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
@@ -25,7 +26,7 @@ from specdec.verifiers import VERIFIERS
 
 ModelSource: TypeAlias = PreTrainedModel | ForeignDraft | EarlyExit
 """A model that drafts."""
-DraftSource: TypeAlias = ModelSource | Drafter | str | tuple[Any, ...] | None
+DraftSource: TypeAlias = ModelSource | Adaptive | Drafter | str | tuple[Any, ...] | None
 
 MODEL_DEPTH, NGRAM_DEPTH = 5, 8
 """Tokens drafted a step, unless the user says how many."""
@@ -66,7 +67,9 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
             )
         check_draft(model, target, config)
         return
-    if isinstance(draft, ModelSource):
+    if isinstance(draft, Adaptive):
+        draft.check(config)
+    elif isinstance(draft, ModelSource):
         _check_model(draft, target, config)
     elif isinstance(draft, str):
         if draft != "ngram":
@@ -135,6 +138,8 @@ def make_drafter(draft: DraftSource, target: ModelView, config: Config) -> Draft
             return MixedDrafter(view, *depths, config.max_ngram, verifier, overlap, config.stop_below, config.remember)
         tree = config.tree or TokenTree.chain(depth or MODEL_DEPTH)
         return ModelDrafter(view, tree, verifier, overlap, stop_below=config.stop_below)
+    if isinstance(draft, Adaptive):
+        return draft.drafter(target, config, VERIFIERS[config.verifier])
     if isinstance(draft, str):
         return NgramDrafter(depth or NGRAM_DEPTH, config.max_ngram, config.remember)
     return draft

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.engine.control import Plan
 from specdec.engine.laws import SamplingLaw
+from specdec.engine.ride import Comb, RidingStep
 from specdec.engine.roles import Steps
 from specdec.engine.slots import Rows
 from specdec.engine.state import READ, BatchState, Report
@@ -54,9 +57,10 @@ class Launcher:
     ) -> Flight:  # fmt: skip
         """A step with this plan, for the live rows; the drafter drafts for those of which nothing was found."""
         step, n_batch, device = self._step, len(state.lengths), self._step.target.device
+        rides = isinstance(step, RidingStep) and plan.depth > 0 and not law.by_text
         others = {row: text for row, text in live.items() if row not in found}
         wanted = {row: text for row, text in drafted_for(live, plan).items() if row in others}
-        plan = replace(plan, n_drafted=len(others) if plan.depth and wanted else 0)
+        plan = replace(plan, n_drafted=len(others) if plan.depth and wanted and not rides else 0)
         compiling = False
         begin = read = Mark(device)
         if plan.n_drafted:
@@ -71,9 +75,15 @@ class Launcher:
         state.allow([allowed.get(row, 0) for row in range(n_batch)])
         # The last sample of a batch is decoded as two, one of them nobody: one would be compiled on its own.
         token = self.count(self.bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(step.tree)))
-        judge = step.look if law.by_text else step.judge
-        judge = self._steps.get(judge, (judge.__name__, law.key, n_batch == 1, len(token) == 1), len(token))
-        report = judge(state, law, token)
+        given = [token]
+        judge: Callable[..., Any] = step.look if law.by_text else step.judge
+        combs: tuple[Comb, ...] = ()
+        if isinstance(step, RidingStep) and rides:
+            judge, combs, tooth = step.judge_and_draft, (step.combs[plan.depth],), plan.depth + 1
+            given.append(self.count(self.bucket(len(token) * tooth, n_batch * len(step.tree) * tooth)))
+        sizes = tuple(map(len, given))
+        judge = self._steps.get(judge, (judge.__name__, law.key, n_batch == 1, len(token) == 1), sizes)
+        report = judge(state, law, *given, *combs)
         compiling |= self._steps.was_compiling
         if law.by_text:
             logits, n_nodes, starts = report
@@ -96,6 +106,8 @@ class Launcher:
 
     def is_ready(self, law: SamplingLaw, n_rows: int, depth: int) -> bool:
         """Whether a draft of this depth is launched without compiling; with 0, whether the judgement of one root is."""
+        if depth and isinstance(self._step, RidingStep) and not law.by_text:
+            return self._steps.has((self._step.judge_and_draft.__name__, law.key, n_rows == 1, False))
         if depth:
             return self._steps.has(("draft", law.key, n_rows == 1, depth))
         return self._steps.has(("look" if law.by_text else "judge", law.key, n_rows == 1, True))

@@ -15,6 +15,7 @@ from specdec.engine.control import EXPLORE, Plan, Policy, policy_of
 from specdec.engine.launch import Flight, Launcher, drafted_for
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.memory import Buffers
+from specdec.engine.ride import RidingStep
 from specdec.engine.roles import Drafter, Steps, Target
 from specdec.engine.slots import Rows
 from specdec.engine.stats import SourceCounts, Stats
@@ -52,7 +53,8 @@ class Decoder:
     ) -> None:  # fmt: skip
         self.target, self.drafter, self.steps, self.stats, self.verifier = target, drafter, steps, stats, verifier
         self.tree, self.adapt = drafter.tree, adapt
-        self.step = TreeStep(target, drafter, verifier)
+        kind = RidingStep if getattr(drafter, "rides", False) else TreeStep  # users' drafters need not say
+        self.step = kind(target, drafter, verifier)
         self.launcher = Launcher(self.step, steps)
         self.buffers = Buffers(target, drafter, steps)
         self.look_up: LookUp | None = getattr(drafter, "look_up", None)  # users' drafters need not have it
@@ -211,8 +213,9 @@ class Decoder:
         adapts = (law.greedy or self.verifier.coupled) if self.adapt is None else self.adapt
         if law.key not in self.policies:
             self.policies[law.key] = policy_of(
-                self.tree, self.drafter.depths, adapts, getattr(self.drafter, "source_levels", None)
-            )
+                self.tree, self.drafter.depths, adapts, getattr(self.drafter, "source_levels", None),
+                isinstance(self.step, RidingStep) and not law.by_text,
+            )  # fmt: skip
         return self.policies[law.key]
 
 

@@ -95,7 +95,7 @@ class Buffers:
             view.record()
 
     def _slots_for(self, length: int) -> int:
-        """Capacity for a text of `length` tokens, one step's nodes and the scratch slot."""
+        """Capacity for a text of `length` tokens, one step's nodes and slots, and the scratch slot."""
         tree = self._drafter.tree
-        needed = length + len(tree) + tree.depth + 2
+        needed = length + len(tree) + getattr(self._drafter, "n_riders", 0) + tree.depth + 2
         return -(-needed // SLOT_BUCKET) * SLOT_BUCKET

@@ -105,11 +105,14 @@ class Target(Protocol):
         """About what a forward takes beside weights and cache: of `n_tokens` tokens in all that see `reach` each, or of
         one that makes `n_logits` rows of logits."""
 
-    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Output:
+    def forward(
+        self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0, slots: Tensor | None = None
+    ) -> Output:  # fmt: skip
         """What it says of flat tokens [T] int64, whose keys and values are written to the cache.
 
         Args:
-            rows: [M] int64, the tokens whose logits are wanted, or 0 for all.
+            rows: [M] int64, the tokens whose logits are wanted, or 0 for all. slots: [T] int64, which of them are
+                adaptive tokens, 0 for none; None where none is.
         """
 
     def write(self, texts: Mapping[int, tuple[int, Tensor]], n_tokens: int) -> dict[int, tuple[int, Tensor]]:

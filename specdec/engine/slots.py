@@ -36,6 +36,7 @@ class Rows:
         self._texts: list[Text | None] = [None] * len(state.lengths)
         self._unwritten: dict[int, tuple[int, Tensor]] = {}
         self._unread: dict[int, int] = {}  # how many tokens of it the drafter knows
+        self._has_all = getattr(drafter, "shares_cache", False)  # what the target has written
 
     def fill(self, n_rows: int) -> list[Text]:
         """Give the first `n_rows` rows, where free, to waiting texts; those that cannot be decoded come back."""
@@ -50,7 +51,9 @@ class Rows:
                         self._grow(len(new.prompt) + 1)
                         self._state.admit(row, new.prompt, new.max_new_tokens, new.seed)
                         written = new.prefix.write_to(self._target.cache, row) if new.prefix else 0
-                    self._texts[row], self._unwritten[row], self._unread[row] = new, (written, new.prompt[:-1]), 0
+                    self._texts[row], self._unwritten[row] = new, (written, new.prompt[:-1])
+                    if not self._has_all:
+                        self._unread[row] = 0
                 except Exception as error:
                     new.fail(error)
                     failed.append(new)
@@ -117,7 +120,7 @@ class Rows:
 
     def skip(self, live: dict[int, Text]) -> None:
         """A step adds to these texts without the drafter's seeing it."""
-        for row, text in live.items():
+        for row, text in () if self._has_all else live.items():
             self._unread.setdefault(row, len(text.prompt) + len(text.tokens))
 
     def unread(self, live: dict[int, Text]) -> dict[int, int]:

@@ -83,6 +83,7 @@ class BatchState:
         self._longest = longest
         self.finished.fill_(True)
         self.lengths.zero_()
+        self.draft.counts.zero_()
         # Filled up with an id no token has.
         self.eos_ids.copy_(F.pad(eos_ids, (0, len(self.eos_ids) - len(eos_ids)), value=-1))
         for counts in (self.proposed, self.accepted, self.reached):
@@ -109,6 +110,7 @@ class BatchState:
         self.lengths[row], self.limits[row] = length - 1, length + max_new_tokens
         self.seeds[row] = seed
         self.broken[row] = False
+        self.draft.counts[row] = 0  # nothing has been drafted for it
 
     def grow(self, n_columns: int) -> None:
         """Room for longer texts; what is there stays."""

@@ -60,9 +60,7 @@ class TreeStep:
         nodes, n_nodes, logits = self._forward(state, token)
         verdict, lawless = self._verify(state, law, nodes, n_nodes, logits)
         n_accepted = self._commit(state, n_nodes, verdict)
-        if lawless is not None:
-            place = torch.arange(lawless.shape[1], device=lawless.device, dtype=torch.int64)
-            state.broken |= torch.where(place < state.n_new[:, None], lawless, 0).sum(1) > 0
+        note_lawless(state, lawless)
         return state.report(n_accepted)
 
     def look(self, state: BatchState, law: SamplingLaw, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,3 +104,10 @@ class TreeStep:
             self.target.cache.commit(state.lengths, verdict.path, n_path)
             self.drafter.commit(state.lengths, verdict.path, n_path)
         return state.commit(state.tree_tokens, n_nodes, *verdict)
+
+
+def note_lawless(state: BatchState, lawless: Tensor | None) -> None:
+    """Texts are broken that took a token from where there was no law; `lawless` as of `TreeStep._verify`."""
+    if lawless is not None:
+        place = torch.arange(lawless.shape[1], device=lawless.device, dtype=torch.int64)
+        state.broken |= torch.where(place < state.n_new[:, None], lawless, 0).sum(1) > 0

@@ -7,8 +7,10 @@ parameters, buffers and all else are shared.
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from specdec.engine.tree import TokenTree
 from specdec.errors import Unsupported
 from specdec.graphs.compiled import as_region
 from specdec.hf import attention, names
+from specdec.hf.adaptive import AdaptiveTokens
 from specdec.hf.cache import RaggedCache, Way
 from specdec.hf.proof import prove
 from specdec.hf.twin import Look
@@ -92,6 +95,7 @@ class ModelView:
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         self.recorder: CapturedSteps | None = None
+        self.adaptive: AdaptiveTokens | None = None
         self._layers_kept: tuple[int, ...] = ()
         self._chain = TokenTree.chain(max(RECORDED) - 1).tensors(model.device)
         prove(self)
@@ -175,15 +179,24 @@ class ModelView:
         like = torch.empty(0, dtype=self.module.dtype, device=self.device)
         self.cache.allocate(self.layer_shapes, n_batch, n_slots, like)
 
-    def forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Output:
+    def insert(self, adaptive: AdaptiveTokens) -> None:
+        """From now on tokens may be slots of these."""
+        self.adaptive = copy.deepcopy(adaptive).to(self.device, self.module.dtype)
+        self.adaptive.insert(self.module)
+
+    def forward(
+        self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0, slots: Tensor | None = None
+    ) -> Output:  # fmt: skip
         """What the model says of the flat tokens; their keys and values are written to the cache.
 
         Args:
             tokens: [T] int64. nodes: where they belong. rows: [M] int64, the tokens whose logits are wanted, or 0
-                for all.
+                for all. slots: [T] int64, which of them are slots of adaptive tokens, 0 for none (see
+                `specdec.hf.adaptive`); None where none is.
         """
         given = {"use_cache": True, "logits_to_keep": rows, self._cache_argument: self.cache}
-        with self.cache.forward(nodes) as features:
+        as_slots = nullcontext() if slots is None or self.adaptive is None else self.adaptive.rows.at(slots[None])
+        with self.cache.forward(nodes) as features, as_slots:
             out = self.module(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         logits = out.logits[0]
         if self.cache.way is Way.OWN:  # the model's own attention knows nothing of lost slots

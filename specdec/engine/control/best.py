@@ -47,7 +47,7 @@ def best_plan(
     n, offers = len(samples), _offers(samples, shape, estimate)
     has_draft = [track.source != 0 for track in samples]  # which takes no drafting
     n_drafted = n - sum(has_draft)
-    rates, plans = {0: KEEP * n / estimate.costs.forward(n, n)}, {0: shape.uniform(n, 0)}
+    rates, plans = {0: KEEP * n / estimate.costs.forward(n, n, depth=0)}, {0: shape.uniform(n, 0)}
     for depth in (0, *depths) if n_drafted else (last_depth,):
         able = [offer for offer in offers if offer.level <= depth or has_draft[offer.sample]]
         if not able:
@@ -97,7 +97,7 @@ def _cut(offers: Sequence[_Offer], n: int, depth: int, drafting: float, estimate
             enough = min(math.ceil(mean + deviation), sum(allowed))
             lost = 0.083 * deviation * worth  # of a normal law what is above its mean and deviation
             for room, brought in (sum(allowed), tokens), (enough, tokens - lost):
-                rate = brought / (drafting + estimate.costs.forward(n, n + room))
+                rate = brought / (drafting + estimate.costs.forward(n, n + room, depth))
                 if rate > best[0]:
                     best = rate, Plan(depth, tuple(allowed), n + room)
     return best

@@ -60,28 +60,31 @@ class Curve:
 
 class StepCosts:
     """Seconds of a step's parts, as last measured: drafting, by depth and samples, and the target's forward, by
-    samples, in powers of two, and T: the same tokens of more samples have more caches to read.
+    samples, in powers of two, and rows: the same rows of more samples have more caches to read.
 
     Attributes:
         reading: what the drafter took to read samples, where drafting was explored after steps without.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.drafts: dict[int, Curve] = {}
         self.forwards: dict[int, Curve] = {}
         self.reading = 0.0
+        self._shape = shape
 
     def learn(self, plan: Plan, reading: float, draft: float, forward: float) -> None:
         n, n_drafted = len(plan.allowed), len(plan.allowed) if plan.n_drafted is None else plan.n_drafted
         if plan.depth and n_drafted:
             self.drafts.setdefault(plan.depth, Curve()).learn(n_drafted, draft)
-        self.forwards.setdefault(scale(n), Curve()).learn(plan.n_tokens, forward)
+        rows = self._shape.rows(plan.n_tokens, plan.depth)
+        self.forwards.setdefault(scale(n), Curve()).learn(rows, forward)
         if plan.trial == EXPLORE:
             self.reading = max(reading, 0.5 * self.reading)
 
-    def forward(self, n: int, n_tokens: int) -> float:
-        """Seconds of a forward of so many tokens of about `n` samples, of which some must have been measured."""
-        return self.forwards[scale(n)].at(n_tokens)
+    def forward(self, n: int, n_tokens: int, depth: int) -> float:
+        """Seconds of a forward that judges so many tokens of about `n` samples, of which some must have been measured,
+        in a step that drafts so many levels."""
+        return self.forwards[scale(n)].at(self._shape.rows(n_tokens, depth))
 
     def draft(self, depth: int, n: int) -> float:
         """Seconds to draft `depth` levels for `n` samples; of a depth not tried yet, from those that were."""
@@ -90,7 +93,7 @@ class StepCosts:
     def step(self, plan: Plan) -> float:
         """Seconds of a step with this plan."""
         n = len(plan.allowed)
-        return self.draft(plan.depth, n) + self.forward(n, plan.n_tokens)
+        return self.draft(plan.depth, n) + self.forward(n, plan.n_tokens, plan.depth)
 
 
 @dataclass
@@ -185,7 +188,7 @@ class Estimate:
     """
 
     def __init__(self, shape: Shape) -> None:
-        self.costs, self.sources = StepCosts(), [Acceptance(n_levels) for n_levels in shape.source_levels]
+        self.costs, self.sources = StepCosts(shape), [Acceptance(n_levels) for n_levels in shape.source_levels]
 
     @property
     def acceptance(self) -> Acceptance:

@@ -23,6 +23,7 @@ class Explorer:
     def __init__(self, shape: Shape, estimate: Estimate) -> None:
         self._shape, self._estimate = shape, estimate
         self._some = [level for level in LEVELS if level < shape.n_levels]
+        self._deepest = None if shape.rides else shape.depths[-1]  # one compiled step serves all depths that ride
         self._calibrations: dict[int, list[int]] = {}
         self._waiting: list[int] = []  # levels to explore, the next one last
         self._n_rounds, self._retries = 0, 0
@@ -38,14 +39,14 @@ class Explorer:
     def trial(self, n: int, best: Plan) -> Plan | None:
         """What the next step of `n` samples tries, if anything, while another plan is the best."""
         if levels := self.calibration(n):  # the whole draft serves all: no other is compiled for it
-            return self._shape.uniform(n, levels[-1], self._shape.depths[-1], CALIBRATE)
+            return self._shape.uniform(n, levels[-1], self._deepest, CALIBRATE)
         return self._exploration(n, self._waiting.pop(), best) if self._waiting else None
 
     def _exploration(self, n: int, levels: int, best: Plan) -> Plan:
         """A step that tries a number of levels; where nothing is drafted otherwise for a few samples, by rotation: what
         the drafter has not read of them, it has to read."""
         # No draft is compiled for this.
-        tried = (*self._estimate.costs.drafts, *self._shape.depths[-1:])
+        tried = self._shape.depths if self._shape.rides else (*self._estimate.costs.drafts, *self._shape.depths[-1:])
         whole = self._shape.uniform(n, levels, min((d for d in tried if d >= levels), default=None), EXPLORE)
         if best.depth or not levels:
             return whole

@@ -38,15 +38,23 @@ class Shape:
 
     Args:
         tree: a whole draft. depths: levels that can be drafted, ascending (see `Drafter`). source_levels: of what each
-            source drafts, the drafter first.
+            source drafts, the drafter first. rides: whether drafting takes no time of its own, but a
+            row for each level beside each token that is judged.
 
     Attributes:
         n_levels: of the tree. nodes_to: [n_levels + 1], drafted nodes down to each level.
     """
 
-    def __init__(self, tree: TokenTree, depths: Sequence[int], source_levels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, tree: TokenTree, depths: Sequence[int], source_levels: Sequence[int] | None = None, rides: bool = False
+    ) -> None:
         self.depths, self.n_levels, self.source_levels = depths, tree.depth, source_levels or (tree.depth,)
+        self.rides = rides
         self.nodes_to = [bisect_right(tree.depths, level) - 1 for level in range(tree.depth + 1)]
+
+    def rows(self, n_tokens: int, depth: int) -> int:
+        """Of a forward that judges so many tokens, in a step that drafts so many levels."""
+        return n_tokens * (1 + depth) if self.rides else n_tokens
 
     def whole_levels(self, n_nodes: int) -> int:
         """Levels that the first `n_nodes` drafted nodes fill."""

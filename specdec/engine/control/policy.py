@@ -212,9 +212,10 @@ class Adaptive(Policy):
 
 
 def policy_of(
-    tree: TokenTree, depths: Sequence[int], adapts: bool, source_levels: Sequence[int] | None = None
-) -> Policy:
+    tree: TokenTree, depths: Sequence[int], adapts: bool, source_levels: Sequence[int] | None = None,
+    rides: bool = False,
+) -> Policy:  # fmt: skip
     """The policy for a whole draft of this tree, of which so many levels can be drafted, ascending, by sources of so
-    many levels, the drafter first."""
-    shape = Shape(tree, depths, source_levels)
+    many levels, the drafter first; see `Shape`."""
+    shape = Shape(tree, depths, source_levels, rides)
     return Adaptive(shape) if adapts and shape.n_levels else Fixed(shape)
