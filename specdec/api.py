@@ -48,9 +48,10 @@ def compile(  # the name is the point: specdec.compile
         model: a decoder-only transformers model, or a PEFT model around one. It is not changed, and shares its weights
             with the result.
         draft: a smaller transformers model, or its folder or hub id, which is loaded in the target's dtype and on its
-            device; `"early-exit:4"`, the model's own first 4 layers; `"ngram"`, which looks the text's last words up in
-            the text (prompt lookup); a model and n-grams, as `[draft, "ngram"]`: the model drafts where the text has
-            nothing to say; a `Drafter` of your own; or None, to decode without drafting.
+            device; `"early-exit:4"`, the model's own first 4 layers; `"adaptive"`, the adaptive tokens in the model's
+            own folder, or another folder with some; `"ngram"`, which looks the text's last words up in the text (prompt
+            lookup); one of these and n-grams, as `[draft, "ngram"]`: it drafts where the text has nothing to say; a
+            `Drafter` of your own; or None, to decode without drafting.
         tokenizer: the model's, where the draft has another, or where one tokenizer's vocabulary is padded to different
             sizes. The draft then proposes the tokens that both have.
         draft_tokenizer: the draft's; the two go together. A draft given by its name brings its own.
@@ -103,6 +104,8 @@ def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer
     if isinstance(draft, str) and draft.startswith(EARLY_EXIT):
         draft = EarlyExit.named(draft)
     if isinstance(draft, str) and draft != "ngram":
+        draft = Adaptive.named(draft, target) or draft
+    if isinstance(draft, str) and draft != "ngram":
         if get_close_matches(draft.lower().replace("-", "").replace("_", ""), ["ngram"], cutoff=0.8):
             raise ValueError(f"draft must be {DRAFTS}, got {draft!r}")
         if tokenizer is not None and draft_tokenizer is None:
@@ -111,7 +114,7 @@ def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer
     if (tokenizer is None) != (draft_tokenizer is None):
         missing = "tokenizer" if tokenizer is None else "draft_tokenizer"
         raise ValueError(f"tokenizer and draft_tokenizer go together, and there is no {missing}")
-    if tokenizer is None or isinstance(draft, EarlyExit):
+    if tokenizer is None or isinstance(draft, EarlyExit | Adaptive):
         return draft
     return ForeignDraft(draft, tokenizer, draft_tokenizer)
 

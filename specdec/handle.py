@@ -15,6 +15,7 @@ from specdec.arguments import whole
 from specdec.calls import Calls, Purpose
 from specdec.config import Config
 from specdec.decoders import Decoders, decoding
+from specdec.drafters.adaptive import Adaptive
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.registry import MODEL_DEPTH, NGRAM_DEPTH, DraftSource, ModelSource, draft_model
 from specdec.drafters.vocabulary import ForeignDraft
@@ -63,6 +64,9 @@ class Handle:
                 tree = config.tree or TokenTree.chain(config.depth or MODEL_DEPTH)
                 stops = "" if config.stop_below is None else f", up to a token below {config.stop_below:g}"
                 yield "draft", f"{_named(source)}; {tree.summary} a step{stops}"
+            elif isinstance(source, Adaptive):
+                forwards = "one forward" if source.in_one and config.tree is None else "two forwards"
+                yield "draft", f"its own adaptive tokens, {source.tokens.n_slots} slots; {forwards} a step"
             elif isinstance(source, str):
                 earlier = f" and of the last {config.remember} tokens before it" if config.remember else ""
                 yield "draft", f"n-grams of the text{earlier}, up to {config.depth or NGRAM_DEPTH} tokens a step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +216,50 @@ def test_it_takes_no_memory_but_for_slots(tiny: Tiny) -> None:
         for draft in (Adaptive(tokens_of(model)), Adaptive(tokens_of(model), in_one=False), "ngram")
     )
     assert one == two == plain  # in whole blocks of slots
+
+
+@pytest.mark.parametrize("adapt", [False, None])
+def test_with_ngrams(adapt: bool | None, tiny: Tiny, prompts: Prompts) -> None:
+    """Slots ride behind what the text says by itself, too."""
+    model = tiny("llama")
+    wrapped = wrap(model, [Adaptive(tokens_of(model)), "ngram"], adapt=adapt)
+    texts = prompts([12, 20, 7])
+    texts["input_ids"][:, -6:-3] = texts["input_ids"][:, -3:]
+    for _ in range(2):
+        same(wrapped, model, **texts, max_new_tokens=60)
+    assert set(wrapped.specdec.stats.sources) == {"adaptive tokens", "n-grams"}
+    same(wrapped, model, **texts, max_new_tokens=30, repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize("verifier", ["auto", "coupled"])
+def test_with_ngrams_texts_follow_the_exact_law(
+    verifier: str, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specdec.drafters.model.SUPPORT_SIZE", 4)
+    wrapped = wrap(target, [Adaptive(tokens_of(target, std=0.6)), "ngram"], verifier=verifier, depth=2)
+    check_law(wrapped, target, "cut")
+    slots, text = (wrapped.specdec.stats.sources[name] for name in ("adaptive tokens", "n-grams"))
+    assert 0 < slots.accepted < slots.verified
+    assert text.verified > 0 and (
+        text.accepted > 0 or verifier == "auto"
+    )  # few are found, and the law has none of them
+
+
+def test_names(tiny: Tiny, fresh: Tiny, prompts: Prompts, tmp_path: Path) -> None:
+    model = fresh("llama")
+    model.save_pretrained(tmp_path)
+    model.config._name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="has no adaptive tokens"):
+        specdec.compile(model, "adaptive")
+    tokens_of(model).save(tmp_path, model)
+    for name in ("adaptive", str(tmp_path), ["ngram", "adaptive"]):
+        wrapped = wrap(model, name)
+        assert "its own adaptive tokens, 4 slots; one forward a step" in repr(wrapped.specdec)
+        same(wrapped, model, **prompts([9]), max_new_tokens=20)
+        assert sum(wrapped.specdec.stats.proposed) > 0
+    with pytest.raises(ValueError, match=r"are of .*LlamaForCausalLM.*the model is .*with other weights"):
+        specdec.compile(tiny("llama", seed=7), str(tmp_path))
+    with pytest.raises(ValueError, match="a draft of 5 tokens, and 4 adaptive tokens draft 4"):
+        specdec.compile(model, "adaptive", depth=5)
+    with pytest.raises(ValueError, match=r"stop_below=0\.3 ends a draft model's chain"):
+        specdec.compile(model, "adaptive", stop_below=0.3)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import specdec
 from specdec import TokenTree
 from specdec.drafters import mixed
-from specdec.drafters.lookup import SuffixIndex
+from specdec.drafters.lookup import LookUp, SuffixIndex
 from specdec.drafters.mixed import MixedDrafter
 from specdec.engine.control import Plan, Track
 from specdec.engine.control.best import best_plan
@@ -73,7 +73,7 @@ def test_the_model_knows_what_was_decoded_without_it(
     them in the step, or, where they are many, before."""
     monkeypatch.setattr(mixed, "READS_AT_ONCE", reads_at_once)
     model = tiny("llama")
-    drafter = MixedDrafter(ModelView(model), 3, 6, 3)
+    drafter = MixedDrafter(ModelView(model), 3, LookUp(6, 3))
     decoder = Decoder(ModelView(model), drafter, CompiledSteps(False), Stats(), adapt=False)
     read: list[int] = []
     monkeypatch.setattr(drafter, "read", lambda texts, to=drafter.read: (read.extend(texts), to(texts)))
@@ -90,7 +90,7 @@ def test_the_model_knows_what_was_decoded_without_it(
 @pytest.mark.usefixtures("random_plans")
 def test_any_plans_keep_greedy_texts(tiny: Tiny) -> None:
     model = tiny("llama")
-    drafter = MixedDrafter(ModelView(_close_to(model)), 3, 6, 3)
+    drafter = MixedDrafter(ModelView(_close_to(model)), 3, LookUp(6, 3))
     decoder = Decoder(ModelView(model), drafter, CompiledSteps(False), Stats())
     decode(decoder, random_texts(40), 5, law_of(False))
     assert all(0 < decoder.stats.sources[name].accepted < decoder.stats.sources[name].verified for name in BOTH)

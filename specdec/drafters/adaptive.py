@@ -7,22 +7,26 @@ that does both: there the slots ride on the tokens that are verified (see `specd
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from specdec.config import Config
+from specdec.drafters.lookup import LookUp
 from specdec.drafters.model import ModelDrafter
 from specdec.engine.draft import Draft
 from specdec.engine.laws import SamplingLaw
 from specdec.engine.packing import Nodes
 from specdec.engine.state import BatchState
 from specdec.engine.tree import TokenTree
-from specdec.hf.adaptive import AdaptiveTokens
+from specdec.hf.adaptive import WEIGHTS, AdaptiveTokens
+from specdec.hf.names import PreTrainedModel
 from specdec.hf.view import ModelView
 from specdec.verifiers import AUTO
 from specdec.verifiers.base import Verifier
 
+NAME = "adaptive"
 DEPTH = 5
 """Tokens drafted a step, unless the user says how many, or there are fewer slots."""
 
@@ -38,6 +42,19 @@ class Adaptive:
     tokens: AdaptiveTokens
     in_one: bool = True
 
+    @classmethod
+    def named(cls, name: str, target: PreTrainedModel) -> Adaptive | None:
+        """Those of "adaptive", in the folder that the target was loaded from, or of another folder; None where that has
+        none.
+
+        Raises:
+            ValueError: the target's has none, or they are another model's.
+        """
+        folder = Path(target.config._name_or_path if name == NAME else name)
+        if name != NAME and not (folder / WEIGHTS).is_file():
+            return None
+        return cls(AdaptiveTokens.load(folder, target))
+
     def check(self, config: Config) -> None:
         """Raises: ValueError: there are fewer slots than the options ask for."""
         n_slots = self.tokens.n_slots
@@ -48,16 +65,15 @@ class Adaptive:
         if config.stop_below is not None:
             raise ValueError(f"stop_below={config.stop_below} ends a draft model's chain, and adaptive tokens draft")
 
-    def drafter(self, target: ModelView, config: Config, verifier: Verifier) -> AdaptiveDrafter:
-        """What drafts for a target."""
+    def drafter(
+        self, target: ModelView, config: Config, verifier: Verifier, look_up: LookUp | None = None
+    ) -> AdaptiveDrafter:  # fmt: skip
+        """What drafts for a target; what the text says by itself, if `look_up` finds something."""
         if target.adaptive is None:
             target.insert(self.tokens)
-        n_slots = self.tokens.n_slots
-        if config.tree is not None or not self.in_one:
-            tree = config.tree or TokenTree.chain(config.depth or min(DEPTH, n_slots + 1))
-            return AdaptiveDrafter(target, tree, verifier)
-        depth = config.depth or min(DEPTH, n_slots)
-        return AdaptiveDrafter(target, TokenTree.chain(depth), verifier, in_one=True)
+        in_one = self.in_one and config.tree is None
+        depth = config.depth or min(DEPTH, self.tokens.n_slots + (not in_one))
+        return AdaptiveDrafter(target, config.tree or TokenTree.chain(depth), verifier, in_one, look_up)
 
 
 class AdaptiveDrafter(ModelDrafter):
@@ -68,24 +84,32 @@ class AdaptiveDrafter(ModelDrafter):
             target's own next token, and those below are of slots 1, 2, ...; in one all levels are.
         verifier: as of `ModelDrafter`.
         in_one: whether slots ride with what is verified, as many behind each token as the step drafts; a chain.
+        look_up: finds what the text says by itself, which comes first: as in `MixedDrafter`.
     """
 
     shares_cache = True
+    source_names = "adaptive tokens", "n-grams"
 
     def __init__(
-        self, view: ModelView, tree: TokenTree, verifier: Verifier = AUTO, in_one: bool = False
+        self, view: ModelView, tree: TokenTree, verifier: Verifier = AUTO, in_one: bool = False,
+        look_up: LookUp | None = None,
     ) -> None:  # fmt: skip
         super().__init__(view, tree, verifier)
-        self.rides = in_one
-        self.n_riders = len(tree) * tree.depth if in_one else 0
         if tree.depth > 1 and not in_one:
             self.depths = tuple(depth for depth in self.depths if depth > 1)  # with one level, nothing is gained
         self._chain = TokenTree.chain(tree.depth - 1).tensors(view.device)
+        self.n_slots, self.look_up = tree.depth, look_up
+        if look_up is not None:
+            self.tree = TokenTree.chain(max(tree.depth, look_up.n_tokens))
+            self.depths = (*self.depths[:-1], self.tree.depth)  # the whole tree: all that the slots draft
+            self.source_levels = tree.depth, look_up.n_tokens
+        self.rides = in_one
+        self.n_riders = len(self.tree) * self.n_slots if in_one else 0
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
-        n_slots, n = self.view.cache.n_slots, len(live)
-        alive = (~state.finished).long()
-        pending = Nodes.packed(state.lengths, alive, live, 1, n_slots, *self._chain)
+        n_slots, n, depth = self.view.cache.n_slots, len(live), min(depth, self.n_slots)
+        counts = torch.where(state.finished, 0, state.unread.clamp(max=1))  # none of texts that are looked up
+        pending = Nodes.packed(state.lengths, counts, live, 1, n_slots, *self._chain)
         slot = torch.arange(depth, dtype=torch.int64, device=live.device)  # 0 is the pending token itself
         tokens = state.pending[pending.sample][:, None].expand(-1, depth).flatten()
         out = self.view.forward(tokens, pending.spread(slot, n_slots), slots=slot.repeat(n))

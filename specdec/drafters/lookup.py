@@ -115,7 +115,7 @@ class LookUp:
     """
 
     def __init__(self, n_tokens: int, max_ngram: int, remember: int = 0) -> None:
-        self._n_tokens, self._max_ngram = n_tokens, max_ngram
+        self.n_tokens, self._max_ngram = n_tokens, max_ngram
         self._indexes: WeakKeyDictionary[Text, SuffixIndex] = WeakKeyDictionary()  # nothing is left of a call
         self._earlier = EarlierTexts(max_ngram, remember) if remember else None
 
@@ -136,6 +136,6 @@ class LookUp:
             index.extend(new)
             if earlier is not None:
                 earlier.extend(text, new)
-            if tokens := index.continuation(self._n_tokens, earlier):
+            if tokens := index.continuation(self.n_tokens, earlier):
                 found[row] = tokens
         return found

@@ -10,6 +10,7 @@ from specdec.arguments import DRAFTS
 from specdec.config import Config
 from specdec.drafters.adaptive import Adaptive
 from specdec.drafters.early_exit import EarlyExit
+from specdec.drafters.lookup import LookUp
 from specdec.drafters.mixed import MixedDrafter
 from specdec.drafters.model import SUPPORT_SIZE, ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
@@ -60,12 +61,12 @@ def check_draft(draft: Any, target: PreTrainedModel, config: Config) -> None:
         TypeError: it is none of what a draft can be. ValueError: draft, target and options do not fit together.
     """
     if isinstance(draft, tuple):
-        model = _beside_ngrams(draft)
+        by_model = _beside_ngrams(draft)
         if config.tree is not None:
             raise ValueError(
                 f"tree={config.tree.parents} is what a draft model drafts alone; with n-grams it drafts a chain"
             )
-        check_draft(model, target, config)
+        check_draft(by_model, target, config)
         return
     if isinstance(draft, Adaptive):
         draft.check(config)
@@ -108,13 +109,13 @@ def _check_model(draft: ModelSource, target: PreTrainedModel, config: Config) ->
         raise ValueError(f"drafts with {rope} rope are not supported")
 
 
-def _beside_ngrams(draft: tuple[Any, ...]) -> ModelSource:
-    """The draft model of two sources.
+def _beside_ngrams(draft: tuple[Any, ...]) -> ModelSource | Adaptive:
+    """What drafts beside n-grams.
 
     Raises:
         ValueError: they are something else.
     """
-    models = [source for source in draft if isinstance(source, ModelSource)]
+    models = [source for source in draft if isinstance(source, ModelSource | Adaptive)]
     if len(draft) != 2 or len(models) != 1 or "ngram" not in [each for each in draft if isinstance(each, str)]:
         given = ", ".join(repr(each) if isinstance(each, str) else type(each).__name__ for each in draft)
         raise ValueError(f'several drafts are a model and "ngram", got [{given}]')
@@ -130,16 +131,18 @@ def make_drafter(draft: DraftSource, target: ModelView, config: Config) -> Draft
     depth = config.depth
     if draft is None:
         return NoDrafter()
-    if isinstance(draft, tuple | ModelSource):
-        view, overlap = _viewed(_beside_ngrams(draft) if isinstance(draft, tuple) else draft, target)
-        verifier = VERIFIERS[config.verifier]
-        if isinstance(draft, tuple):
-            depths = depth or MODEL_DEPTH, depth or NGRAM_DEPTH
-            return MixedDrafter(view, *depths, config.max_ngram, verifier, overlap, config.stop_below, config.remember)
+    verifier, look_up = VERIFIERS[config.verifier], None
+    if isinstance(draft, tuple):
+        draft = _beside_ngrams(draft)
+        look_up = LookUp(depth or NGRAM_DEPTH, config.max_ngram, config.remember)
+    if isinstance(draft, Adaptive):
+        return draft.drafter(target, config, verifier, look_up)
+    if isinstance(draft, ModelSource):
+        view, overlap = _viewed(draft, target)
+        if look_up is not None:
+            return MixedDrafter(view, depth or MODEL_DEPTH, look_up, verifier, overlap, config.stop_below)
         tree = config.tree or TokenTree.chain(depth or MODEL_DEPTH)
         return ModelDrafter(view, tree, verifier, overlap, stop_below=config.stop_below)
-    if isinstance(draft, Adaptive):
-        return draft.drafter(target, config, VERIFIERS[config.verifier])
     if isinstance(draft, str):
         return NgramDrafter(depth or NGRAM_DEPTH, config.max_ngram, config.remember)
     return draft

@@ -69,7 +69,7 @@ class Launcher:
             compiling = self._draft(state, law, plan, reads)
         rows.skip({row: text for row, text in live.items() if not plan.n_drafted or row in found})
         if found:
-            state.overlay(found, keeps=bool(plan.n_drafted))
+            state.overlay(found, keeps=rides or bool(plan.n_drafted))
         drafted = Mark(device)
         allowed = dict(zip(live, plan.allowed, strict=True))
         state.allow([allowed.get(row, 0) for row in range(n_batch)])
@@ -79,8 +79,9 @@ class Launcher:
         judge: Callable[..., Any] = step.look if law.by_text else step.judge
         combs: tuple[Comb, ...] = ()
         if isinstance(step, RidingStep) and rides:
-            judge, combs, tooth = step.judge_and_draft, (step.combs[plan.depth],), plan.depth + 1
-            given.append(self.count(self.bucket(len(token) * tooth, n_batch * len(step.tree) * tooth)))
+            judge, combs, most = step.judge_and_draft, (step.combs[plan.depth],), n_batch * len(step.tree)
+            n_rows = self.bucket(step.n_rows(len(token), plan.depth), step.n_rows(most, plan.depth))
+            given.append(self.count(n_rows))
         sizes = tuple(map(len, given))
         judge = self._steps.get(judge, (judge.__name__, law.key, n_batch == 1, len(token) == 1), sizes)
         report = judge(state, law, *given, *combs)

@@ -70,15 +70,19 @@ class RidingStep(TreeStep):
     """A step whose drafts ride with what is verified.
 
     Args:
-        drafter: drafts a chain, by as many slots as it has tokens (see `specdec.drafters.adaptive`).
+        drafter: drafts chains, with `n_slots` slots at most (see `specdec.drafters.adaptive`).
     """
 
     def __init__(self, target: Target, drafter: Any, verifier: Verifier) -> None:
         super().__init__(target, drafter, verifier)
         self._drafts: Callable[[Tensor, SamplingLaw, BatchState], Draft] = drafter.ride
-        n_nodes, depth = len(self.tree), self.tree.depth
-        self.combs = {d: Comb.of(n_nodes, d, depth, target.device) for d in drafter.depths}
-        self._ahead = torch.arange(1, depth + 1, dtype=torch.int64, device=target.device)
+        most, device = drafter.n_slots, target.device
+        self.combs = {depth: Comb.of(len(self.tree), min(depth, most), most, device) for depth in drafter.depths}
+        self._ahead = torch.arange(1, most + 1, dtype=torch.int64, device=device)
+
+    def n_rows(self, n_tokens: int, depth: int) -> int:
+        """Of a forward that judges so many tokens, with slots behind them for drafts of so many levels."""
+        return n_tokens * (1 + min(depth, len(self._ahead)))
 
     def judge(self, state: BatchState, law: SamplingLaw, token: Tensor) -> Tensor:
         """Without slots; so nothing is drafted for the next step."""

@@ -54,7 +54,7 @@ class Shape:
 
     def rows(self, n_tokens: int, depth: int) -> int:
         """Of a forward that judges so many tokens, in a step that drafts so many levels."""
-        return n_tokens * (1 + depth) if self.rides else n_tokens
+        return n_tokens * (1 + min(depth, self.source_levels[0])) if self.rides else n_tokens
 
     def whole_levels(self, n_nodes: int) -> int:
         """Levels that the first `n_nodes` drafted nodes fill."""
