@@ -26,6 +26,7 @@ PLAIN: dict[Objective, Callable[[float, float], float]] = {
     Objective.reverse: lambda p, q: q * (torch.tensor(q).log() - torch.tensor(p).log()).item(),
     Objective.tv: lambda p, q: 0.5 * abs(p - q),
 }
+PROXIES = {objective: objective.function for objective in Objective}
 
 
 def laws(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -112,6 +113,17 @@ def test_a_step_in_parts_has_the_same_gradient(monkeypatch: pytest.MonkeyPatch) 
             (Objective.forward.function(part.log_p.float(), log_q) / accumulate).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in draft.parameters() if p.grad is not None]))
     assert torch.allclose(*gradients, rtol=0.02, atol=0.02 * gradients[0].abs().max().item())
+
+
+def test_a_run_begins_with_the_forward_kl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "SAMPLE", 40)
+    used = []
+    monkeypatch.setattr(Objective, "function", property(lambda self: used.append(self) or PROXIES[self]))
+    for share, expected in ((0.5, ["forward", "forward", "tv", "tv"]), (0, ["tv"] * 4), (1, ["forward"] * 4)):
+        used.clear()
+        recipe = Recipe(Objective.tv, steps=4, batch=512, samples=2, forward_share=share)
+        distil.distil(tiny(0), tiny(1), text(600), text(600), recipe, tmp_path / str(share))
+        assert [objective.value for objective in used] == expected
 
 
 @pytest.mark.parametrize("first", [None, 7])

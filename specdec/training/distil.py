@@ -47,6 +47,12 @@ class Recipe:
     seed: int = 0
     forward_share: float = 0.5
 
+    @property
+    def minimised(self) -> str:
+        """In words, for a card."""
+        begins = f"{Objective.forward.formula} in the first {self.forward_share:.0%} of the steps, then "
+        return (begins if self.forward_share and self.objective != Objective.forward else "") + self.objective.formula
+
 
 def new_draft(target: PreTrainedModel, layers: int = 2) -> LlamaForCausalLM:
     """A small Llama for a target, 3/8 as wide, its embeddings begun from the target's; 1.0M parameters for the bundled.
