@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,10 +205,9 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(adaptive, "LENGTH", 40)
-    monkeypatch.setattr(adaptive, "PROMPT", 8)
-    yield
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PROMPT": 8, "LENGTH": 40, "N_TEXTS": 8, "N_GLANCE": 4}.items():
+        monkeypatch.setattr(adaptive, name, value)
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
