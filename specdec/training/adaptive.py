@@ -42,7 +42,7 @@ class Method(str, Enum):
     joint = "joint"
 
 
-PEAK = {Method.adapters: 4e-3, Method.joint: 3e-4}
+PEAK = {Method.adapters: 4e-3, Method.joint: 5e-4}
 
 
 @dataclass(frozen=True)
