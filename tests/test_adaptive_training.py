@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from specdec.hf.view import ModelView
 from specdec.training import adaptive, foresight
 from specdec.training.adaptive import Recipe, train_adaptive_tokens
 from specdec.training.slots import SlotModel
+from specdec.training.texts import sample
 
 SIZES = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {
@@ -205,10 +205,9 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(adaptive, "LENGTH", 40)
-    monkeypatch.setattr(adaptive, "PROMPT", 8)
-    yield
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PROMPT": 8, "LENGTH": 40, "N_TEXTS": 8, "N_GLANCE": 4}.items():
+        monkeypatch.setattr(adaptive, name, value)
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -355,3 +354,12 @@ def test_tokens_a_forward_are_counted_as_decoding_would() -> None:
 def test_skip_bigrams_guess_what_stood_there_most_often() -> None:
     table = foresight.skip_bigrams(torch.tensor([1, 9, 2, 9, 1, 9, 3, 9, 1, 9, 3, 9]), 10)
     assert table[[1, 2, 9]].tolist() == [3, 1, 9]
+
+
+def test_the_bundled_target_foresees_its_own_text() -> None:
+    target, _, tokenizer = zoo.load_pair()
+    slots = SlotModel.of(target, AdaptiveTokens.load(zoo.FOLDER / "target", target))
+    texts = sample(target, zoo.held_out_prompts(tokenizer, 16, 32), 128, seed=0, greedy=True)
+    found = foresight.hits(slots, texts, first=31)
+    assert foresight.tokens_a_forward(found, 5, in_one=False) >= 1.3
+    assert foresight.tokens_a_forward(found, 5, in_one=True) >= 1.55

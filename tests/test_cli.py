@@ -86,7 +86,7 @@ def test_demo_says_when_the_text_differs(monkeypatch: pytest.MonkeyPatch) -> Non
         (["demo", "--plot", "x.pdf"], "must end in .png"),
         (["demo", "--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
         (["demo", "--speed", "3"], "--speed"),
-        (["train", "--target-steps", "few"], "--target-steps"),
+        (["train", "pair", "--target-steps", "few"], "--target-steps"),
         (["shrink"], "shrink"),
     ],
 )
@@ -152,9 +152,10 @@ def test_info_of_a_model_that_is_not_there() -> None:
     assert done.exit_code == 2 and "there is no such folder" in done.output and "Traceback" not in done.output
 
 
-def test_train_shows_the_trainers_own_options() -> None:
-    done = call("train", "--help")
-    assert done.exit_code == 0 and "--target-steps" in done.output
+@pytest.mark.parametrize(("command", "option"), [("pair", "--target-steps"), ("draft", "--objective")])
+def test_train_shows_the_trainers_own_options(command: str, option: str) -> None:
+    done = call("train", command, "--help")
+    assert done.exit_code == 0 and option in done.output
 
 
 def test_importing_the_command_line_is_light() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -25,6 +26,7 @@ PLAIN: dict[Objective, Callable[[float, float], float]] = {
     Objective.reverse: lambda p, q: q * (torch.tensor(q).log() - torch.tensor(p).log()).item(),
     Objective.tv: lambda p, q: 0.5 * abs(p - q),
 }
+PROXIES = {objective: objective.function for objective in Objective}
 
 
 def laws(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -113,6 +115,17 @@ def test_a_step_in_parts_has_the_same_gradient(monkeypatch: pytest.MonkeyPatch) 
     assert torch.allclose(*gradients, rtol=0.02, atol=0.02 * gradients[0].abs().max().item())
 
 
+def test_a_run_begins_with_the_forward_kl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "SAMPLE", 40)
+    used = []
+    monkeypatch.setattr(Objective, "function", property(lambda self: used.append(self) or PROXIES[self]))
+    for share, expected in ((0.5, ["forward", "forward", "tv", "tv"]), (0, ["tv"] * 4), (1, ["forward"] * 4)):
+        used.clear()
+        recipe = Recipe(Objective.tv, steps=4, batch=512, samples=2, forward_share=share)
+        distil.distil(tiny(0), tiny(1), text(600), text(600), recipe, tmp_path / str(share))
+        assert [objective.value for objective in used] == expected
+
+
 @pytest.mark.parametrize("first", [None, 7])
 def test_rows_of_a_text_may_begin_with_a_token(first: int | None) -> None:
     rows = distil.rows_of_text(torch.arange(100, 110), 4, first)
@@ -138,3 +151,83 @@ def test_a_run_of_something_else_is_refused_before_any_work(tmp_path: Path, monk
             distil.distil(target, tiny(1), tokens, text(600), recipe, tmp_path)
     with pytest.raises(ValueError, match="the draft has 301 tokens and the target 300"):
         distil.distil(tiny(0), tiny(1, 301), text(600), text(600), recipe, tmp_path / "new")
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["train", "draft", *arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Text files: good ones, and ones that cannot be learned from."""
+    source = "".join(zoo.held_out_texts()[:2])
+    (tmp_path / "good.txt").write_text(source[:9000], encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    (tmp_path / "short.txt").write_text("x = 1\n" * 20, encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 5000)
+    return tmp_path
+
+
+def test_a_draft_is_trained_from_files(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "SAMPLE", 34)
+    out = files / "out"
+    options = ["--steps", "10", "--batch", "512", "--samples", "2", "--threads", str(torch.get_num_threads())]
+    done = call("--data", f"{files}/good.txt", "--out", str(out), "--learning-rate", "0.04", *options)
+    assert done.exit_code == 0, done.output
+    assert "held-out greedy" in done.output
+    figures = json.loads((out / "metrics.json").read_text())
+    assert figures["curve"][-1]["step"] == 10 and figures["objective"] == "tv"
+
+    target, _, _ = zoo.load_pair()
+    draft, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert draft.dtype == target.dtype and draft.num_parameters() == figures["parameters"]
+    ids = torch.tensor(tokenizer((files / "good.txt").read_text())["input_ids"] + [tokenizer.eos_token_id])
+    measured = agreement(target, draft, [ids[-512:]])
+    assert measured == pytest.approx(figures["held_out"], abs=1e-3) and measured["greedy"] > 0.02
+    card = (out / "README.md").read_text()
+    assert f"{figures['held_out']['greedy']:.1%}" in card and figures["command"] in card
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{files}/good.txt", "--data", "{files}/empty.txt"], "--data {files}/empty.txt: there is no text"),
+        (["--data", "{files}/latin.txt"], "--data {files}/latin.txt: not UTF-8 text, byte 0 is 0xe9"),
+        (["--data", "{files}/short.txt"], "--data {files}/short.txt: it takes 1024 tokens at least, there are 81"),
+        (
+            ["--data", "{files}/good.txt", "--held-out", "{files}/short.txt"],
+            "--held-out {files}/short.txt: it takes 512",
+        ),
+        (["--data", "{files}/none.txt"], "does not exist"),
+        (["--data", "{files}/good.txt", "--model", "{files}/none"], "--model {files}/none: there is no such folder"),
+        (["--data", "{files}/good.txt", "--draft", "{files}/none"], "--draft {files}/none: there is no such folder"),
+        (["--data", "{files}/good.txt", "--objective", "l2"], "--objective"),
+        (["--data", "{files}/good.txt", "--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named_before_anything_is_loaded(
+    arguments: list[str], message: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs.Sources, "load", lambda _: pytest.fail("models were loaded"))
+    done = call("--out", f"{files}/out", *(argument.format(files=files) for argument in arguments))
+    assert done.exit_code == 2, done.output
+    assert message.format(files=files) in done.output.replace("\n", "")
+    assert "Traceback" not in done.output and not (files / "out").exists()
+
+
+def test_ctrl_c_ends_as_it_does_elsewhere(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "distil", interrupt)
+    assert call("--data", f"{files}/good.txt", "--out", f"{files}/out").exit_code == 130
+
+
+def test_a_text_is_begun_as_the_tokenizer_begins_it() -> None:
+    tokenizer = zoo.load_pair()[2]
+    assert train.first_token(tokenizer) is None
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    assert train.first_token(tokenizer) == tokenizer.bos_token_id

@@ -223,12 +223,9 @@ def _train(context: typer.Context, function: Callable[..., Any]) -> None:
     trainer = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     trainer.command()(function)
     try:
-        trainer(args=context.args, prog_name=context.command_path, standalone_mode=False)
+        trainer(args=context.args, prog_name=context.command_path)
     except (OSError, ValueError) as error:
         raise _failure(error) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: the same command goes on where this one stopped")
-        raise typer.Exit(130) from None
 
 
 def _write(json_file: Path | None, result: dict[str, Any], plot_file: Path | None, plot: Callable[[str], None]) -> None:

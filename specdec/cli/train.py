@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +35,10 @@ def train_draft(
     accumulate: Annotated[int, Option(min=1, help="Parts that a step is computed in: more take less memory.")] = (
         Recipe.accumulate
     ),
+    forward_share: Annotated[
+        float,
+        Option(min=0, max=1, help="Of the steps: the first, which minimise KL(target, draft) whatever --objective."),
+    ] = Recipe.forward_share,
     samples: Annotated[int, Option(min=1, help="Texts that the target writes to learn from.")] = Recipe.samples,
     learning_rate: Annotated[float, Option(min=0, help="The highest.")] = Recipe.peak,
     device: Annotated[str | None, Option(help="Of both.  [default: cuda where there is one, else cpu]")] = None,
@@ -46,7 +49,7 @@ def train_draft(
 
     A run that was stopped goes on when it is started again with the same options. Returns what metrics.json holds.
     """
-    recipe = Recipe(objective, steps, batch, accumulate, samples, learning_rate, seed)
+    recipe = Recipe(objective, steps, batch, accumulate, samples, learning_rate, seed, forward_share)
     sources = inputs.Sources(model, draft, device=device or inputs.default_device())
     texts = {f"--data {path}": inputs.read_text("--data", path) for path in data}
     scored = {} if held_out is None else {f"--held-out {held_out}": inputs.read_text("--held-out", held_out)}
@@ -72,10 +75,11 @@ def train_draft(
         "train_tokens": len(train),
         "held_out_tokens": len(rest),
         "sample_length": SAMPLE,
-        **asdict(recipe) | {"objective": objective.value},
+        **asdict(recipe) | {"objective": objective.value, "minimised": recipe.minimised},
         **measure(pair.target, small, rest, seed, first),
         "curve": fit.curve,
-        "command": command(
+        "command": export.command(
+            "draft",
             model=model,
             data=data,
             out=out,
@@ -84,6 +88,7 @@ def train_draft(
             objective=objective.value,
             steps=steps,
             batch=batch,
+            forward_share=forward_share,
             accumulate=accumulate,
             samples=samples,
             learning_rate=learning_rate,
@@ -95,7 +100,7 @@ def train_draft(
     small.generation_config = pair.target.generation_config
     small.save_pretrained(out)
     sources.tokenizer.save_pretrained(out)
-    export.save_draft_card(out, figures, out / "work" / "draft.png")
+    export.save_card(out, export.CARD_OF_DRAFT, figures, out / "work" / "draft.png")
     return figures
 
 
@@ -128,12 +133,3 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the tokenizer puts in front of every text, if it does."""
     ids = tokenizer("a")["input_ids"]
     return ids[0] if ids[0] == tokenizer.bos_token_id else None
-
-
-def command(**options: Any) -> str:
-    """The line that does the same again."""
-    words = ["python", "-m", "specdec", "train", "draft"]
-    for name, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            words += [] if one is None else [f"--{name.replace('_', '-')}", str(one)]
-    return shlex.join(words)

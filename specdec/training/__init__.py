@@ -1,1 +1,2 @@
-"""Training of the bundled target and draft (see ``specdec.training.pair``)."""
+"""Training: of a draft for any target (``specdec.training.distil``), of adaptive tokens (``.adaptive``), and of the
+bundled pair (``.pair``)."""

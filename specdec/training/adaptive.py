@@ -42,7 +42,7 @@ class Method(str, Enum):
     joint = "joint"
 
 
-PEAK = {Method.adapters: 4e-3, Method.joint: 3e-4}
+PEAK = {Method.adapters: 4e-3, Method.joint: 5e-4}
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Recipe:
     method: Method = Method.adapters
     slots: int = 6
     rank: int = 32
-    steps: int = 1200
+    steps: int = 2000
     batch: int = 4
     accumulate: int = 1
     anchors: int = 32
-    samples: int = 1280
+    samples: int = 2560
     peak: float | None = None
     seed: int = 0
 

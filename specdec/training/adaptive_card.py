@@ -1,4 +1,4 @@
-"""The card of adaptive tokens, and their curves."""
+"""The card of adaptive tokens."""
 
 from __future__ import annotations
 

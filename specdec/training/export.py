@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import shutil
 import sysconfig
 from pathlib import Path
@@ -11,9 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specdec.training.objectives import Objective
-
-CARD = """\
+CARD_OF_PAIR = """\
 # The bundled pair
 
 A byte-level BPE tokenizer ({vocabulary} tokens), a target and a draft distilled from it: Llama models that
@@ -44,6 +43,8 @@ How well the draft foresees the target:
 
 The last column is the chance that speculative sampling at temperature 1 accepts one drafted token.
 
+![The draft's loss and figures on held-out text, by step](curve.png)
+
 ## Data
 
 The source of the standard library of Python {python}: {train_modules} modules, {train_bytes:,} bytes, {train_tokens:,}
@@ -52,8 +53,9 @@ tokens; test suites, character tables and bundled manual pages left out. {held_o
 tokenizer and the models; they are `held_out.txt`. Python's source is under the PSF License (`LICENSE-PYTHON.txt`),
 Copyright (c) 2001 Python Software Foundation; All Rights Reserved.
 
-The draft learned from the target's distribution (KL divergence), a third on that source and two thirds on {samples:,}
-texts of {sample_length} tokens that the target wrote itself, half of them sampled and half greedy.
+The draft learned the target's probabilities (DistillSpec, arXiv 2310.08461), in five steps of seven on that source, in
+two on {samples:,} texts of {sample_length} tokens that the target wrote itself, half of them sampled and half greedy.
+It minimised {minimised}: not the loss above.
 
 ## Limits
 
@@ -72,7 +74,7 @@ libraries and as many threads gives the same weights.
 """
 
 
-DRAFT_CARD = """\
+CARD_OF_DRAFT = """\
 # A draft for {target}
 
 {parameters:,} parameters, distilled with specdec (DistillSpec, arXiv 2310.08461). It makes `generate()` of its target
@@ -141,15 +143,18 @@ def save_texts(folder: Path, tokenizer: PreTrainedTokenizerFast, held_out: dict[
         shutil.copy(licence, folder / "LICENSE-PYTHON.txt")
 
 
-def save_card(folder: Path, figures: dict[str, Any]) -> None:
-    """Write ``metrics.json`` and, from the same figures, the model card ``README.md``."""
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (folder / "README.md").write_text(CARD.format(**figures), encoding="utf-8")
+def command(name: str, **options: Any) -> str:
+    """The line that does the same again; lists are given one by one, None and False not at all."""
+    words = ["python", "-m", "specdec", "train", name]
+    for option, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one is not False:
+                words += [f"--{option.replace('_', '-')}"] + ([] if one is True else [str(one)])
+    return shlex.join(words)
 
 
-def save_draft_card(folder: Path, figures: dict[str, Any], curve: Path) -> None:
-    """The same for a draft alone, with the picture of its training."""
+def save_card(folder: Path, card: str, figures: dict[str, Any], curve: Path) -> None:
+    """Write ``metrics.json``, from the same figures the model card ``README.md``, and the picture of the training."""
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    minimised = Objective(figures["objective"]).formula
-    (folder / "README.md").write_text(DRAFT_CARD.format(**figures, minimised=minimised), encoding="utf-8")
+    (folder / "README.md").write_text(card.format(**figures), encoding="utf-8")
     shutil.copy(curve, folder / "curve.png")

@@ -171,6 +171,7 @@ def fit(
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
                 save(state | {"step": step + 1, "seconds": spent + time.monotonic() - began}, checkpoint)
             if interrupted():
+                console.print(f"{label}: stopped after step {step + 1} of {steps}, where it goes on when started again")
                 raise KeyboardInterrupt
     return Fit(spent + time.monotonic() - began, curve)
 

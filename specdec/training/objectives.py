@@ -41,5 +41,5 @@ class Objective(str, Enum):
 
     @property
     def formula(self) -> str:
-        """Of p, the target's law, and q, the draft's."""
+        """For a card: p are the target's probabilities, q the draft's."""
         return {"forward": "KL(p, q)", "reverse": "KL(q, p)", "tv": "total variation, 1/2 sum |p - q|"}[self.value]

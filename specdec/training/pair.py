@@ -124,7 +124,7 @@ def train_pair(
         "held_out_modules": len(corpus.held_out),
         "held_out_bytes": sum(len(text.encode()) for text in corpus.held_out.values()),
         "held_out_tokens": len(held_out),
-        "objective": objective.value,
+        "minimised": recipe.minimised,
         "samples": samples,
         "sample_length": SAMPLE,
         "target": target_figures,
@@ -132,12 +132,21 @@ def train_pair(
         **measure(target, draft, held_out, seed),
         "glance": {"tokens": GLANCE, "window": WINDOW, "loss": mean_loss(target, glance)}
         | agreement(target, draft, glance),
-        "command": (
-            f"python -m specdec train pair --out {out} {'--keep-target' if keep_target else '--no-keep-target'} "
-            f"--target-steps {target_steps} --draft-steps {draft_steps} --objective {objective.value} "
-            f"--samples {samples} --scale {scale} --draft-layers {draft_layers} --device {device} --threads {threads} "
-            f"--seed {seed}"
+        "command": export.command(
+            "pair",
+            out=out,
+            keep_target=keep_target,
+            target_steps=None if keep_target else target_steps,
+            draft_steps=draft_steps,
+            objective=objective.value,
+            samples=samples,
+            scale=scale,
+            draft_layers=draft_layers,
+            device=device,
+            threads=threads,
+            seed=seed,
+            source=source,
         ),
     }
-    export.save_card(out, figures)
+    export.save_card(out, export.CARD_OF_PAIR, figures, work / "draft.png")
     return figures
