@@ -17,6 +17,7 @@ OUTSIDE = (
     "CHANGELOG.md",
     "constraints.txt",
     "specdec/zoo/README.md",
+    "specdec/zoo/curve.png",
     "examples/*.py",
     "bench/results/**/*.md",
     "bench/results/**/*.png",

@@ -26,7 +26,7 @@ PLAIN: dict[Objective, Callable[[float, float], float]] = {
     Objective.reverse: lambda p, q: q * (torch.tensor(q).log() - torch.tensor(p).log()).item(),
     Objective.tv: lambda p, q: 0.5 * abs(p - q),
 }
-PROXIES = {objective: objective.function for objective in Objective}
+FUNCTIONS = {objective: objective.function for objective in Objective}
 
 
 def laws(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_a_step_in_parts_has_the_same_gradient(monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_begins_with_the_forward_kl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distil, "SAMPLE", 40)
     used = []
-    monkeypatch.setattr(Objective, "function", property(lambda self: used.append(self) or PROXIES[self]))
+    monkeypatch.setattr(Objective, "function", property(lambda self: used.append(self) or FUNCTIONS[self]))
     for share, expected in ((0.5, ["forward", "forward", "tv", "tv"]), (0, ["tv"] * 4), (1, ["forward"] * 4)):
         used.clear()
         recipe = Recipe(Objective.tv, steps=4, batch=512, samples=2, forward_share=share)
@@ -187,6 +187,13 @@ def test_a_draft_is_trained_from_files(files: Path, monkeypatch: pytest.MonkeyPa
     card = (out / "README.md").read_text()
     assert f"{figures['held_out']['greedy']:.1%}" in card and figures["command"] in card
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    more = files / "more"
+    options[1] = "1"
+    done = call("--data", f"{files}/good.txt", "--out", str(more), "--draft", str(out), *options)
+    assert done.exit_code == 0, done.output
+    trained = AutoModelForCausalLM.from_pretrained(more).lm_head.weight
+    assert 0 < (trained - draft.lm_head.weight).abs().max() < 1e-3  # a first step of the warm-up
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ small says nothing about the speed of real models: `specdec.zoo.enlarge` gives t
 ```
 
 The figures above are in `metrics.json`, written by the same run. The same command with the same Python, the same
-libraries and as many threads gives the same weights.
+libraries and as many threads gives the same weights. Without `--keep-target` it trains tokenizer and target, too.
 """
 
 
