@@ -10,7 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec import zoo
+from specdec.hf.adaptive import AdaptiveTokens
 from specdec.training.evaluate import agreement, mean_loss
+from specdec.training.slots import SlotModel
 
 Pair = tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]
 
@@ -168,3 +170,17 @@ def test_sizes_hold_what_their_names_say(name: str, number: float) -> None:
 def test_a_shape_that_is_too_small_is_refused(pair: Pair, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         zoo.enlarge(pair[0], **shape_of(pair[0], **changes))
+
+
+@torch.no_grad()
+def test_enlarged_adaptive_tokens_say_the_same(pair: Pair) -> None:
+    target, _, tokenizer = pair
+    tokens = AdaptiveTokens.load(zoo.FOLDER / "target", target)
+    big = zoo.enlarge(target, **zoo.SIZES["25m"])
+    ids, anchors = zoo.held_out_prompts(tokenizer, 2, 40), torch.tensor([12, 30])
+    small = SlotModel.of(target, tokens).forward(ids, anchors)
+    large = SlotModel.of(big, zoo.enlarge_adaptive(tokens, target, big)).forward(ids, anchors)
+    for ours, theirs in zip(large, small, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="a vocabulary of 4096, and the big model's is 5000"):
+        zoo.enlarge_adaptive(tokens, target, zoo.enlarge(target, **shape_of(target, hidden_size=320, vocab_size=5000)))

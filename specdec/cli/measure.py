@@ -28,6 +28,7 @@ from transformers.utils import logging
 import specdec
 from specdec import zoo
 from specdec.engine.stats import Stats
+from specdec.hf.adaptive import AdaptiveTokens, Base
 
 LOOKUP_TOKENS = 8
 """Tokens that transformers' prompt lookup proposes a step: as many as specdec's n-gram drafter."""
@@ -77,6 +78,19 @@ def load_pair(
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
             parameter.data = parameter.data.to(dtype)
     return target, draft, tokenizer
+
+
+def load_adaptive(target: PreTrainedModel) -> AdaptiveTokens:
+    """The bundled target's adaptive tokens, for it or for a target of `load_pair`.
+
+    Raises:
+        ValueError: that has another vocabulary.
+    """
+    bundled, *_ = zoo.load_pair()
+    tokens = AdaptiveTokens.load(zoo.FOLDER / "target", bundled)
+    if Base.of(target).shape == Base.of(bundled).shape:
+        return tokens.to(target.device, target.dtype)
+    return zoo.enlarge_adaptive(tokens, bundled, target)
 
 
 def all_paths(

@@ -27,8 +27,8 @@ from specdec.verifiers import AUTO
 from specdec.verifiers.base import Verifier
 
 NAME = "adaptive"
-DEPTH = 5
-"""Tokens drafted a step, unless the user says how many, or there are fewer slots."""
+DEPTH = {"cuda": 5, "cpu": 1}
+"""Slots behind each token, unless the user says how many, or there are fewer: rows cost on a CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Adaptive:
         if target.adaptive is None:
             target.insert(self.tokens)
         in_one = self.in_one and config.tree is None
-        depth = config.depth or min(DEPTH, self.tokens.n_slots + (not in_one))
+        depth = config.depth or min(DEPTH.get(target.device.type, 1), self.tokens.n_slots) + (not in_one)
         return AdaptiveDrafter(target, config.tree or TokenTree.chain(depth), verifier, in_one, look_up)
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specdec.zoo.enlarge import SIZES, enlarge, pad_vocabulary
+from specdec.zoo.enlarge import SIZES, enlarge, enlarge_adaptive, pad_vocabulary
 
-__all__ = ["SIZES", "enlarge", "held_out_prompts", "held_out_texts", "load_pair", "metrics", "pad_vocabulary"]
+__all__ = [
+    "SIZES", "enlarge", "enlarge_adaptive", "held_out_prompts", "held_out_texts", "load_pair", "metrics",
+    "pad_vocabulary",
+]  # fmt: skip
 
 FOLDER = Path(__file__).parent
 SEPARATOR = "<|endoftext|>\n"

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdec.hf.adaptive import AdaptiveTokens, linear_layers
+
 
 def _shape(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> dict[str, int]:
     return {
@@ -108,6 +110,39 @@ def enlarge(
         big.model.rotary_emb = type(big.model.rotary_emb)(config=new)
     big.generation_config = copy.deepcopy(model.generation_config)
     return big.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def enlarge_adaptive(tokens: AdaptiveTokens, model: LlamaForCausalLM, big: LlamaForCausalLM) -> AdaptiveTokens:
+    """The model's adaptive tokens for what `enlarge` made of it: their slots say the same, up to rounding.
+
+    Layers that the model does not have get matrices, too, which add nothing.
+
+    Raises:
+        ValueError: the big model has another vocabulary, or the tokens no matrices.
+    """
+    old, new = model.config, big.config
+    if new.vocab_size != old.vocab_size:
+        raise ValueError(
+            f"adaptive tokens for a vocabulary of {old.vocab_size}, and the big model's is {new.vocab_size}"
+        )
+    if not tokens.paths:
+        raise ValueError("a model that was fine-tuned with its adaptive tokens cannot be enlarged without them")
+    small = {path: dict(each.named_parameters()) for path, each in zip(tokens.paths, tokens.adapters, strict=True)}
+    rank, adapters = len(next(iter(small.values()))["down"]), {}
+    for path, (n_in, n_out) in linear_layers(big).items():
+        down, up = (torch.zeros(shape, device=big.device) for shape in ((rank, n_in), (n_out, rank)))
+        if path in small:
+            # Each is a projection of which one side is the other's rank.
+            for tensor, own in (down, small[path]["down"]), (up, small[path]["up"]):
+                if "mlp" not in path and (tensor is down) == ("o_proj" in path):  # the side of the heads
+                    _embed_attention(tensor, path, own, old, new)
+                else:
+                    tensor[: own.shape[0], : own.shape[1]] = own
+        adapters[path] = down, up
+    vectors = torch.zeros(tokens.n_slots, new.hidden_size, device=big.device)
+    vectors[:, : old.hidden_size] = tokens.vectors
+    return AdaptiveTokens(vectors, adapters).to(big.device, big.dtype).requires_grad_(False)
 
 
 def pad_vocabulary(
