@@ -377,6 +377,18 @@ def test_generate_with_a_static_cache_takes_it_by_name(
     assert f"attention_over_a_padded_cache: {model.config.num_hidden_layers} replaced" in caplog.text
 
 
+def test_a_linear_layer_that_reads_another() -> None:
+    """As a weight in two factors does, with and without a bias between."""
+    torch.manual_seed(0)
+    for bias in (False, True):
+        two = torch.nn.Sequential(torch.nn.Linear(512, 512, bias), torch.nn.Linear(512, 512, bias)).requires_grad_(
+            False
+        )
+        x = torch.randn(3, 512)
+        torch.testing.assert_close(torch.compile(two, backend="specdec", fullgraph=True)(x), two(x))
+        torch._dynamo.reset()
+
+
 def test_the_name_is_found_without_importing_specdec() -> None:
     code = """
 import sys, torch
