@@ -92,6 +92,7 @@ def linear_of_few_rows(graph: fx.Graph) -> int:
             new = graph.call_function(torch.ops.specdec.skinny_linear.default, (x, weight))
             if bias is not None:
                 new = graph.call_function(operator.add, (new, bias))
+        new.meta["example_value"] = _value(node)  # the next linear layer may read it
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         n_replaced += 1
