@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import specdec
 from specdec.hf import names
+from specdec.hf.adaptive import AdaptiveTokens
 
 Tiny = Callable[..., PreTrainedModel]
 Prompts = Callable[..., dict[str, Tensor]]
@@ -33,3 +34,11 @@ def same(wrapped: PreTrainedModel, model: PreTrainedModel, **arguments: Any) -> 
         out = wrapped.generate(**arguments)
     assert torch.equal(out, expected)
     return out
+
+
+def tokens_of(model: PreTrainedModel, n_slots: int = 4, std: float = 0.3) -> AdaptiveTokens:
+    """Adaptive tokens that say something of their own."""
+    tokens = AdaptiveTokens.new(model, n_slots, rank=4)
+    for weight in tokens.parameters():
+        nn.init.normal_(weight, std=std, generator=torch.Generator().manual_seed(weight.numel()))
+    return tokens

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from side_by_side import RAGGED, Prompts, Tiny, same, wrap
+from side_by_side import RAGGED, Prompts, Tiny, same, tokens_of, wrap
 from test_control_decoding import random_plans  # noqa: F401
 from test_joining import EOS, decode, law_of, random_texts
 from test_verifiers import SEEDS, VOCAB, check_law
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
@@ -25,7 +25,6 @@ from specdec.engine.loop import Decoder
 from specdec.engine.state import BatchState
 from specdec.engine.stats import Stats
 from specdec.graphs.compiled import CompiledSteps
-from specdec.hf.adaptive import AdaptiveTokens
 from specdec.hf.view import ModelView
 from specdec.kernels.sampling import draw_children as kernel
 from specdec.training.slots import SlotModel
@@ -33,14 +32,6 @@ from specdec.verifiers import VERIFIERS
 
 TREE = TokenTree.from_widths(3, 2, 1)
 KINDS = "one forward", "two forwards", "tree"
-
-
-def tokens_of(model: PreTrainedModel, n_slots: int = 4, std: float = 0.3) -> AdaptiveTokens:
-    """Adaptive tokens that say something of their own."""
-    tokens = AdaptiveTokens.new(model, n_slots, rank=4)
-    for weight in tokens.parameters():
-        nn.init.normal_(weight, std=std, generator=torch.Generator().manual_seed(weight.numel()))
-    return tokens
 
 
 def wrapped_as(kind: str, model: PreTrainedModel, **options: Any) -> PreTrainedModel:

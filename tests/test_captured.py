@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from side_by_side import tokens_of
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
 
+from specdec.config import Config
+from specdec.drafters import adaptive
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
@@ -32,6 +35,7 @@ from specdec.graphs.captured import CapturedSteps, Recording, Upload
 from specdec.graphs.compiled import CompiledSteps
 from specdec.hf.laws import law_of
 from specdec.hf.view import RECORDED, ModelView
+from specdec.verifiers import AUTO
 
 NO_EOS = torch.empty(0, dtype=torch.int64)
 Tiny = Callable[..., PreTrainedModel]
@@ -66,13 +70,17 @@ class Rerun(Recording):
 @pytest.fixture
 def decoders(tiny: Tiny) -> Callable[..., tuple[Decoder, Decoder]]:
     def make(kind: str, adapt: bool | None = False) -> tuple[Decoder, Decoder]:
-        def drafter() -> Drafter:
+        def drafter(view: ModelView) -> Drafter:
             tree = TokenTree.from_widths(2, 1)
+            if kind == "adaptive":
+                return adaptive.Adaptive(tokens_of(target)).drafter(view, Config(depth=3), AUTO)
             return ModelDrafter(ModelView(tiny("llama", seed=1)), tree) if kind == "model" else NgramDrafter(3)
 
         target = tiny("llama")
         steps = CapturedSteps(CompiledSteps(False), Rerun), CompiledSteps(False)
-        recorded, plain = (Decoder(ModelView(target), drafter(), s, Stats(), adapt=adapt) for s in steps)
+        recorded, plain = (
+            Decoder(view, drafter(view), s, Stats(), adapt=adapt) for s in steps for view in [ModelView(target)]
+        )
         return recorded, plain
 
     return make
@@ -94,7 +102,7 @@ def _texts(decoder: Decoder, lengths: list[int], law: SamplingLaw, new: int, eos
 
 
 @pytest.mark.parametrize("adapt", [False, None])
-@pytest.mark.parametrize("kind", ["model", "ngram"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "adaptive"])
 def test_recorded_steps_write_the_same_texts(
     kind: str, adapt: bool | None, decoders: Callable[..., tuple[Decoder, Decoder]]
 ) -> None:
