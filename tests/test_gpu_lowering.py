@@ -12,17 +12,22 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from specdec.config import Config
+from specdec.drafters.adaptive import Adaptive
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine.loop import Decoder
+from specdec.engine.ride import RidingStep
 from specdec.engine.roles import Drafter
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
 from specdec.graphs import compiled
 from specdec.graphs.compiled import CompiledSteps
+from specdec.hf.adaptive import AdaptiveTokens, linear_layers
 from specdec.hf.laws import law_of
 from specdec.hf.view import ModelView
+from specdec.verifiers import AUTO
 
 WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)]
 TORCH = ".".join(torch.__version__.split(".")[:2])
@@ -59,6 +64,8 @@ LAUNCHES: dict[str, dict[Case, tuple[int, int]]] = {
         ("judge", "none", "sampled", 8): (10, 20),
         ("write", "none", "greedy", 1): (10, 7),
         ("write", "none", "greedy", 8): (10, 7),
+        ("ride", "adaptive", "greedy", 1): (18, 34),
+        ("ride", "adaptive", "sampled", 8): (18, 53),
     },
     "2.13": {
         ("judge", "chain", "greedy", 1): (10, 18),
@@ -89,6 +96,8 @@ LAUNCHES: dict[str, dict[Case, tuple[int, int]]] = {
         ("judge", "none", "sampled", 8): (10, 19),
         ("write", "none", "greedy", 1): (10, 6),
         ("write", "none", "greedy", 8): (10, 6),
+        ("ride", "adaptive", "greedy", 1): (18, 35),
+        ("ride", "adaptive", "sampled", 8): (18, 53),
     },
 }
 """What a step launches in each layer and outside of layers: kernels, matrix products and operators of this library. By
@@ -129,7 +138,17 @@ def models() -> Iterator[dict[str, LlamaForCausalLM]]:
         }
 
 
-def _drafter(kind: str, model: LlamaForCausalLM) -> Drafter:
+def _drafter(kind: str, model: LlamaForCausalLM, target: ModelView) -> Drafter:
+    if kind == "adaptive":
+        with torch.device(no_device.DEVICE):
+            vectors = torch.zeros(5, 4096, dtype=torch.bfloat16)
+            adapters = {
+                path: (torch.zeros(32, n_in, dtype=torch.bfloat16), torch.zeros(n_out, 32, dtype=torch.bfloat16))
+                for path, (n_in, n_out) in linear_layers(target.module).items()
+            }
+        target.adaptive = AdaptiveTokens(vectors, adapters)  # as they are: nothing can be copied here
+        target.adaptive.insert(target.module)
+        return Adaptive(target.adaptive).drafter(target, Config(), AUTO)
     if kind == "none":
         return NoDrafter()
     if kind == "ngram":
@@ -140,7 +159,8 @@ def _drafter(kind: str, model: LlamaForCausalLM) -> Drafter:
 def _generate(case: Case, models: Models) -> no_device.Code:
     """What is generated for a step."""
     step, kind, how, n_batch = case
-    decoder = Decoder(ModelView(models["target"]), _drafter(kind, models["draft"]), CompiledSteps(True), Stats())
+    target = ModelView(models["target"])
+    decoder = Decoder(target, _drafter(kind, models["draft"], target), CompiledSteps(True), Stats())
     warpers = LogitsProcessorList(WARPERS if how == "sampled" else [])
     law = law_of(warpers, how == "sampled", no_device.DEVICE)
     state = decoder.buffers.open(n_batch, 1024, 64, torch.tensor([1]))
@@ -153,6 +173,10 @@ def _generate(case: Case, models: Models) -> no_device.Code:
         draft = decoder.steps.get(decoder.step.draft, step, n_batch)
         return no_device.generate(draft, state, law, decoder.launcher.count(n_batch), decoder.tree.depth)
     token = decoder.launcher.count(n_batch * len(decoder.tree))
+    if isinstance(decoder.step, RidingStep):
+        ride, comb = decoder.steps.get(decoder.step.judge_and_draft, step, n_batch), decoder.step.combs[5]
+        row = decoder.launcher.count(decoder.step.n_rows(len(token), 5))
+        return no_device.generate(ride, state, law, token, row, comb)
     return no_device.generate(decoder.steps.get(decoder.step.judge, step, len(token)), state, law, token)
 
 
