@@ -22,7 +22,7 @@ from specdec import TokenTree
 from specdec.drafters import mixed
 from specdec.drafters.lookup import LookUp, SuffixIndex
 from specdec.drafters.mixed import MixedDrafter
-from specdec.engine.control import Plan, Track
+from specdec.engine.control import Adaptive, Plan, Track
 from specdec.engine.control.best import best_plan
 from specdec.engine.control.estimate import Estimate
 from specdec.engine.control.plan import Shape
@@ -233,6 +233,22 @@ def test_the_models_depth_stays_where_it_is_not_asked() -> None:
     shape, estimate = _estimate(draft_seconds=0.01, row_seconds=100.0)  # not even these pay
     plan = best_plan([Track(source=1)], shape, estimate, shape.depths, 3)
     assert (plan.depth, plan.allowed, plan.n_tokens) == (3, (0,), 1)
+
+
+def test_slots_ride_where_the_text_says_nothing() -> None:
+    """Rows for them cost time; what the text says needs none, and the depth stays for the steps after."""
+    policy = Adaptive(Shape(TokenTree.chain(8), (1, 2, 8), (2, 8), rides=True))
+    for n_rows, seconds in ((1, 1.0), (4, 1.1), (9, 1.2), (27, 3.0)):
+        policy.estimate.costs.forwards.setdefault(1, _curve()).learn(n_rows, seconds)
+    policy._explorer._calibrations[1] = []
+    found, not_found = Track(source=1), Track(source=0)
+    assert policy.plan([not_found]).depth == 2
+    changes = policy.changes
+    for _ in range(3):
+        plan = policy.plan([found])
+        assert (plan.depth, plan.allowed) == (0, (8,))
+        assert policy.plan([not_found]).depth == 2
+    assert policy.changes == changes
 
 
 def test_a_plan_asks_for_no_more_than_there_is() -> None:

@@ -48,7 +48,7 @@ def best_plan(
     has_draft = [track.source != 0 for track in samples]  # which takes no drafting
     n_drafted = n - sum(has_draft)
     rates, plans = {0: KEEP * n / estimate.costs.forward(n, n, depth=0)}, {0: shape.uniform(n, 0)}
-    for depth in (0, *depths) if n_drafted else (last_depth,):
+    for depth in (0, *depths) if n_drafted else (0 if shape.rides else last_depth,):
         able = [offer for offer in offers if offer.level <= depth or has_draft[offer.sample]]
         if not able:
             continue
@@ -60,6 +60,8 @@ def best_plan(
         rate, plan = _cut(able, n, depth, drafting, estimate)
         if rate > rates.get(depth, 0.0):
             rates[depth], plans[depth] = rate, plan
+    if not n_drafted and shape.rides:  # rows for drafts that are not needed cost time
+        return plans[0]
     if not n_drafted:  # the drafter's depth is no matter, and stays
         return plans[last_depth] if rates[last_depth] >= rates[0] else replace(plans[0], depth=last_depth)
     depth = max(rates, key=lambda depth: rates[depth])

@@ -14,7 +14,7 @@ Letters: n unfinished samples, d levels, T tokens of the target's forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import is_not
 from typing import Any, Protocol
 
@@ -185,11 +185,12 @@ class Adaptive(Policy):
         sources, before = tuple(track.source for track in samples), self._best.depth
         if sources not in self._plans:
             self._plans[sources] = best_plan(samples, self.shape, self.estimate, self.ready, before)
-            if before != self._plans[sources].depth:
+            if before != self._plans[sources].depth and not all(sources):
                 self.changes += 1
                 self._explorer.restart()
-        self._best = self._plans[sources]
-        return self._best
+        plan = self._plans[sources]
+        self._best = replace(plan, depth=before) if all(sources) else plan  # where the drafter is asked
+        return plan
 
     def calibrates(self, n: int) -> bool:
         return bool(self._explorer.calibration(n))
