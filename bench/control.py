@@ -36,7 +36,7 @@ from specdec.cli import measure
 
 DRAFTS = ("useless", "noisy", "bundled", "perfect", "ngram")
 MODEL_DEPTHS, NGRAM_DEPTHS = (1, 2, 3, 5), (2, 4, 8)
-NOISE = 0.4
+NOISE = 0.33
 """Of the noisy draft: standard deviation of what is added to a weight matrix, in the matrix's own."""
 
 

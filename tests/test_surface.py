@@ -45,7 +45,11 @@ def test_the_command_line_says_its_version() -> None:
         ({"xyz": 3}, TypeError, r"no option 'xyz'; it has draft, "),
         ({"depth": "3"}, TypeError, r"depth must be a whole number, got '3' \(str\)"),
         ({"progress": 1}, TypeError, "progress must be True or False, got 1"),
-        ({"draft": "n-gram"}, ValueError, "draft must be \"ngram\", a folder or hub id, a model, .*got 'n-gram'"),
+        (
+            {"draft": "n-gram"},
+            ValueError,
+            'draft must be "ngram", "adaptive", .*, a folder or hub id, a model, .*got \'n-gram\'',
+        ),
         ({"draft": "./nowhere"}, ValueError, "'./nowhere' is no folder"),
         ({"draft": "no/such-model"}, ValueError, "'no/such-model' cannot be loaded: "),
     ],

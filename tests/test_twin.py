@@ -486,11 +486,11 @@ def test_a_draft_whose_preparation_breaks(fresh: Tiny, prompts: Prompts, monkeyp
 
         return view
 
-    monkeypatch.setattr("specdec.drafters.model.ModelView", breaks(RuntimeError("no draft today")))
+    monkeypatch.setattr("specdec.drafters.registry.ModelView", breaks(RuntimeError("no draft today")))
     with pytest.warns(UserWarning, match="without the draft: RuntimeError: no draft today"):
         assert torch.equal(wrapped.generate(**inputs), expected)
     assert dict(wrapped.specdec.stats.dropped_drafts) == {"RuntimeError": 1}
-    monkeypatch.setattr("specdec.drafters.model.ModelView", breaks(torch.OutOfMemoryError()))
+    monkeypatch.setattr("specdec.drafters.registry.ModelView", breaks(torch.OutOfMemoryError()))
     with pytest.warns(UserWarning, match="transformers' own loop: out of memory"):
         assert torch.equal(wrapped.generate(**inputs), expected)
 
