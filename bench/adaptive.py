@@ -108,7 +108,7 @@ def lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         in_two, fixed = row["way"].startswith("two"), row["way"].startswith(("one", "two"))
         per_forward = row["tokens_per_step"] / (1 + in_two)
         # What was accepted of what was judged, where everything before it was.
-        shares = [b / a if a else 0.0 for a, b in pairwise([1.0, *row["acceptance_by_position"]])]
+        shares = [min(b / a, 1.0) if a else 0.0 for a, b in pairwise([1.0, *row["acceptance_by_position"]])]
         made.append((
             row["label"], f"{row['tokens_per_second']:.1f}", f"{row['tokens_per_second'] / plain:.2f}×",
             f"{row['tokens_per_step']:.2f}", f"{per_forward:.2f}" if fixed or row["way"] == "adaptive tokens" else "",
