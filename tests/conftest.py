@@ -23,6 +23,15 @@ pytest.register_assert_rewrite("aot", "side_by_side", "trees")  # their asserts 
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that leaves more makes all after it wait for threads that have no core."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"the test has left {left} threads"
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., PreTrainedModel]:
     """`tiny("llama", seed=1, hidden_size=16)`: a random model, the same object every time. Tests must not change it."""
