@@ -131,7 +131,9 @@ def enlarge_adaptive(tokens: AdaptiveTokens, model: LlamaForCausalLM, big: Llama
     small = {path: dict(each.named_parameters()) for path, each in zip(tokens.paths, tokens.adapters, strict=True)}
     rank, adapters = len(next(iter(small.values()))["down"]), {}
     for path, (n_in, n_out) in linear_layers(big).items():
-        down, up = (torch.zeros(shape, device=big.device) for shape in ((rank, n_in), (n_out, rank)))
+        down, up = (
+            torch.zeros(shape, dtype=torch.float32, device=big.device) for shape in ((rank, n_in), (n_out, rank))
+        )
         if path in small:
             # Each is a projection of which one side is the other's rank.
             for tensor, own in (down, small[path]["down"]), (up, small[path]["up"]):
@@ -140,7 +142,7 @@ def enlarge_adaptive(tokens: AdaptiveTokens, model: LlamaForCausalLM, big: Llama
                 else:
                     tensor[: own.shape[0], : own.shape[1]] = own
         adapters[path] = down, up
-    vectors = torch.zeros(tokens.n_slots, new.hidden_size, device=big.device)
+    vectors = torch.zeros(tokens.n_slots, new.hidden_size, dtype=torch.float32, device=big.device)
     vectors[:, : old.hidden_size] = tokens.vectors
     return AdaptiveTokens(vectors, adapters).to(big.device, big.dtype).requires_grad_(False)
 
