@@ -101,7 +101,7 @@ def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer
         given = (target, models[0], tokenizer, draft_tokenizer) if len(models) == 1 else None
         return tuple(_source(*given) if given and each is models[0] else each for each in draft)
     draft = unwrapped(draft)
-    if isinstance(draft, str) and draft.startswith(EARLY_EXIT):
+    if isinstance(draft, str) and draft.partition(":")[0] == EARLY_EXIT:
         draft = EarlyExit.named(draft)
     if isinstance(draft, str) and draft != "ngram":
         draft = Adaptive.named(draft, target) or draft

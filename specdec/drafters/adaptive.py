@@ -87,14 +87,13 @@ class AdaptiveDrafter(ModelDrafter):
         look_up: finds what the text says by itself, which comes first: as in `MixedDrafter`.
     """
 
-    shares_cache = True
     source_names = "adaptive tokens", "n-grams"
 
     def __init__(
         self, view: ModelView, tree: TokenTree, verifier: Verifier = AUTO, in_one: bool = False,
         look_up: LookUp | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(view, tree, verifier)
+        super().__init__(view, tree, verifier, shares_cache=True)
         if tree.depth > 1 and not in_one:
             self.depths = tuple(depth for depth in self.depths if depth > 1)  # with one level, nothing is gained
         self._chain = TokenTree.chain(tree.depth - 1).tensors(view.device)

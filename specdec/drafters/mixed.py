@@ -22,17 +22,17 @@ class MixedDrafter(ModelDrafter):
     depend on its neighbours.
 
     Args:
-        view, verifier, overlap, stop_below: as of `ModelDrafter`. depth: tokens that the model drafts. look_up: finds
-            those that the text says.
+        view, verifier, overlap, stop_below, shares_cache: as of `ModelDrafter`. depth: tokens that the model drafts.
+        look_up: finds those that the text says.
     """
 
     source_names = "draft model", "n-grams"
 
     def __init__(
         self, view: ModelView, depth: int, look_up: LookUp, verifier: Verifier = AUTO, overlap: Overlap | None = None,
-        stop_below: float | None = None,
+        stop_below: float | None = None, shares_cache: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(view, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE, stop_below)
+        super().__init__(view, TokenTree.chain(depth), verifier, overlap, READS_AT_ONCE, stop_below, shares_cache)
         self.tree = TokenTree.chain(max(depth, look_up.n_tokens))
         self.depths = (*self.depths[:-1], self.tree.depth)  # the whole tree: all that the model drafts
         self.source_levels, self.look_up = (depth, look_up.n_tokens), look_up

@@ -59,6 +59,8 @@ class ModelDrafter:
         overlap: what its vocabulary and the target's share; None where they are the same.
         stop_below: a sample's chain ends after the first token less probable than this, None: never. That token stays:
             whether it is verified must not depend on what it is.
+        shares_cache: whether it is part of the target, over the target's cache, which has all texts, and what is
+            accepted of drafts.
 
     Its cache trails the target's: after a fully accepted draft the entry before the pending token's is missing,
     otherwise writing it again changes nothing; and of steps for which it did not draft, all are. So each step first
@@ -66,12 +68,9 @@ class ModelDrafter:
     Leaves are never run.
     """
 
-    shares_cache = False
-    """Whether its cache is the target's, which has all texts, and what is accepted of drafts."""
-
     def __init__(
         self, view: ModelView, tree: TokenTree, verifier: Verifier = AUTO, overlap: Overlap | None = None,
-        reads_at_once: int = READ, stop_below: float | None = None,
+        reads_at_once: int = READ, stop_below: float | None = None, shares_cache: bool = False,
     ) -> None:  # fmt: skip
         if tree.depth < 1:
             raise ValueError("the tree of a draft model needs a level of drafts at least")
@@ -80,7 +79,7 @@ class ModelDrafter:
         self.view, self.tree, self.verifier = view, tree, verifier
         device, config = view.device, view.source.config.get_text_config()
         self._bits, self._depths = tree.tensors(device)
-        self.shares_cache = self.shares_cache or view.shares_cache
+        self.shares_cache = shares_cache
         self.reads_at_once = 1 if self.shares_cache else reads_at_once  # what is there is not written again
         self._text = TokenTree.chain(self.reads_at_once - 1).tensors(device)
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
@@ -94,7 +93,7 @@ class ModelDrafter:
 
     @property
     def is_current(self) -> bool:
-        return self.view.is_current
+        return self.shares_cache or self.view.is_current  # the target is looked at anyway
 
     @property
     def generation(self) -> int:

@@ -139,10 +139,10 @@ def make_drafter(draft: DraftSource, target: ModelView, config: Config) -> Draft
         return draft.drafter(target, config, verifier, look_up)
     if isinstance(draft, ModelSource):
         view, overlap = _viewed(draft, target)
+        options: dict[str, Any] = {"stop_below": config.stop_below, "shares_cache": view.cache is target.cache}
         if look_up is not None:
-            return MixedDrafter(view, depth or MODEL_DEPTH, look_up, verifier, overlap, config.stop_below)
-        tree = config.tree or TokenTree.chain(depth or MODEL_DEPTH)
-        return ModelDrafter(view, tree, verifier, overlap, stop_below=config.stop_below)
+            return MixedDrafter(view, depth or MODEL_DEPTH, look_up, verifier, overlap, **options)
+        return ModelDrafter(view, config.tree or TokenTree.chain(depth or MODEL_DEPTH), verifier, overlap, **options)
     if isinstance(draft, str):
         return NgramDrafter(depth or NGRAM_DEPTH, config.max_ngram, config.remember)
     return draft

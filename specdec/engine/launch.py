@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.engine.control import Plan
 from specdec.engine.laws import SamplingLaw
-from specdec.engine.ride import Comb, RidingStep
 from specdec.engine.roles import Steps
 from specdec.engine.slots import Rows
 from specdec.engine.state import READ, BatchState, Report
@@ -57,7 +54,7 @@ class Launcher:
     ) -> Flight:  # fmt: skip
         """A step with this plan, for the live rows; the drafter drafts for those of which nothing was found."""
         step, n_batch, device = self._step, len(state.lengths), self._step.target.device
-        rides = isinstance(step, RidingStep) and plan.depth > 0 and not law.by_text
+        rides = step.rides(law, plan.depth)
         others = {row: text for row, text in live.items() if row not in found}
         wanted = {row: text for row, text in drafted_for(live, plan).items() if row in others}
         plan = replace(plan, n_drafted=len(others) if plan.depth and wanted and not rides else 0)
@@ -75,16 +72,12 @@ class Launcher:
         state.allow([allowed.get(row, 0) for row in range(n_batch)])
         # The last sample of a batch is decoded as two, one of them nobody: one would be compiled on its own.
         token = self.count(self.bucket(max(plan.n_tokens, min(n_batch, 2)), n_batch * len(step.tree)))
+        judge, n_rows, more = step.judgement(law, plan.depth)
         given = [token]
-        judge: Callable[..., Any] = step.look if law.by_text else step.judge
-        combs: tuple[Comb, ...] = ()
-        if isinstance(step, RidingStep) and rides:
-            judge, combs, most = step.judge_and_draft, (step.combs[plan.depth],), n_batch * len(step.tree)
-            n_rows = self.bucket(step.n_rows(len(token), plan.depth), step.n_rows(most, plan.depth))
-            given.append(self.count(n_rows))
-        sizes = tuple(map(len, given))
-        judge = self._steps.get(judge, (judge.__name__, law.key, n_batch == 1, len(token) == 1), sizes)
-        report = judge(state, law, *given, *combs)
+        if n_rows:
+            given.append(self.count(self.bucket(n_rows * len(token), n_rows * n_batch * len(step.tree))))
+        key = judge.__name__, law.key, n_batch == 1, len(token) == 1
+        report = self._steps.get(judge, key, tuple(map(len, given)))(state, law, *given, *more)
         compiling |= self._steps.was_compiling
         if law.by_text:
             logits, n_nodes, starts = report
@@ -107,11 +100,10 @@ class Launcher:
 
     def is_ready(self, law: SamplingLaw, n_rows: int, depth: int) -> bool:
         """Whether a draft of this depth is launched without compiling; with 0, whether the judgement of one root is."""
-        if depth and isinstance(self._step, RidingStep) and not law.by_text:
-            return self._steps.has((self._step.judge_and_draft.__name__, law.key, n_rows == 1, False))
-        if depth:
+        if depth and not self._step.rides(law, depth):
             return self._steps.has(("draft", law.key, n_rows == 1, depth))
-        return self._steps.has(("look" if law.by_text else "judge", law.key, n_rows == 1, True))
+        judge, *_ = self._step.judgement(law, depth)
+        return self._steps.has((judge.__name__, law.key, n_rows == 1, depth == 0))
 
     def count(self, n: int) -> Tensor:
         """[n] int64: 0, 1, ..., n - 1; compiled functions take them for any number."""

@@ -214,7 +214,7 @@ class Decoder:
         if law.key not in self.policies:
             self.policies[law.key] = policy_of(
                 self.tree, self.drafter.depths, adapts, getattr(self.drafter, "source_levels", None),
-                isinstance(self.step, RidingStep) and not law.by_text,
+                self.step.rides(law, self.tree.depth),
             )  # fmt: skip
         return self.policies[law.key]
 

@@ -80,9 +80,13 @@ class RidingStep(TreeStep):
         self.combs = {depth: Comb.of(len(self.tree), min(depth, most), most, device) for depth in drafter.depths}
         self._ahead = torch.arange(1, most + 1, dtype=torch.int64, device=device)
 
-    def n_rows(self, n_tokens: int, depth: int) -> int:
-        """Of a forward that judges so many tokens, with slots behind them for drafts of so many levels."""
-        return n_tokens * (1 + min(depth, len(self._ahead)))
+    def rides(self, law: SamplingLaw, depth: int) -> bool:
+        return depth > 0 and not law.by_text
+
+    def judgement(self, law: SamplingLaw, depth: int) -> tuple[Callable[..., Any], int, tuple[Any, ...]]:
+        if not self.rides(law, depth):
+            return super().judgement(law, depth)
+        return self.judge_and_draft, 1 + min(depth, len(self._ahead)), (self.combs[depth],)
 
     def judge(self, state: BatchState, law: SamplingLaw, token: Tensor) -> Tensor:
         """Without slots; so nothing is drafted for the next step."""

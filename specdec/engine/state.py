@@ -83,7 +83,6 @@ class BatchState:
         self._longest = longest
         self.finished.fill_(True)
         self.lengths.zero_()
-        self.draft.counts.zero_()
         # Filled up with an id no token has.
         self.eos_ids.copy_(F.pad(eos_ids, (0, len(self.eos_ids) - len(eos_ids)), value=-1))
         for counts in (self.proposed, self.accepted, self.reached):

@@ -11,6 +11,9 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,6 +65,15 @@ class TreeStep:
         n_accepted = self._commit(state, n_nodes, verdict)
         note_lawless(state, lawless)
         return state.report(n_accepted)
+
+    def rides(self, law: SamplingLaw, depth: int) -> bool:
+        """Whether a draft of so many levels is made while the one before it is judged, and takes no step of its own."""
+        return False
+
+    def judgement(self, law: SamplingLaw, depth: int) -> tuple[Callable[..., Any], int, tuple[Any, ...]]:
+        """What judges in a step that drafts so many levels: the function, and beside a token [T], if it takes another
+        tensor of rows, how many times as many of these, or else 0, and the rest of what it is given."""
+        return (self.look if law.by_text else self.judge), 0, ()
 
     def look(self, state: BatchState, law: SamplingLaw, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half of `judge`, where the host decides (see `specdec.engine.walk`): logits [T, V], how many nodes

@@ -46,5 +46,5 @@ def early_exit(target: ModelView, n_layers: int) -> ModelView:
     if view.cache.way is not target.cache.way:
         ways = f"{view.cache.way.value}; the whole model: {target.cache.way.value}"
         raise Unsupported("first layers that attend in another way than the whole model", ways)
-    view.share(target.cache)
+    view.attach(target.cache)
     return view

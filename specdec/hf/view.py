@@ -90,8 +90,7 @@ class ModelView:
         for layer in regions:
             vars(layer)["forward"] = types.MethodType(as_region(type(layer).forward), layer)
         weight = next(model.parameters())
-        self._attach(RaggedCache(Way.FUSED if can_run(weight) else Way.MASKED))
-        self.shares_cache = False
+        self.attach(RaggedCache(Way.FUSED if can_run(weight) else Way.MASKED))
         self._n_positions = learned_positions(model.config)
         self.layer_shapes: list[tuple[int, int, int]] = []
         self.recorder: CapturedSteps | None = None
@@ -165,12 +164,8 @@ class ModelView:
         dense = n_tokens * reach * config.num_attention_heads * 3 * 4 if has_scores else 0
         return max(mlp, dense, n_logits * config.vocab_size * (size + 4))
 
-    def share(self, cache: RaggedCache) -> None:
-        """From now on forwards are over the cache of another view, which makes room, and keeps texts, for both."""
-        self._attach(cache)
-        self.shares_cache = True
-
-    def _attach(self, cache: RaggedCache) -> None:
+    def attach(self, cache: RaggedCache) -> None:
+        """From now on forwards are over this cache; over another view's, that makes room, and keeps texts, for both."""
         self.cache = cache
         self.module.config.specdec_cache = self.module.config.get_text_config().specdec_cache = cache
 
@@ -195,6 +190,7 @@ class ModelView:
                 `specdec.hf.adaptive`); None where none is.
         """
         given = {"use_cache": True, "logits_to_keep": rows, self._cache_argument: self.cache}
+        assert slots is None or self.adaptive is not None, "slots, and no adaptive tokens"
         as_slots = nullcontext() if slots is None or self.adaptive is None else self.adaptive.rows.at(slots[None])
         with self.cache.forward(nodes) as features, as_slots:
             out = self.module(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
