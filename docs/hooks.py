@@ -18,6 +18,8 @@ OUTSIDE = (
     "constraints.txt",
     "specdec/zoo/README.md",
     "specdec/zoo/curve.png",
+    "specdec/zoo/target/*.md",
+    "specdec/zoo/target/*.png",
     "examples/*.py",
     "bench/results/**/*.md",
     "bench/results/**/*.png",

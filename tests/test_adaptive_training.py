@@ -228,7 +228,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     method: str, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, wanted = tiny(), recipe(method, accumulate=2)
-    figures = train_adaptive_tokens(model, *data(), tmp_path / "whole", wanted)
+    figures = train_adaptive_tokens(model, *data(), tmp_path / "whole", wanted, tmp_path / "whole" / "work")
 
     calls, own = [], adaptive.loss_of
 
@@ -240,9 +240,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(adaptive, "loss_of", interrupted)
-        train_adaptive_tokens(model, *data(), tmp_path / "parts", wanted)
+        train_adaptive_tokens(model, *data(), tmp_path / "parts", wanted, tmp_path / "parts" / "work")
     assert len(calls) == 6 and not (tmp_path / "parts" / "adaptive_tokens.safetensors").exists()
-    resumed = train_adaptive_tokens(model, *data(), tmp_path / "parts", wanted)
+    resumed = train_adaptive_tokens(model, *data(), tmp_path / "parts", wanted, tmp_path / "parts" / "work")
     names = {"adaptive_tokens.safetensors"} | ({"model.safetensors"} if method == "joint" else set())
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
@@ -253,7 +253,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 @pytest.mark.parametrize("method", ["adapters", "joint"])
 def test_a_run_writes_what_loads_again_and_its_card(method: str, tmp_path: Path, small: None) -> None:
     model = tiny()
-    figures = train_adaptive_tokens(model, *data(), tmp_path, recipe(method))
+    figures = train_adaptive_tokens(model, *data(), tmp_path, recipe(method), tmp_path / "work")
     base = AutoModelForCausalLM.from_pretrained(tmp_path) if method == "joint" else model
     tokens = AdaptiveTokens.load(tmp_path, base)
     assert tokens.n_slots == 2 and bool(tokens.paths) == (method == "adapters")
@@ -282,25 +282,25 @@ def test_training_brings_slots_nearer() -> None:
 def test_bad_data_is_refused_before_the_first_step(tmp_path: Path, small: None) -> None:
     model, (train, held_out) = tiny(), data()
     with pytest.raises(ValueError, match="there are 39 tokens to learn from, and must be 40 at least"):
-        train_adaptive_tokens(model, train[:39], held_out, tmp_path, recipe())
+        train_adaptive_tokens(model, train[:39], held_out, tmp_path, recipe(), tmp_path / "work")
     with pytest.raises(ValueError, match="there are 7 tokens held out, and must be 8 at least"):
-        train_adaptive_tokens(model, train, held_out[:7], tmp_path, recipe())
+        train_adaptive_tokens(model, train, held_out[:7], tmp_path, recipe(), tmp_path / "work")
     with pytest.raises(ValueError, match="texts of 40 tokens have 37 places for 38 anchors"):
-        train_adaptive_tokens(model, train, held_out, tmp_path, recipe(anchors=38))
+        train_adaptive_tokens(model, train, held_out, tmp_path, recipe(anchors=38), tmp_path / "work")
     model.config.max_position_embeddings = 39
     with pytest.raises(ValueError, match="the model has 39 positions, and it is trained on texts of 40 tokens"):
-        train_adaptive_tokens(model, train, held_out, tmp_path, recipe())
+        train_adaptive_tokens(model, train, held_out, tmp_path, recipe(), tmp_path / "work")
     with pytest.raises(ValueError, match="rank is 0"):
         recipe(rank=0)
     assert not list(tmp_path.iterdir())
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path: Path, small: None) -> None:
-    train_adaptive_tokens(tiny(), *data(), tmp_path, recipe(steps=1))
+    train_adaptive_tokens(tiny(), *data(), tmp_path, recipe(steps=1), tmp_path / "work")
     with pytest.raises(ValueError, match=r"'steps': 1.*not with.*'steps': 2"):
-        train_adaptive_tokens(tiny(), *data(), tmp_path, recipe(steps=2))
+        train_adaptive_tokens(tiny(), *data(), tmp_path, recipe(steps=2), tmp_path / "work")
     with pytest.raises(ValueError, match="take another folder"):
-        train_adaptive_tokens(tiny(seed=1), *data(), tmp_path, recipe(steps=1))
+        train_adaptive_tokens(tiny(seed=1), *data(), tmp_path, recipe(steps=1), tmp_path / "work")
 
 
 def test_texts_begin_as_the_model_expects() -> None:

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from specdec import zoo
-from specdec.training import data, distil, loop, pair
+from specdec.hf.adaptive import AdaptiveTokens
+from specdec.training import adaptive, data, distil, loop, pair
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,8 @@ def test_a_whole_run_writes_a_pair_that_loads(tmp_path: Path, monkeypatch: pytes
     held_out = [name for name in names if data.is_held_out(name)]
     monkeypatch.setattr(pair, "new_target", lambda scale: tiny(0))
     monkeypatch.setattr(pair, "new_draft", lambda target, layers: tiny(1))
+    monkeypatch.setattr(adaptive, "LENGTH", 48)
+    monkeypatch.setattr(pair, "ADAPTIVE", adaptive.Recipe(slots=2, rank=2, steps=2, anchors=4, samples=4))
     out = tmp_path / "out"
     options = {"out": out, "work": tmp_path / "work", "target_steps": 2, "draft_steps": 2, "samples": 4}
     threads = torch.get_num_threads()
@@ -118,3 +121,4 @@ def test_a_whole_run_writes_a_pair_that_loads(tmp_path: Path, monkeypatch: pytes
     again = pair.train_pair(**options, source=source, threads=threads)
     assert again["target"] == figures["target"] and again["draft"]["steps"] == 3
     assert (out / "target" / "model.safetensors").read_bytes() == before
+    assert AdaptiveTokens.load(out / "target", target).n_slots == 2

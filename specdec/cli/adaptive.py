@@ -9,7 +9,7 @@ import torch
 from typer import Option
 
 from specdec.cli import inputs
-from specdec.cli.train import first_token, tokens_of
+from specdec.cli.train import first_token, read
 from specdec.training import loop
 from specdec.training.adaptive import Method, Recipe, train_adaptive_tokens
 
@@ -41,14 +41,11 @@ def train_adaptive(
     """
     recipe = Recipe(method, slots, rank, steps, batch, accumulate, anchors, samples, learning_rate, seed)
     sources = inputs.Sources(model, "ngram", dtype=dtype, device=device or inputs.default_device())
-    texts = {f"--data {path}": inputs.read_text("--data", path) for path in data}
-    scored = {} if held_out is None else {f"--held-out {held_out}": inputs.read_text("--held-out", held_out)}
-    sources.check()
-    train, rest = tokens_of(sources.tokenizer, texts, scored)
+    train, rest = read(sources, data, held_out)
     torch.set_num_threads(threads)
     loop.keep_freed_memory()
     first = first_token(sources.tokenizer)
-    figures = train_adaptive_tokens(sources.load().target, train, rest, out, recipe, first=first)
+    figures = train_adaptive_tokens(sources.load().target, train, rest, out, recipe, out / "work", first=first)
     if method is Method.joint:
         sources.tokenizer.save_pretrained(out)
     seen = figures["foresight"]

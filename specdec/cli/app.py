@@ -220,7 +220,8 @@ def pair(context: typer.Context) -> None:
 
 
 def _train(context: typer.Context, function: Callable[..., Any]) -> None:
-    trainer = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    # Without markup: it would take "[default: ...]" for some.
+    trainer = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     trainer.command()(function)
     try:
         trainer(args=context.args, prog_name=context.command_path)

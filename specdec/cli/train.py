@@ -51,10 +51,7 @@ def train_draft(
     """
     recipe = Recipe(objective, steps, batch, accumulate, samples, learning_rate, seed, forward_share)
     sources = inputs.Sources(model, draft, device=device or inputs.default_device())
-    texts = {f"--data {path}": inputs.read_text("--data", path) for path in data}
-    scored = {} if held_out is None else {f"--held-out {held_out}": inputs.read_text("--held-out", held_out)}
-    sources.check()
-    train, rest = tokens_of(sources.tokenizer, texts, scored)
+    train, rest = read(sources, data, held_out)
     torch.set_num_threads(threads)
     loop.keep_freed_memory()
     pair = sources.load()
@@ -102,6 +99,18 @@ def train_draft(
     sources.tokenizer.save_pretrained(out)
     export.save_card(out, export.CARD_OF_DRAFT, figures, out / "work" / "draft.png")
     return figures
+
+
+def read(sources: inputs.Sources, data: list[Path], held_out: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of files, to learn from and to score.
+
+    Raises:
+        ValueError: a file cannot be learned from, or what else is named is not there.
+    """
+    texts = {f"--data {path}": inputs.read_text("--data", path) for path in data}
+    scored = {} if held_out is None else {f"--held-out {held_out}": inputs.read_text("--held-out", held_out)}
+    sources.check()
+    return tokens_of(sources.tokenizer, texts, scored)
 
 
 def tokens_of(

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.hf.adaptive import NAME, AdaptiveTokens, Base
-from specdec.training import adaptive_card, data, foresight, loop
-from specdec.training.distil import fingerprint, positions, rows_of_text
+from specdec.training import adaptive_card, foresight, loop
+from specdec.training.distil import fingerprint, positions, windows
 from specdec.training.evaluate import GLANCE, mean_loss
 from specdec.training.slots import SlotModel
-from specdec.training.texts import sample
+from specdec.training.texts import kept, sample
 
 PROMPT, LENGTH = 32, 256  # the model's own texts: tokens given, tokens in all
 N_TEXTS, N_GLANCE = 64, 16  # greedy texts that figures are counted on, and those that the curve is
@@ -116,12 +116,6 @@ class Texts:
         return ids, places[: recipe.anchors].to(ids.device)
 
 
-def windows(tokens: Tensor, count: int, length: int, seed: int, first: int | None) -> Tensor:
-    """[count, length] of a text at places given by `seed` alone, each begun with `first` where there is one."""
-    found = data.random_windows(tokens, count, length - (first is not None), seed)
-    return rows_of_text(found.flatten(), length, first)
-
-
 def _cross_entropy(theirs: Tensor, ours: Tensor) -> Tensor:
     """Of two sets of logits [..., V], in nats a row: KL, but for what nobody learns from."""
     return F.cross_entropy(ours.float().flatten(0, -2), theirs.float().softmax(-1).flatten(0, -2))
@@ -144,15 +138,11 @@ def _write(model: PreTrainedModel, prompts: Tensor, work: Path, seed: int) -> Te
     Greedy text repeats itself far more than samples do: a slot that never saw it fails where most users decode. Batches
     are kept as they come.
     """
-    parts = []
-    with loop.progress_bar("the model's own texts") as bar:
-        batches = bar.track(prompts.split(WRITTEN), task_id=bar.add_task("own", loss=""))
-        for index, batch in enumerate(batches):
-            path = work / f"own-{index:05}.pt"
-            if not path.exists():
-                loop.save(sample(model, batch, LENGTH, seed + index, greedy=index % SAMPLED_IN != 0), path)
-            parts.append(torch.load(path, map_location=prompts.device))
-    return torch.cat(parts)
+
+    def write(batch: Tensor, index: int) -> Tensor:
+        return sample(model, batch, LENGTH, seed + index, greedy=index % SAMPLED_IN != 0)
+
+    return torch.cat(kept(work, "own", prompts.split(WRITTEN), write))
 
 
 def train_adaptive_tokens(
@@ -160,7 +150,8 @@ def train_adaptive_tokens(
     train: Tensor,
     held_out: Tensor,
     out: Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe,
+    work: Path,
     *,
     first: int | None = None,
 ) -> dict[str, Any]:
@@ -169,17 +160,17 @@ def train_adaptive_tokens(
     Args:
         model: on the device to train on; it stays as it is. train: [n] int64, tokens of text like what is to be
             decoded. held_out: [n] int64, tokens that nothing is learned from. out: where the side files go, and with
-            `joint` the fine-tuned model. A run that was stopped goes on from `out/work`, and ends with the same weights
-            as one that was not. first: the token that the model expects at the beginning of every text, if any.
+            `joint` the fine-tuned model. work: folder of what is unfinished: a run that was stopped goes on from
+            there, and ends with the same weights as one that was not. first: the token that the model expects at the
+            beginning of every text, if any.
 
     Returns:
         The figures in `adaptive_tokens.json`.
 
     Raises:
-        ValueError: too few tokens, a model that does not run with slots, or another run in `out/work`.
+        ValueError: too few tokens, a model that does not run with slots, or another run in `work`.
         KeyboardInterrupt: Ctrl-C; what is done is saved.
     """
-    recipe, work = recipe or Recipe(), out / "work"
     settings = asdict(recipe) | {"method": recipe.method.value}
     joint, device = recipe.method is Method.joint, model.device
     train, held_out = train.to(device), held_out.to(device)

@@ -112,6 +112,12 @@ def rows_of_text(tokens: torch.Tensor, length: int, first: int | None) -> torch.
     return rows if first is None else torch.cat([rows.new_full((len(rows), 1), first), rows], 1)
 
 
+def windows(tokens: torch.Tensor, count: int, length: int, seed: int, first: int | None) -> torch.Tensor:
+    """``[count, length]`` of a text at places given by ``seed`` alone, each begun with ``first``, if given."""
+    found = data.random_windows(tokens, count, length - (first is not None), seed)
+    return rows_of_text(found.flatten(), length, first)
+
+
 def collect(
     target: PreTrainedModel, tokens: torch.Tensor, first: int | None, recipe: Recipe, work: Path
 ) -> dict[str, Texts]:
@@ -125,8 +131,7 @@ def collect(
         return texts.sample(target, prompts, SAMPLE, recipe.seed + index, greedy=index % 2 == 1)
 
     length = min(LONG_WINDOW, positions(target), len(tokens))
-    windows = data.random_windows(tokens, recipe.samples, PROMPT - (first is not None), recipe.seed)
-    prompts = rows_of_text(windows.flatten(), PROMPT, first)
+    prompts = windows(tokens, recipe.samples, PROMPT, recipe.seed, first)
     collected = partial(texts.collect, target, work / "texts")
     return {
         "text": collected("text", rows_of_text(tokens, min(WINDOW, length), first)),
@@ -199,8 +204,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """How well a draft foresees its target on held-out text, and on what the target writes after prompts from there."""
     rows = rows_of_text(held_out, min(WINDOW, positions(target), len(held_out)), first)
-    windows = data.random_windows(held_out, 128, PROMPT - (first is not None), seed)
-    written = texts.sample(target, rows_of_text(windows.flatten(), PROMPT, first), SAMPLE, seed + 1)
+    written = texts.sample(target, windows(held_out, 128, PROMPT, seed, first), SAMPLE, seed + 1)
     return {"held_out": agreement(target, draft, rows), "own": agreement(target, draft, written, skip=PROMPT - 1)}
 
 

@@ -24,6 +24,8 @@ from specdec.zoo import load_pair
 target, draft, tokenizer = load_pair()
 ```
 
+The target also has adaptive tokens, by which it drafts for itself: [their card](target/adaptive_tokens.md).
+
 | | target | draft |
 | --- | --- | --- |
 | parameters | {target[parameters]:,} | {draft[parameters]:,} |

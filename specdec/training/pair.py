@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer import Option
 
-from specdec.training import data, export, loop
+from specdec.training import adaptive, data, export, loop
 from specdec.training.distil import SAMPLE, Recipe, distil, fingerprint, llama, measure, new_draft
 from specdec.training.evaluate import GLANCE, LONG_WINDOW, WINDOW, agreement, figures_of, mean_loss
 from specdec.training.objectives import Objective
@@ -23,6 +24,7 @@ TARGET_STEPS = 2400
 VOCABULARY = 4096
 TARGET_BATCH = 8192  # tokens of one step
 LONG_SHARE = 0.15  # the last steps see long windows
+ADAPTIVE = adaptive.Recipe(steps=2000, samples=2560)
 
 
 def new_target(scale: int = 1) -> LlamaForCausalLM:
@@ -69,7 +71,9 @@ def train_target(
 def train_pair(
     out: Annotated[Path, Option(help="Folder of the models, tokenizer and card.")] = Path("runs/pair/out"),
     work: Annotated[Path, Option(help="Folder of the checkpoints.")] = Path("runs/pair"),
-    keep_target: Annotated[bool, Option(help="Train a draft anew for the target that is in --out.")] = False,
+    keep_target: Annotated[
+        bool, Option(help="Train draft and adaptive tokens anew for the target that is in --out.")
+    ] = False,
     target_steps: Annotated[int, Option(help="Optimisation steps of 8192 tokens each.")] = TARGET_STEPS,
     draft_steps: Annotated[int, Option(help="Optimisation steps of 2048 tokens each.")] = Recipe.steps,
     objective: Annotated[Objective, Option(help="What the draft minimises.")] = Recipe.objective,
@@ -81,7 +85,7 @@ def train_pair(
     seed: Annotated[int, Option(help="Of weights, batches and samples.")] = 0,
     source: Annotated[Path | None, Option(help="Python modules to read instead of the standard library.")] = None,
 ) -> dict[str, Any]:
-    """Train the bundled pair anew: a tokenizer, a target and a draft distilled from it, with figures and a card.
+    """Train the bundled pair anew: a tokenizer, a target with adaptive tokens and a draft, with figures and a card.
 
     A run that was stopped goes on from its checkpoints when started again with the same arguments. Returns what
     `metrics.json` holds.
@@ -112,6 +116,9 @@ def train_pair(
     recipe = Recipe(objective=objective, steps=draft_steps, samples=samples, seed=seed)
     fit = distil(target, draft, train, held_out, recipe, work)
     draft = export.save_model(draft, tokenizer, out / "draft").to(device)
+
+    own = replace(ADAPTIVE, seed=seed)
+    adaptive.train_adaptive_tokens(target, train, held_out, out / "target", own, work / "adaptive-tokens")
 
     glance = held_out[:GLANCE].split(WINDOW)
     figures = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -81,6 +82,18 @@ def sample(
     return ids
 
 
+def kept(
+    folder: Path, label: str, parts: Sequence[torch.Tensor], make: Callable[[torch.Tensor, int], Any]
+) -> list[Any]:
+    """What ``make(part, index)`` makes of every part, each in a file: those of a run that was stopped are kept."""
+    files = [folder / f"{label}-{index:05}.pt" for index in range(len(parts))]
+    with loop.progress_bar(label) as bar:
+        for index, part in enumerate(bar.track(parts, task_id=bar.add_task(label, loss=""))):
+            if not files[index].exists():
+                loop.save(make(part, index), files[index])
+    return [torch.load(file, map_location=parts[0].device) for file in files]
+
+
 def collect(
     target: PreTrainedModel,
     folder: Path,
@@ -88,15 +101,10 @@ def collect(
     rows: torch.Tensor,
     write: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> Texts:
-    """The law on ``rows``, or on what ``write(rows, index)`` makes of every ``ROWS`` of them.
+    """The law on ``rows``, or on what ``write(rows, index)`` makes of every ``ROWS`` of them."""
 
-    Files of a run that was stopped are kept.
-    """
-    files = []
-    with loop.progress_bar(label) as bar:
-        for index, part in enumerate(bar.track(rows.split(ROWS), task_id=bar.add_task(label, loss=""))):
-            files.append(folder / f"{label}-{index:05}.pt")
-            if not files[-1].exists():
-                loop.save(vars(law(target, part if write is None else write(part, index))), files[-1])
-    parts = [torch.load(file, map_location=rows.device) for file in files]
+    def make(part: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+        return vars(law(target, part if write is None else write(part, index)))
+
+    parts = kept(folder, label, rows.split(ROWS), make)
     return Texts(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
