@@ -18,7 +18,6 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine.loop import Decoder
-from specdec.engine.ride import RidingStep
 from specdec.engine.roles import Drafter
 from specdec.engine.stats import Stats
 from specdec.engine.tree import TokenTree
@@ -173,11 +172,10 @@ def _generate(case: Case, models: Models) -> no_device.Code:
         draft = decoder.steps.get(decoder.step.draft, step, n_batch)
         return no_device.generate(draft, state, law, decoder.launcher.count(n_batch), decoder.tree.depth)
     token = decoder.launcher.count(n_batch * len(decoder.tree))
-    if isinstance(decoder.step, RidingStep):
-        ride, comb = decoder.steps.get(decoder.step.judge_and_draft, step, n_batch), decoder.step.combs[5]
-        row = decoder.launcher.count(decoder.step.n_rows(len(token), 5))
-        return no_device.generate(ride, state, law, token, row, comb)
-    return no_device.generate(decoder.steps.get(decoder.step.judge, step, len(token)), state, law, token)
+    judge, n_rows, more = decoder.step.judgement(law, decoder.tree.depth)
+    given = [token, decoder.launcher.count(n_rows * len(token))] if n_rows else [token]
+    judge = decoder.steps.get(judge, step, tuple(map(len, given)))
+    return no_device.generate(judge, state, law, *given, *more)
 
 
 def _marked(case: Case) -> Any:
