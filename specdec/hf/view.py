@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -190,9 +190,7 @@ class ModelView:
                 `specdec.hf.adaptive`); None where none is.
         """
         given = {"use_cache": True, "logits_to_keep": rows, self._cache_argument: self.cache}
-        assert slots is None or self.adaptive is not None, "slots, and no adaptive tokens"
-        as_slots = nullcontext() if slots is None or self.adaptive is None else self.adaptive.rows.at(slots[None])
-        with self.cache.forward(nodes) as features, as_slots:
+        with self.cache.forward(nodes) as features, nullcontext() if slots is None else self._as_slots(slots):
             out = self.module(input_ids=tokens[None], position_ids=self._positions(nodes), **given)
         logits = out.logits[0]
         if self.cache.way is Way.OWN:  # the model's own attention knows nothing of lost slots
@@ -201,6 +199,10 @@ class ModelView:
         if not self._layers_kept:
             return Output(logits)
         return Output(logits, torch.stack([features[layer][0] for layer in self._layers_kept]))
+
+    def _as_slots(self, slots: Tensor) -> AbstractContextManager[None]:
+        assert self.adaptive is not None, "slots, and no adaptive tokens"
+        return self.adaptive.rows.at(slots[None])
 
     def _positions(self, nodes: Nodes) -> Tensor:
         # Drafts may reach past a table of positions near the end of a text; they are never accepted there.
