@@ -76,9 +76,10 @@ lint: $(VENV)/.dev
 gpu: gpu-there
 	SPECDEC_STRICT=1 PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(OUT) --sections $(SECTIONS)
 
-# Every test that needs a GPU, and the kernels' on it; they compile much, and take longer than that.
+# Every test that needs a GPU, and the kernels' on it; they compile much, and take longer than that. The documents' tests,
+# which the root's conftest.py makes, need sybil.
 gpu-test: gpu-there
-	SPECDEC_STRICT=1 PYTHONPATH=. $(PYTHON) -m pytest -q -m "(kernels or gpu) and not aot" tests
+	SPECDEC_STRICT=1 PYTHONPATH=. $(PYTHON) -m pytest -q -m "(kernels or gpu) and not aot" --confcutdir=tests tests
 
 gpu-there:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \

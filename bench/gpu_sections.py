@@ -31,11 +31,12 @@ def roofs(run: Run, clock: Clock) -> None:
 
 def decode(run: Run, clock: Clock) -> None:
     """One sample, every way, nothing adapted."""
-    setup, (target, _) = run.setup, run.pair
+    setup, (target, draft) = run.setup, run.pair
     slots = setup.prompt_tokens + setup.new_tokens
     found = [
         ways.eager(target), run.plain, run.chain, ways.loop(target, slots, setup.inductor),
-        ways.ngram(target, compile=setup.compiled), ways.static(target, slots, setup.inductor),
+        ways.ngram(target, compile=setup.compiled), ways.both(target, draft, compile=setup.compiled),
+        ways.static(target, slots, setup.inductor),
     ]  # fmt: skip
     measure_ways(run, "decode", found, 1, clock)
 

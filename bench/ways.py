@@ -144,6 +144,12 @@ def chain(target: PreTrainedModel, draft: PreTrainedModel, label: str = "a draft
     return _specdec(f"specdec, {label}, {DEPTH} tokens", target, draft, read, depth=DEPTH, **options)
 
 
+def both(target: PreTrainedModel, draft: PreTrainedModel, **options: Any) -> Way:
+    """specdec that looks drafts up in the text and, where it finds none, asks a draft model."""
+    read = weight_bytes(target) + DEPTH * weight_bytes(draft)
+    return _specdec("specdec, a draft model and n-grams", target, [draft, "ngram"], read, depth=DEPTH, **options)
+
+
 def _specdec(label: str, target: PreTrainedModel, draft: Any, read_bytes: int, **options: Any) -> Way:
     model = specdec.compile(target, draft, adapt=False, **options)
     return Way(label, measure.Path(label, model), read_bytes, model)

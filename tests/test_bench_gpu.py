@@ -66,9 +66,9 @@ def test_every_section_runs_and_is_reported(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == [
         "transformers, batch 1", "specdec, no draft, batch 1", "specdec, a draft model, 5 tokens, batch 1",
         "a loop over a static cache, compiled, batch 1", "specdec, n-grams, batch 1",
-        "transformers, static cache, compiled, batch 1", "specdec, a draft model, 5 tokens, batch 2",
-        "specdec, a draft model, 5 tokens, adaptive, batch 2", "specdec, no draft, batch 2",
-        "specdec, a 25m draft, 5 tokens, batch 1",
+        "specdec, a draft model and n-grams, batch 1", "transformers, static cache, compiled, batch 1",
+        "specdec, a draft model, 5 tokens, batch 2", "specdec, a draft model, 5 tokens, adaptive, batch 2",
+        "specdec, no draft, batch 2", "specdec, a 25m draft, 5 tokens, batch 1",
     ]  # fmt: skip
     for row in rows:
         assert row["identical"] and row["common"] == 1 and row["margin"] is None
