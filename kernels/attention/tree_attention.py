@@ -219,12 +219,12 @@ def _tree_attention_kernel(
             if PART != 1:
                 if IS_TREE:
                     # The ancestor bits of this block's keys, a word for each row, shifted together from two words
-                    # (the first may be word -1: committed keys).
+                    # (the first may be word -1: committed keys; and before a window's edge both may be).
                     o_word = tl.full([BLOCK_M], 0, tl.int32) + ((first - length) >> 6)
                     shift = ((first - length) & 63).to(tl.uint64)
                     p_word = bits_ptr + (o_words + o_word * stride_bw)
                     low = tl.load(p_word, mask=(o_word >= 0) & (o_word < n_words), other=0)
-                    high = tl.load(p_word + stride_bw, mask=o_word < n_words - 1, other=0)
+                    high = tl.load(p_word + stride_bw, mask=(o_word >= -1) & (o_word < n_words - 1), other=0)
                     word = (low.to(tl.uint64) >> shift) | ((high.to(tl.uint64) << (63 - shift)) << 1)
                     seen = ((word[:, None] >> o_in_block.to(tl.uint64)[None, :]) & 1) != 0
                     seen |= (o_key < length)[None, :]

@@ -198,7 +198,8 @@ def test_strides_do_not_matter(device: torch.device, poisoned: None) -> None:
     expected = top_support(logits, knobs[:, 1].clone(), 0, 20)
     for strided in (rows[:, 50:9050], columns[:, 1:5:2].T):
         for a, b in zip(top_support(strided, knobs[:, 1], 0, 20), expected, strict=True):
-            assert torch.equal(a, b)
+            # A GPU loads it in another layout, and sums in another order.
+            torch.testing.assert_close(a, b, rtol=1e-6 if device.type == "cuda" else 0, atol=0)
 
 
 def test_rows_beyond_31_bits(device: torch.device) -> None:
