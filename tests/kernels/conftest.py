@@ -1,4 +1,4 @@
-"""In Triton's interpreter no kernel may touch memory that it was not given: a GPU's sanitizer, where there is no GPU."""
+"""In Triton's interpreter no kernel may touch memory that it was not given: a sanitizer, where there is no GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Memory:
         self._sorted: np.ndarray | None = None
 
     def add(self, tensor: torch.Tensor, address: int) -> None:
-        """From the first element that the tensor shows to the last: what its storage holds around them is not its own."""
+        """From the first element that the tensor shows to the last: what else its storage holds is not its own."""
         if tensor.numel():
             elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
             end = address + elements * tensor.element_size()
