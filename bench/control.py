@@ -141,7 +141,7 @@ def main(
             model.generation_config.eos_token_id = None
         prompts = zoo.held_out_prompts(tokenizer, max(batch_sizes), prompt_tokens)
         expected = measure.Path("transformers", target)(prompts[: batch_sizes[0]], new_tokens)
-        undrafted = {"undrafted": measure.Path("undrafted", specdec.compile(target, compile=compile))}
+        undrafted = {"undrafted": measure.Path("undrafted", specdec.compile(target, draft=None, compile=compile))}
         for name in names:
             ways = undrafted | ways_with(target, draft_of(name, draft, small), compile)
             for batch in batch_sizes:

@@ -23,6 +23,8 @@ from specdec.hf.load import load_draft, load_tokenizer
 from specdec.hf.names import PreTrainedModel, PreTrainedTokenizerBase
 from specdec.hf.wrap import unwrapped, with_replaced, within_adapters, wrap
 
+AUTO = "auto"
+
 if TYPE_CHECKING:
 
     class CompiledModel(PreTrainedModel):
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def compile(  # the name is the point: specdec.compile
-    model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | Sequence[PreTrainedModel | str] | None = None, *,
+    model: PreTrainedModel, draft: PreTrainedModel | Drafter | str | Sequence[PreTrainedModel | str] | None = AUTO, *,
     tokenizer: PreTrainedTokenizerBase | None = None, draft_tokenizer: PreTrainedTokenizerBase | None = None,
     depth: int | None = None, tree: TokenTree | None = None, verifier: str = "auto", adapt: bool | None = None,
     max_ngram: int = 3, remember: int = 0, stop_below: float | None = None, compile: bool = True,
@@ -47,9 +49,10 @@ def compile(  # the name is the point: specdec.compile
     Args:
         model: a decoder-only transformers model, or a PEFT model around one. It is not changed, and shares its weights
             with the result.
-        draft: a smaller transformers model, or its folder or hub id, which is loaded in the target's dtype and on its
-            device; `"early-exit:4"`, the model's own first 4 layers; `"adaptive"`, the adaptive tokens in the model's
-            own folder, or another folder with some; `"ngram"`, which looks the text's last words up in the text (prompt
+        draft: `"auto"`, what needs no second model: adaptive tokens, if there are some in the model's own folder, and
+            n-grams; a smaller transformers model, or its folder or hub id, which is loaded in the target's dtype and on
+            its device; `"early-exit:4"`, the model's own first 4 layers; `"adaptive"`, the adaptive tokens in its own
+            folder, or another folder with some; `"ngram"`, which looks the text's last words up in the text (prompt
             lookup); one of these and n-grams, as `[draft, "ngram"]`: it drafts where the text has nothing to say; a
             `Drafter` of your own; or None, to decode without drafting.
         tokenizer: the model's, where the draft has another, or where one tokenizer's vocabulary is padded to different
@@ -59,10 +62,11 @@ def compile(  # the name is the point: specdec.compile
         tree: a `TokenTree` that a draft model drafts instead of a chain: several candidates a place.
         verifier: how candidates are drawn and accepted when sampling, see `specdec.config.Config`.
         adapt: whether to draft less, or nothing, where that is faster. None does so where a seed's text does not
-            depend on its drafts: greedily, and with `verifier="coupled"`.
+            depend on its drafts: greedily, with n-grams alone, and with `verifier="coupled"`.
         max_ngram: longest suffix that n-grams look up.
         remember: n-grams are also looked up in this many tokens of the texts decoded last, across calls, prompts and
-            outputs, greedily and with `verifier="coupled"`. They take about 400 bytes of the host's memory each.
+            outputs, greedily, with n-grams alone, and with `verifier="coupled"`. They take about 400 bytes of memory each,
+            the host's.
         stop_below: end the chain of a draft model after the first token whose probability under the draft is less than
             this, which is above 0 and at most 1. The output law is the same; what it saves are verified tokens, and
             only in steps that adapt.
@@ -89,9 +93,22 @@ def compile(  # the name is the point: specdec.compile
     inner = within_adapters(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if isinstance(draft, str) and draft == AUTO:
+        draft = _auto(inner, config)
     source = _source(inner, draft, tokenizer, draft_tokenizer)
     wrapped = _wrapped(inner, source, config)
     return with_replaced(model, inner, wrapped)
+
+
+def _auto(target: PreTrainedModel, config: Config) -> Any:
+    """What drafts without a second model."""
+    try:
+        if (own := Adaptive.beside(target)) is not None:
+            own.check(config)
+            return own, "ngram"
+    except ValueError as why:
+        warn(f"specdec leaves the model's adaptive tokens alone: {why}")
+    return "ngram"
 
 
 def _source(target: PreTrainedModel, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> Any:

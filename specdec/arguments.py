@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-DRAFTS = '"ngram", "adaptive", "early-exit:4", a folder or hub id, a model, [model, "ngram"], a Drafter or None'
+DRAFTS = '"auto", "ngram", "adaptive", "early-exit:4", a folder or hub id, a model, [model, "ngram"], a Drafter or None'
 """What a draft can be."""
 
 

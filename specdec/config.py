@@ -20,12 +20,13 @@ class Config:
             "auto" and "seqhub" (the best candidates and one drawn, a whole tree judged at once), "traversal" (drawn
             without replacement, a whole tree judged at once), "block" (the same for chains), "spechub", "rrsw", "rrs"
             (node by node), "target" (the best candidates, nothing drawn), "coupled" (a seed's text is the
-            same with any draft, or none).
+            same with any draft, or none). With n-grams alone "auto" is "coupled", which accepts as many of them.
         adapt: whether to draft less, or nothing, where that is faster; None where texts do not depend on what is
-            drafted: greedily, and with "coupled". With True, sampled texts of equal seeds can differ from run to run.
+            drafted: greedily, with n-grams alone, and with "coupled". With True, sampled texts of equal seeds can differ
+            from run to run.
         max_ngram: longest suffix the n-gram drafter looks up.
         remember: tokens of earlier texts in which n-grams are looked up, too, where texts do not depend on what is
-            drafted: greedily, and with "coupled". 0 looks at nothing but the text itself.
+            drafted. 0 looks at nothing but the text itself.
         stop_below: the chain of a draft model ends after the first token whose probability, by the law that it was
             drawn from, is less than this; greedily by a plain softmax. None never stops. See docs/adaptive.md for what
             it saves.

@@ -66,7 +66,7 @@ class Decoders:
                     self.free()
                 target = self.target = ModelView(self.model)
             config = config or self.config
-            if law is not None and law.by_text and not law.greedy:  # drafts are drawn with the target's noise
+            if _goes_by_noise(draft, law, config):
                 config = replace(config, verifier="coupled")
             try:
                 return self._with(target, draft, config)
@@ -113,6 +113,15 @@ class Decoders:
         """Give back the memory of all batches."""
         self.kept, self.target = {}, None
         gc.collect()  # copies of models and compiled steps know themselves
+
+
+def _goes_by_noise(draft: DraftSource, law: SamplingLaw | None, config: Config) -> bool:
+    """Whether drafts are verified by the target's noise, whatever the options say: where a law goes by the text, and
+    where these leave it open and each place has one draft, which is accepted as often as by any other verifier. Then
+    texts do not depend on what is drafted."""
+    if isinstance(draft, str) and config.verifier == "auto":
+        return True
+    return law is not None and law.by_text and not law.greedy
 
 
 def _name(draft: DraftSource) -> object:

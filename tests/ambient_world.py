@@ -141,7 +141,7 @@ def main() -> None:
 
     moody = make_tiny("llama", num_hidden_layers=1)
     moody.lm_head = Moody(moody.config.hidden_size, moody.config.vocab_size, bias=False)
-    compiled, eager = (specdec.compile(moody, compile=how) for how in (True, False))
+    compiled, eager = (specdec.compile(moody, draft=None, compile=how) for how in (True, False))
     asked = {"attention_mask": mask[:1], "max_new_tokens": 6, "do_sample": True, "top_p": 0.9}
 
     def compiled_under(dtype: torch.dtype) -> str | None:

@@ -254,3 +254,30 @@ def test_names(tiny: Tiny, fresh: Tiny, prompts: Prompts, tmp_path: Path) -> Non
         specdec.compile(model, "adaptive", depth=5)
     with pytest.raises(ValueError, match=r"stop_below=0\.3 ends a draft model's chain"):
         specdec.compile(model, "adaptive", stop_below=0.3)
+
+
+def test_the_models_own_are_found_unasked(fresh: Tiny, prompts: Prompts, tmp_path: Path) -> None:
+    """Beside n-grams; where there are none, n-grams draft alone, and where they do not fit a warning says why."""
+    model = fresh("llama")
+    tokens = tokens_of(model)
+    model.save_pretrained(tmp_path)
+
+    def found(**options: Any) -> str:
+        wrapped = specdec.compile(model, compile=False, **options)
+        same(wrapped, model, **prompts([9]), max_new_tokens=20)
+        return repr(wrapped.specdec)
+
+    assert "n-grams of the text" in found() and "adaptive tokens" not in found()
+    model.config._name_or_path = str(tmp_path)
+    assert "adaptive tokens" not in found()
+    tokens.save(tmp_path, model)
+    for options in ({}, {"draft": "auto"}):
+        assert "its own adaptive tokens, 4 slots" in found(**options) and "n-grams of the text" in found(**options)
+    assert "adaptive tokens" not in found(draft=None)
+    with pytest.warns(specdec.SpecdecWarning, match="alone: a draft of 5 tokens, and 4 adaptive tokens draft 4"):
+        said = found(depth=5)
+    assert "n-grams of the text" in said and "adaptive tokens" not in said
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    with pytest.warns(specdec.SpecdecWarning, match="leaves the model's adaptive tokens alone: .*with other weights"):
+        assert "adaptive tokens" not in found()

@@ -122,6 +122,20 @@ def test_a_seeds_text_beside_what_steps_take(
     assert all(text == texts[0] for text in texts) == (pinned or verifier == "coupled")
 
 
+@pytest.mark.parametrize("adapt", [None, False])
+def test_with_ngrams_a_seeds_text_is_that_without_a_draft(adapt: bool | None, tiny: Tiny, prompts: Prompts) -> None:
+    """So a draft that does not pay is not drafted when sampling, either; but not if another verifier is asked for."""
+    texts, sampled = {}, {"do_sample": True, "temperature": 0.7, "max_new_tokens": 60}
+    for verifier, draft in (("auto", None), ("auto", "ngram"), ("block", "ngram")):
+        wrapped = wrap(tiny("llama"), draft, verifier=verifier, adapt=adapt)
+        wrapped.specdec.seeds = [5, 6]
+        texts[verifier, draft] = wrapped.generate(**prompts([9, 4]), **sampled).tolist()
+        stats = wrapped.specdec.stats
+        assert bool(sum(stats.proposed)) == (draft is not None)
+        assert stats.control.startswith("always 8") == (draft is not None and (adapt is False or verifier == "block"))
+    assert texts["auto", "ngram"] == texts["auto", None] != texts["block", "ngram"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_what_a_forward_has_room_for(data: st.DataObject) -> None:

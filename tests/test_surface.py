@@ -48,7 +48,7 @@ def test_the_command_line_says_its_version() -> None:
         (
             {"draft": "n-gram"},
             ValueError,
-            'draft must be "ngram", "adaptive", .*, a folder or hub id, a model, .*got \'n-gram\'',
+            'draft must be "auto", "ngram", "adaptive", .*, a folder or hub id, a model, .*got \'n-gram\'',
         ),
         ({"draft": "./nowhere"}, ValueError, "'./nowhere' is no folder"),
         ({"draft": "no/such-model"}, ValueError, "'no/such-model' cannot be loaded: "),
@@ -108,7 +108,7 @@ def test_the_handle_says_what_decodes(tiny: Tiny, prompts: Prompts) -> None:
 def test_a_step_says_that_it_compiles(tiny: Tiny, prompts: Prompts, caplog: pytest.LogCaptureFixture) -> None:
     """Once; the line says for how long, and how to do it beforehand."""
     caplog.set_level(logging.INFO, "specdec")
-    wrapped = specdec.compile(tiny("llama"))
+    wrapped = specdec.compile(tiny("llama"), draft=None)
     wrapped.generate(**prompts([6]), max_new_tokens=6)
     begun = [line for line in caplog.messages if line.startswith("compiles a step (judge)")]
     assert len(begun) == 1

@@ -37,6 +37,6 @@ def test_weights_quantised_after_a_call(fresh: Tiny, prompts: Prompts) -> None:
 def test_compiled(fresh: Tiny, prompts: Prompts) -> None:
     model = fresh("llama", num_hidden_layers=1)
     _quantize(model)
-    wrapped = specdec.compile(model)
+    wrapped = specdec.compile(model, draft=None)
     same(wrapped, model, **prompts([6]), max_new_tokens=12)
     assert wrapped.specdec.stats.steps == 12

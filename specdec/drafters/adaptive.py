@@ -55,6 +55,16 @@ class Adaptive:
             return None
         return cls(AdaptiveTokens.load(folder, target))
 
+    @classmethod
+    def beside(cls, target: PreTrainedModel) -> Adaptive | None:
+        """Those in the folder that the target was loaded from, or None.
+
+        Raises:
+            ValueError: they are another model's.
+        """
+        name = target.config._name_or_path  # nothing, where the model was made and not loaded
+        return cls.named(NAME, target) if name and (Path(name) / WEIGHTS).is_file() else None
+
     def check(self, config: Config) -> None:
         """Raises: ValueError: there are fewer slots than the options ask for."""
         n_slots = self.tokens.n_slots
