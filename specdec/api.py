@@ -65,8 +65,8 @@ def compile(  # the name is the point: specdec.compile
             depend on its drafts: greedily, with n-grams alone, and with `verifier="coupled"`.
         max_ngram: longest suffix that n-grams look up.
         remember: n-grams are also looked up in this many tokens of the texts decoded last, across calls, prompts and
-            outputs, greedily, with n-grams alone, and with `verifier="coupled"`. They take about 400 bytes of memory each,
-            the host's.
+            outputs, greedily, with n-grams alone, and with `verifier="coupled"`. They take about 400 bytes of host
+            memory each.
         stop_below: end the chain of a draft model after the first token whose probability under the draft is less than
             this, which is above 0 and at most 1. The output law is the same; what it saves are verified tokens, and
             only in steps that adapt.

@@ -22,8 +22,8 @@ class Config:
             (node by node), "target" (the best candidates, nothing drawn), "coupled" (a seed's text is the
             same with any draft, or none). With n-grams alone "auto" is "coupled", which accepts as many of them.
         adapt: whether to draft less, or nothing, where that is faster; None where texts do not depend on what is
-            drafted: greedily, with n-grams alone, and with "coupled". With True, sampled texts of equal seeds can differ
-            from run to run.
+            drafted: greedily, with n-grams alone, and with "coupled". With True, sampled texts of equal seeds can
+            differ from run to run.
         max_ngram: longest suffix the n-gram drafter looks up.
         remember: tokens of earlier texts in which n-grams are looked up, too, where texts do not depend on what is
             drafted. 0 looks at nothing but the text itself.
