@@ -23,7 +23,7 @@ from specdec.engine.stats import Stats
 from specdec.engine.text import Text
 from specdec.errors import Unsupported, warn
 from specdec.fallbacks import remedy
-from specdec.hf import names
+from specdec.hf import beams, names
 from specdec.hf.call import Assistance, Request
 from specdec.hf.names import LoopCall, PreTrainedModel
 from specdec.progress import show_notes
@@ -143,7 +143,18 @@ class Calls:
         """What transformers' loop that drafts is to return, called like this."""
         return self._answer(loop, self._named)
 
-    def _answer(self, loop: partial[Any], drafting: Callable[[LoopCall], tuple[DraftSource, Config]]) -> Any:
+    def beams(self, loop: partial[Any]) -> Any:
+        """What transformers' loop that searches with beams is to return, called like this."""
+        if self._here.purpose is not Purpose.DECODE:
+            return self.fall_back(Unsupported("beams in generate_many() or warmup()"), loop)
+        return self._answer(loop, lambda _: (self._decoders.draft, self._decoders.config), self._with_beams)
+
+    def _answer(
+        self,
+        loop: partial[Any],
+        drafting: Callable[[LoopCall], tuple[DraftSource, Config]],
+        decode: Callable[[Task], Any] | None = None,
+    ) -> Any:
         self._here.has_come = True
         try:
             names.check()
@@ -152,12 +163,16 @@ class Calls:
         except (Unsupported, TypeError, ValueError) as error:
             why = error if isinstance(error, Unsupported) else Unsupported("a draft that does not fit", str(error))
             return self.fall_back(why, loop)
-        answers = {Purpose.DECODE: self.decode, Purpose.ASK: self.ask, Purpose.WARM_UP: self.warm_up}
+        answers = {Purpose.DECODE: decode or self.decode, Purpose.ASK: self.ask, Purpose.WARM_UP: self.warm_up}
         return answers[self._here.purpose](Task(call, draft, config, loop))
 
     def decode(self, task: Task) -> Any:
         """The texts, as `generate()` returns them: decoded here, or by transformers' own loop where that has to run."""
         return self._attempt(task, self._decoded)
+
+    def _with_beams(self, task: Task) -> Any:
+        """The same of a call with beams."""
+        return self._attempt(task, self._searched)
 
     def warm_up(self, task: Task) -> Tensor | None:
         """The prompts, [B, length], once all is compiled and recorded that the call takes; None where nothing is."""
@@ -227,6 +242,23 @@ class Calls:
                 n_new = [len(text.tokens) for text in texts]
                 request.past.extend(decoder, sequences, n_new)
             return request.output(sequences, texts)
+
+    def _searched(self, task: Task) -> Any:
+        request = beams.BeamRequest.parse(task.call)
+        search = self._decoders.get(task.draft, None, task.config).beams(request.n_beams)
+        before = torch.get_rng_state()
+        with decoding(task.call.self), agreed_memory():
+            show_notes(task.config.progress)
+            try:
+                search.open(request.prompts, request.longest, request.ends)
+                out = beams.run(task.call, lambda ids: search.answer(request.after(ids, search.forest.committed)))
+            except torch.OutOfMemoryError:
+                torch.set_rng_state(before)  # transformers' own loop draws the same
+                raise
+            finally:
+                show_notes(False)
+        self._stats.decoded += 1
+        return out
 
     def _warmed_up(self, task: Task) -> Tensor:
         request, decoder = self._prepared(task)

@@ -28,7 +28,8 @@ class Fallback:
 _NOT_YET = "Nothing to do: not supported yet."
 _REPORT = "Please report it, with the model's name and the versions that `specdec info` prints."
 _CALL = {
-    "beams": "Use `num_beams=1`. Beam search is not supported yet.",
+    "beams in generate_many() or warmup()": "Use `generate()` for calls with `num_beams`; the first one compiles.",
+    "past_key_values with beams": "Leave the cache out: a search with beams reads its prompts itself.",
     "continuous batching": "Use `specdec.generate_many()`, which fills free rows with the next prompts.",
     "a way to decode that is none of transformers' own loops": "Leave out `custom_generate=`: its own code decodes.",
     "a draft that does not fit": (

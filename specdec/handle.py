@@ -182,6 +182,8 @@ class Handle:
             model.generate(ids, attention_mask=mask, **settings)
         if model.specdec.stats.fallbacks:
             raise ValueError(f"these calls run transformers' own loop: {', '.join(model.specdec.stats.fallbacks)}")
+        if model.specdec.stats.beam_forwards:
+            raise ValueError("tune() chooses trees, and searches with beams take none: leave num_beams out")
         return model.specdec.stats
 
     def memory(self, batch_size: int, max_length: int) -> int:

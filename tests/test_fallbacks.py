@@ -38,8 +38,7 @@ def _same_by_falling_back(wrapped: PreTrainedModel, model: PreTrainedModel, reas
         ("use_cache=False", {"use_cache": False}),
         ("output_attentions", {"return_dict_in_generate": True, "output_attentions": True}),
         ("output_hidden_states", {"return_dict_in_generate": True, "output_hidden_states": True}),
-        ("beams", {"num_beams": 3}),
-        ("beams", {"num_beams": 2, "do_sample": True}),
+        ("output_attentions", {"num_beams": 2, "return_dict_in_generate": True, "output_attentions": True}),
     ],
 )
 def test_what_is_not_supported_falls_back(

@@ -183,12 +183,12 @@ def test_print_says_first_what_was_not_decoded(model: PreTrainedModel, prompts: 
     wrapped.generate(**prompts([4]), max_new_tokens=3)
     assert wrapped.specdec.stats.verdict is None and "calls were decoded" not in str(wrapped.specdec.stats)
     for _ in range(2):
-        wrapped.generate(**prompts([4]), max_new_tokens=3, num_beams=2)
-    assert str(wrapped.specdec.stats).startswith("1 of 3 calls were decoded by specdec: beams\n")
+        wrapped.generate(**prompts([4]), max_new_tokens=3, guidance_scale=2.0)
+    assert str(wrapped.specdec.stats).startswith("1 of 3 calls were decoded by specdec: logits processors")
     wrapped.generate(**prompts([4]), max_new_tokens=3, use_cache=False)
     wrapped.specdec.stats.decoded = 0
-    first = str(wrapped.specdec.stats).partition("\n")[0]
-    assert first == "0 of 3 calls were decoded by specdec: beams (2 calls); use_cache=False (1 calls)"
+    why = "logits processors UnbatchedClassifierFreeGuidanceLogitsProcessor (2 calls); use_cache=False (1 calls)"
+    assert wrapped.specdec.stats.verdict == f"0 of 3 calls were decoded by specdec: {why}"
 
 
 @pytest.mark.parametrize("n_prompts", [1, 3])

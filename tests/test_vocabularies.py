@@ -82,7 +82,7 @@ def partial(tiny: Tiny) -> tuple[PreTrainedModel, Words]:
 
 
 def overlap_of(wrapped: PreTrainedModel) -> Overlap | None:
-    return wrapped.specdec._decoders.get(wrapped.specdec.draft).drafter._overlap
+    return wrapped.specdec._decoders.get(wrapped.specdec.draft).drafter.overlap
 
 
 # What is shared.

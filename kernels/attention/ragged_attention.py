@@ -1,8 +1,8 @@
 """The step's attention: append keys and values, then attend over what is really there.
 
-The same attention as `specdec.kernels.attention.tree_attention`, of a tree that all samples share: a token sees the
-committed slots of its own sample and the uncommitted ones of its ancestors and itself, as far back as the window
-reaches.
+The same attention as `specdec.kernels.attention.tree_attention`, of a tree that all samples share or of one a sample: a
+token sees the committed slots of its own sample and the uncommitted ones of its ancestors and itself, as far back as
+the window reaches.
 On a CPU one task per (sample, key/value head) writes its own new entries and reads each key and value once for all
 query rows of the group: no mask tensor, no unused capacity, no padding between samples. On a GPU one kernel writes,
 and those of `tree_attention` read.
@@ -36,8 +36,12 @@ def ragged_attention_reference(
     n_text = int(starts[-1])
     kv_append_reference_(k_cache, v_cache, k[:n_text].transpose(0, 1), v[:n_text].transpose(0, 1), slot[:n_text])
     return tree_attention_reference(
-        q, k_cache, v_cache, starts, lengths, node, bits[None], depths[None], window, scale, softcap, None
+        q, k_cache, v_cache, starts, lengths, node, *_by_sample(bits, depths), window, scale, softcap, None
     )
+
+
+def _by_sample(bits: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
+    return (bits, depths) if bits.dim() == 3 else (bits[None], depths[None])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -47,7 +51,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 @cache
 def _kernel() -> Callable[..., None] | None:
-    types = ["float*"] * 4 + ["int64_t*"] * 7 + ["int64_t"] * 8 + ["float", "float", "int64_t"]
+    types = ["float*"] * 4 + ["int64_t*"] * 7 + ["int64_t"] * 10 + ["float", "float", "int64_t"]
     return bind("ragged_attention.cpp", ", ".join(types))
 
 
@@ -81,7 +85,8 @@ def ragged_attention_cpu(
         slot: [T] int64, flat slot of each new token. lengths: [B] int64, committed entries.
         starts: [B + 1] int64, tokens `starts[b] .. starts[b + 1] - 1` are sample b's; those past the last are nobody's
             and write nothing.
-        node: [T] int64, the node of each token. bits: [N, W], depths: [N] int64, of the tree.
+        node: [T] int64, the node of each token. bits: [N, W], depths: [N] int64, of the tree, or [B, N, W] and
+            [B, N], of a tree a sample; contiguous.
         n_slots: S, for the host, which cannot read the table: how a GPU shares out the work depends on it.
         window: keys farther back than this are not seen; 0 for no limit. softcap: 0 for none.
 
@@ -97,7 +102,7 @@ def ragged_attention_cpu(
     assert kernel is not None, "can_run() says where the op runs"
     kernel(
         q, k, v, out, table, slot, starts, lengths, node, bits, depths, lengths.shape[0], n_tokens, n_heads,
-        k.shape[1], dim, bits.shape[1], n_slots, window, scale, softcap, torch.get_num_threads(),
+        k.shape[1], dim, *bits.shape[-2:], bits.dim() - 2, n_slots, window, scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -139,7 +144,7 @@ def ragged_attention_triton(
     strides = n_batch * n_slots * dim, n_slots * dim, dim
     return start_kernels(
         q, (table, table), (n_groups, n_batch, n_slots, dim), strides * 2, align, starts, lengths, node,
-        bits[None], depths[None], window, scale, softcap, None,
+        *_by_sample(bits, depths), window, scale, softcap, None,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 extern "C" void kernel(
     const float* q, const float* k, const float* v, float* out, const int64_t* table, const int64_t* slot,
     const int64_t* starts, const int64_t* lengths, const int64_t* node, const int64_t* bits, const int64_t* depths,
-    int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t W, int64_t S, int64_t window, float scale,
-    float softcap, int64_t threads) {
+    int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t N, int64_t W, int64_t per_sample, int64_t S,
+    int64_t window, float scale, float softcap, int64_t threads) {
   float* const k_cache = reinterpret_cast<float*>(table[0]);
   float* const v_cache = reinterpret_cast<float*>(table[1]);
   const int64_t group = H / G;
@@ -16,6 +16,8 @@ extern "C" void kernel(
     const int64_t b = task / G, g = task % G, length = lengths[b], from = starts[b];
     const int64_t R = starts[b + 1] - from, rows = group * R;
     const int64_t committed = length > 0 ? length : 0;
+    const int64_t* const words = bits + per_sample * b * N * W;  // of this sample's tree, or of all samples'
+    const int64_t* const depth = depths + per_sample * b * N;
     float* const keys = k_cache + (g * B + b) * S * D;
     float* const values = v_cache + (g * B + b) * S * D;
     int64_t n = committed;
@@ -32,7 +34,7 @@ extern "C" void kernel(
     int64_t some = committed, all = 0;  // keys before `some` no row sees, those from `all` to `committed` all rows do
     for (int64_t row = 0; row < rows; row++) {
       float* const score = p + row * stride;
-      const int64_t own = node[from + row / group], position = length + depths[own];
+      const int64_t own = node[from + row / group], position = length + depth[own];
       if (softcap > 0)
         for (int64_t i = 0; i < n; i++) score[i] = softcap * std::tanh(score[i] / softcap);
       int64_t first = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
@@ -42,8 +44,8 @@ extern "C" void kernel(
       all = first > all ? first : all;
       for (int64_t i = committed; i < n; i++) {
         const int64_t other = i - length;
-        const bool seen = (bits[own * W + other / 64] >> (other % 64)) & 1;
-        if (!seen || (window > 0 && position - (length + depths[other]) >= window)) score[i] = -INFINITY;
+        const bool seen = (words[own * W + other / 64] >> (other % 64)) & 1;
+        if (!seen || (window > 0 && position - (length + depth[other]) >= window)) score[i] = -INFINITY;
       }
       sums[row] = exponentials(score + first, n - first);
     }

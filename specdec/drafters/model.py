@@ -83,7 +83,7 @@ class ModelDrafter:
         self.reads_at_once = 1 if self.shares_cache else reads_at_once  # what is there is not written again
         self._text = TokenTree.chain(self.reads_at_once - 1).tensors(device)
         self.depths = (*(depth for depth in DEPTHS if depth < tree.depth), tree.depth)
-        self._overlap = None if overlap is None else overlap.to(device)
+        self.overlap = None if overlap is None else overlap.to(device)
         n_tokens = config.vocab_size if overlap is None else len(overlap.draft_ids)
         self.context = getattr(config, "max_position_embeddings", None)
         # On the device: another value compiles nothing.
@@ -110,12 +110,12 @@ class ModelDrafter:
 
     def _read_as(self, tokens: Tensor) -> Tensor:
         """What the draft reads for tokens of the target, int64 of any shape."""
-        return tokens if self._overlap is None else self._overlap.draft_ids[tokens.to(self.view.device)]
+        return tokens if self.overlap is None else self.overlap.draft_ids[tokens.to(self.view.device)]
 
     def _forward(self, tokens: Tensor, nodes: Nodes, rows: Tensor | int = 0) -> Tensor:
         """As the view's forward, in the target's tokens."""
         logits = self.view.forward(self._read_as(tokens), nodes, rows).logits
-        return logits if self._overlap is None else self._overlap.logits(logits)
+        return logits if self.overlap is None else self.overlap.logits(logits)
 
     def draft(self, state: BatchState, law: SamplingLaw, live: Tensor, depth: int) -> Draft:
         n_slots = self.view.cache.n_slots

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from specdec.engine.beams import BeamDecoder
 from specdec.engine.control import EXPLORE, Plan, Policy, policy_of
 from specdec.engine.launch import Flight, Launcher, drafted_for
 from specdec.engine.laws import SamplingLaw
@@ -60,6 +61,13 @@ class Decoder:
         self.look_up: LookUp | None = getattr(drafter, "look_up", None)  # users' drafters need not have it
         self.sources: tuple[str, ...] = getattr(drafter, "source_names", ())  # by `Track.source`
         self.policies: dict[object, Policy] = {}
+        self._beams: dict[int, BeamDecoder] = {}
+
+    def beams(self, n_beams: int) -> BeamDecoder:
+        """What answers beam searches of this width."""
+        if n_beams not in self._beams:
+            self._beams[n_beams] = BeamDecoder(self.target, self.drafter, self.steps, self.stats, n_beams)
+        return self._beams[n_beams]
 
     def run(
         self, texts: Iterable[Text], n_rows: int, longest: int, room: int, law: SamplingLaw, eos_ids: Tensor

@@ -31,7 +31,8 @@ class Nodes:
         sample: [T] int64, the sample of each token; some sample for tokens of nobody.
         node: [T] int64, the uncommitted slot of each token.
         rows: R, the most tokens of one sample.
-        bits, depths: ancestor words [N, W] and depths [N] of the uncommitted slots; None for plain causal text.
+        bits, depths: ancestor words [N, W] and depths [N] of the uncommitted slots, or [B, N, W] and [B, N] where each
+            sample has a tree of its own; None for plain causal text.
         among, reach: what the host knows of a prompt's text, and not of a step: [A] int64, the samples that have
             tokens, of which a grid then has rows, and the number of slots any of them can see.
     """
@@ -124,13 +125,15 @@ class Nodes:
             visible = offset[:, None] <= row_node[..., None]
             key_position = slot.expand(len(lengths), -1)
         else:
-            n_nodes = len(self.depths)
+            n_nodes, n_batch = self.depths.shape[-1], len(lengths)
+            bits, depths = self.bits.expand(n_batch, -1, -1), self.depths.expand(n_batch, -1)
             inside = (offset >= 0) & (offset < n_nodes)
             key_node = offset.clamp(0, n_nodes - 1)
-            ancestors = unpack_words(self.bits, n_nodes)[row_node]  # [B, R, N]
+            sample = torch.arange(n_batch, device=lengths.device, dtype=torch.int64)
+            ancestors = unpack_words(bits[sample[:, None], row_node], n_nodes)  # [B, R, N]
             ancestors = ancestors.gather(2, key_node[:, None].expand(-1, self.rows, -1))
             visible = (offset < 0)[:, None] | (inside[:, None] & ancestors)
-            key_position = torch.where(inside, lengths[:, None] + self.depths[key_node], slot)
+            key_position = torch.where(inside, lengths[:, None] + depths.gather(1, key_node), slot)
         visible = visible & allowed(0 * slot[0], 0, row_position[..., None], key_position[:, None])  # one text to it
         # A place without a token may see nothing; its row must stay finite all the same, or the NaN it writes to
         # scratch would reach every other row as 0 * NaN.

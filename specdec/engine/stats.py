@@ -47,6 +47,7 @@ class Stats:
             through its 1st, ..., k-th child.
         sources: by name, what each source drafted, where there are several.
         seconds: wall-clock seconds by phase: "prefill", "decode", and "compile" for steps that compiled.
+        beam_layers, beam_forwards: of beam searches, layers of all beams, and forwards of the target that served them.
         tree: how the tree was chosen, if `tune()` has chosen it.
         decisions: how much was drafted in the last call's last steps, and why (see `specdec.engine.control`).
         undrafted_texts: by reason, how often a step drafted nothing for a text that it drafts for otherwise.
@@ -65,6 +66,8 @@ class Stats:
     slots: dict[int, list[int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "compile": 0.0, "decode": 0.0})
     sources: dict[str, SourceCounts] = field(default_factory=dict)
+    beam_layers: int = 0
+    beam_forwards: int = 0
     tree: str | None = None
     decisions: Decisions | None = None
     undrafted_texts: Counter[str] = field(default_factory=Counter)
@@ -147,6 +150,8 @@ class Stats:
             "sources": {name: dict(vars(counts)) for name, counts in self.sources.items()},
             "seconds": dict(self.seconds),
             "tree": self.tree,
+            "beam_layers": self.beam_layers,
+            "beam_forwards": self.beam_forwards,
             "control": self.control,
             "decisions": None if self.decisions is None else self.decisions.to_dict(),
             "undrafted_texts": dict(self.undrafted_texts),
@@ -169,6 +174,9 @@ class Stats:
         for name, source in self.sources.items():
             mean = source.accepted / source.drafts if source.drafts else 0.0
             lines.append((f"drafts by {name}", f"{source.drafts}, of each {mean:.2f} tokens accepted"))
+        if self.beam_forwards:
+            mean = self.beam_layers / self.beam_forwards
+            lines.append(("beam search", f"{mean:.2f} layers a forward of the target; without a draft it is 1"))
         lines += [("tree chosen by tune()", self.tree)] if self.tree is not None else []
         lines += [("how much is drafted", self.control)] if self.control is not None else []
         for reason, count in self.fallbacks.items():

@@ -137,21 +137,21 @@ class Request:
     def _read(cls, call: names.LoopCall) -> Request:
         model, input_ids, processors = call.self, call.input_ids, call.logits_processor
         n_batch, width = input_ids.shape[:2]
-        outputs = _wanted_outputs(call.generation_config)
-        _check_arguments(call.model_kwargs)
+        outputs = wanted_outputs(call.generation_config)
+        check_arguments(call.model_kwargs)
         check_mode(model)
         ambient.check(input_ids.device)
         if n_batch == 0:
             raise Unsupported("an empty batch")
-        prompts = _strip_padding(input_ids, call.model_kwargs.get("attention_mask"))
+        prompts = strip_padding(input_ids, call.model_kwargs.get("attention_mask"))
         if min(len(p) for p in prompts) == 0:
             raise Unsupported("an empty prompt")
-        _check_positions(prompts, width, call.model_kwargs.get("position_ids"))
+        check_positions(prompts, width, call.model_kwargs.get("position_ids"))
         check_processors(processors, n_batch)
         law = law_of(processors, call.generation_config.do_sample, model.device, bool(outputs))
         n_rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
         n_tokens = max(model.config.get_text_config().vocab_size, n_rows)
-        max_length, eos_ids, deadline, others = _read_criteria(call.stopping_criteria, n_tokens)
+        max_length, eos_ids, deadline, others = read_criteria(call.stopping_criteria, n_tokens)
         if n_batch > 1:
             _check_batch(call, others)
         if outputs and others:
@@ -245,7 +245,7 @@ def _assistants_options(
     return options, tuple(ignored)
 
 
-def _wanted_outputs(generation_config: GenerationConfig) -> frozenset[str] | None:
+def wanted_outputs(generation_config: GenerationConfig) -> frozenset[str] | None:
     """See `Request.outputs`."""
     if not generation_config.return_dict_in_generate:  # without it nothing else comes out
         return None
@@ -255,7 +255,7 @@ def _wanted_outputs(generation_config: GenerationConfig) -> frozenset[str] | Non
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
 
-def _check_arguments(model_kwargs: dict[str, Any]) -> None:
+def check_arguments(model_kwargs: dict[str, Any]) -> None:
     given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}
     if extra := sorted(given - names.PLAIN_ARGUMENTS):
         raise Unsupported(f"model arguments {', '.join(extra)}", names.hint())
@@ -275,7 +275,7 @@ def _check_batch(call: names.LoopCall, others: StoppingCriteriaList) -> None:
         raise Unsupported("stop strings with a batch of several samples and no end of text")
 
 
-def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+def strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     if mask is None:
         return list(input_ids.unbind())
     if mask.shape != input_ids.shape:
@@ -289,7 +289,7 @@ def _strip_padding(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     return [row[width - n :] for row, n in zip(input_ids, counts, strict=True)]
 
 
-def _check_positions(prompts: list[Tensor], width: int, positions: Tensor | None) -> None:
+def check_positions(prompts: list[Tensor], width: int, positions: Tensor | None) -> None:
     """[B or 1, width] int64, or several axes of these, of which a text's are all alike."""
     if positions is None:
         return
@@ -308,7 +308,7 @@ def _end(criteria: StoppingCriteriaList, input_ids: Tensor, tokens: list[int]) -
     return bool(criteria(torch.cat([input_ids, new], 1), None).all())
 
 
-def _read_criteria(
+def read_criteria(
     criteria: StoppingCriteriaList, n_tokens: int
 ) -> tuple[int, Tensor, float | None, StoppingCriteriaList]:
     """The longest text, the ends of text among a model's `n_tokens`, the deadline, and the criteria that are none of

@@ -87,8 +87,8 @@ class LoopCall:
     stopping_criteria: StoppingCriteriaList
     generation_config: GenerationConfig
     synced_gpus: bool
-    streamer: Any
     model_kwargs: dict[str, Any]
+    streamer: Any = None
     inputs_tensor: Tensor | None = None
     assistant_model: PreTrainedModel | None = None
     assistant_tokenizer: PreTrainedTokenizerBase | None = None
@@ -113,9 +113,9 @@ class LoopCall:
 
 _READ = {field.name for field in fields(LoopCall) if field.default is MISSING}
 _LOOPS = {
-    "_sample": _READ,
-    "_assisted_decoding": _READ | {"assistant_model", "assistant_tokenizer", "tokenizer"},
-    "_beam_search": set(),
+    "_sample": _READ | {"streamer"},
+    "_assisted_decoding": _READ | {"streamer", "assistant_model", "assistant_tokenizer", "tokenizer"},
+    "_beam_search": _READ,
 }
 """The decoding loops that a wrapped model overrides, and what of their arguments is needed."""
 

@@ -29,6 +29,9 @@ class Calls(Protocol):
     def assisted(self, loop: partial[Any]) -> Any:
         """Of the loop that drafts, likewise."""
 
+    def beams(self, loop: partial[Any]) -> Any:
+        """Of the loop that searches with beams, likewise."""
+
     def fall_back(self, why: Unsupported, loop: Callable[[], Any]) -> Any:
         """Of a loop that is never ours."""
 
@@ -93,8 +96,7 @@ def _made(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return self.specdec._calls.assisted(partial(parent._assisted_decoding, self, *args, **kwargs))
 
     def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loop = partial(parent._beam_search, self, *args, **kwargs)
-        return self.specdec._calls.fall_back(Unsupported("beams"), loop)
+        return self.specdec._calls.beams(partial(parent._beam_search, self, *args, **kwargs))
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         loop = partial(parent.init_continuous_batching, self, *args, **kwargs)

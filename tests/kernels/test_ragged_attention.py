@@ -87,6 +87,23 @@ class Case:
             torch.testing.assert_close(cache, wanted, atol=0, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_tree_a_sample(window: int, device: torch.device) -> None:
+    """What each sample sees is by its own tree: as by each tree alone, which all share."""
+    case = Case(device, [10, 6, 10], [20, 0, 7], window=window)
+    bits, depths = case.where[-2:]
+    chain = TokenTree.chain(9).tensors(device)
+    case.where = *case.where[:-2], torch.stack([bits, *chain[:1], bits]), torch.stack([depths, chain[1], depths])
+    case.check()
+    out = ragged_attention(*case.args)
+    for trees, rows in ((bits, depths), [*range(10), *range(16, 26)]), (chain, range(10, 16)):
+        case.where = *case.where[:-2], *trees
+        alone = ragged_attention(*case.args)
+        torch.testing.assert_close(out[list(rows)], alone[list(rows)], atol=0, rtol=0)
+        others = [row for row in range(26) if row not in rows]
+        assert not torch.equal(out[others], alone[others])
+
+
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (7, 0.0), (0, 5.0), (3, 2.0), (70, 0.0)])
 @pytest.mark.parametrize("tree", TREES)
 def test_tree(device, tree, window, softcap):
