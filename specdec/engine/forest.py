@@ -67,9 +67,8 @@ class Reader:
 
     def grow(self, n_slots: int) -> None:
         """Make room; what is there stays."""
-        if n_slots > self.view.cache.n_slots:
-            self.view.cache.grow(n_slots)
-            self._look_where()
+        self.view.cache.grow(n_slots)
+        self._look_where()
 
     def _look_where(self) -> None:
         if self._places != self.view.cache.generation:  # recorded forwards know other places
@@ -81,6 +80,8 @@ class Reader:
         flat = [(row, node) for row, nodes in enumerate(wanted) for node in nodes]
         if not flat:
             return
+        last = max(trie.length + len(trie.tokens) for trie in tries)
+        assert last < self.view.cache.n_slots, "nodes past the cache's end"
         room = -(-max(len(trie.tokens) for trie in tries) // SLOTS) * SLOTS
         size = -(-len(flat) // 8) * 8 if self._steps.keeps_buffers else len(flat)
         spare = [0] * (size - len(flat))
@@ -200,9 +201,7 @@ class Forest:
         if not self.knows(beams):
             if self._draft is not None and depth:
                 self._speculate(self._draft, depth)
-            self._make_room()
-            self._target.read(self._tries, [self._unread(self._target, b, range(len(t.tokens)))
-                                            for b, t in enumerate(self._tries)])  # fmt: skip
+            self._read(self._target, [range(len(trie.tokens)) for trie in self._tries])
             self.n_forwards += 1
         rows = [known[b][node] for b, own in enumerate(self._beams) for node in own]
         logits = torch.stack([said.logits[said.row] for said in rows])
@@ -220,8 +219,14 @@ class Forest:
             node = trie.child(node, token)
         return node
 
-    def _unread(self, reader: Reader, sample: int, nodes: Sequence[int]) -> list[int]:
-        return [node for node in nodes if node not in reader.known[sample]]
+    def _read(self, reader: Reader, nodes: Sequence[Sequence[int]]) -> None:
+        """Let a model read those of these nodes of each sample that it has not read, ascending."""
+        needed = max(trie.length + len(trie.tokens) for trie in self._tries) + 1
+        for each in self._readers:  # both: nodes move in both caches
+            if needed > each.view.cache.n_slots:
+                each.grow(needed + SLOTS)
+        unread = [[node for node in own if node not in known] for own, known in zip(nodes, reader.known, strict=True)]
+        reader.read(self._tries, unread)
 
     def _speculate(self, draft: Reader, depth: int) -> None:
         """Let the draft search `depth` layers ahead from where the beams are, and make nodes of what it comes to."""
@@ -229,7 +234,7 @@ class Forest:
         for layer in range(depth):
             above = [{n for node in nodes for n in self._tries[b].path(node)} for b, nodes in enumerate(frontier)]
             if not layer or any(n not in self._target.known[b] for b, nodes in enumerate(frontier) for n in nodes):
-                draft.read(self._tries, [self._unread(draft, b, sorted(nodes)) for b, nodes in enumerate(above)])
+                self._read(draft, [sorted(nodes) for nodes in above])
             frontier = [self._next(draft, b, nodes) for b, nodes in enumerate(frontier)]
 
     def _scored(self, sample: int) -> dict[int, float]:
@@ -252,12 +257,6 @@ class Forest:
             offers += [(score + log, node, token) for token, log in said.best if token not in self._ends]
         offers.sort(key=lambda offer: -offer[0])
         return {trie.child(node, token): score for score, node, token in offers[: self._n_beams]}
-
-    def _make_room(self) -> None:
-        needed = max(trie.length + len(trie.tokens) for trie in self._tries) + 1
-        for reader in self._readers:
-            if needed > reader.view.cache.n_slots:
-                reader.grow(needed + SLOTS)
 
     def _commit(self) -> None:
         """Commit what all beams share, and drop what no beam can come to."""
