@@ -134,7 +134,7 @@ def _end(tokens: list[int], call: Call) -> int:
 def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, small: PreTrainedModel) -> str:
     """One call of a wrapped model against transformers; how it ended."""
     stats = wrapped.specdec.stats
-    known, n_steps = Counter(stats.fallbacks), stats.steps
+    known, n_steps, n_layers = Counter(stats.fallbacks), stats.steps, stats.beam_layers
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ours, given = run(wrapped, call, plain, small)
@@ -142,7 +142,8 @@ def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, sma
     said = [str(w.message) for w in caught if "specdec runs transformers' own loop" in str(w.message)]
     assert len(said) == len(set(reasons) - set(known))
     decoded = stats.steps > n_steps
-    assert reasons.total() + decoded <= 1
+    searched = stats.beam_layers > n_layers and not reasons
+    assert reasons.total() + decoded + searched <= 1
     width = max(map(len, call.prompts))
     is_sampled = decoded and call.settings.get("do_sample", False)
 
@@ -157,16 +158,20 @@ def check_call(wrapped: PreTrainedModel, call: Call, plain: PreTrainedModel, sma
         assert type(ours) is type(theirs), f"{ours!r} instead of {theirs!r}"
         return f"raised as transformers does: {type(theirs).__name__}"
 
-    assert decoded or reasons
+    assert decoded or searched or reasons
     assert type(ours) is type(theirs)
     assert ids_of(ours).tolist() == ids_of(theirs).tolist()
     new = ids_of(theirs)[:, width:].tolist()
     ends = [_end(row, call) for row in new] if decoded else None
+    if searched:  # each layer's numbers of all beams
+        ends = [len(new[0])] * (call.settings["num_beams"] * len(call.prompts))
     check_outputs(ours, theirs, ends)
     if isinstance(given.get("streamer"), Recorder):
         assert given["streamer"].puts == given_theirs["streamer"].puts
     if PAST in given:
         assert given[PAST].get_seq_length() == given_theirs[PAST].get_seq_length()
+    if searched:
+        return "searched with beams"
     if not decoded:
         first, *others = next(iter(reasons)).split(", ")
         return f"fell back: {first}{', ...' if others else ''}"
